@@ -1,0 +1,103 @@
+// What the ops accept, checked before anything is written. Every message names the argument, what was given and what
+// was wanted. sculpt_ops/ops/checks.py says the same to Python callers; this is the guard of the C++ kernels.
+#pragma once
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <optional>
+#include <string>
+#include <vector>
+
+namespace sculpt {
+
+using torch::stable::Tensor;
+using torch::headeronly::ScalarType;
+
+inline bool is_half(ScalarType t) { return t == ScalarType::BFloat16 || t == ScalarType::Half; }
+inline bool is_supported(ScalarType t) { return is_half(t) || t == ScalarType::Float || t == ScalarType::Double; }
+
+inline std::string shape(const Tensor& t) {
+  std::string s = "(";
+  for (int64_t i = 0; i < t.dim(); ++i) s += (i ? ", " : "") + std::to_string(t.size(i));
+  return s + ")";
+}
+
+inline void check_matrix(const char* op, const char* name, const Tensor& t) {
+  STD_TORCH_CHECK(is_supported(t.scalar_type()), op, ": ", name,
+                  ": wanted dtype float32, float64, bfloat16 or float16, given another");
+  STD_TORCH_CHECK(t.dim() >= 2, op, ": ", name, ": wanted a matrix (..., m, n), given shape ", shape(t));
+}
+
+// `rows` x anything (cols < 0), leading dimensions broadcastable to those of the matrix.
+inline void check_thin(const char* op, const char* name, const Tensor& t, const Tensor& matrix, int64_t rows,
+                       int64_t cols) {
+  const int64_t d = t.dim(), batch = matrix.dim() - 2;
+  bool good = d >= 2 && t.size(d - 2) == rows && (cols < 0 || t.size(d - 1) == cols) && d - 2 <= batch;
+  for (int64_t i = 0; good && i < d - 2; ++i)
+    good = t.size(i) == matrix.size(batch - (d - 2) + i) || t.size(i) == 1;
+  STD_TORCH_CHECK(good, op, ": ", name, ": wanted shape (..., ", rows, ", ", cols < 0 ? "r" : std::to_string(cols),
+                  ") for a matrix of shape ", shape(matrix), ", given ", shape(t));
+  STD_TORCH_CHECK(t.scalar_type() == matrix.scalar_type() ||
+                      (is_half(matrix.scalar_type()) && t.scalar_type() == ScalarType::Float),
+                  op, ": ", name, ": wanted the matrix's dtype (or float32 with a bfloat16 or float16 matrix)");
+  STD_TORCH_CHECK(t.is_cpu() == matrix.is_cpu(), op, ": ", name, ": wanted the matrix's device");
+}
+
+inline void check_basis(const char* op, const char* name, const Tensor& t, const Tensor& matrix, int64_t rows) {
+  check_thin(op, name, t, matrix, rows, -1);
+  STD_TORCH_CHECK(t.size(t.dim() - 1) <= rows, op, ": ", name, ": wanted at most ", rows,
+                  " orthonormal columns of length ", rows, ", given shape ", shape(t));
+}
+
+// The bytes that a tensor spans, [begin, end).
+struct Extent {
+  uintptr_t begin = 0, end = 0;
+  explicit Extent(const Tensor& t) {
+    begin = end = reinterpret_cast<uintptr_t>(t.const_data_ptr());
+    if (t.numel() == 0) return;
+    int64_t last = 0;
+    for (int64_t i = 0; i < t.dim(); ++i) last += (t.size(i) - 1) * t.stride(i);
+    end = begin + (last + 1) * t.element_size();
+  }
+  bool meets(const Extent& o) const { return begin < o.end && o.begin < end; }
+};
+
+// Matrices that interleave without sharing an element: column slices of one row-major matrix.
+inline bool column_slices(const Tensor& a, const Tensor& b) {
+  if (a.dim() != 2 || b.dim() != 2 || a.stride(1) != 1 || b.stride(1) != 1 || a.stride(0) != b.stride(0)) return false;
+  if (a.element_size() != b.element_size() || a.stride(0) <= 0) return false;
+  const int64_t pitch = a.stride(0), size = int64_t(a.element_size());
+  const int64_t bytes = int64_t(Extent(b).begin) - int64_t(Extent(a).begin);
+  if (bytes % size) return false;
+  const int64_t offset = ((bytes / size) % pitch + pitch) % pitch;
+  return offset >= a.size(1) && offset + b.size(1) <= pitch;
+}
+
+inline bool share_memory(const Tensor& a, const Tensor& b) {
+  return Extent(a).meets(Extent(b)) && !column_slices(a, b);
+}
+
+// A tensor to be written must not hold one element twice.
+inline void check_written(const char* op, const char* name, const Tensor& t) {
+  std::vector<std::pair<int64_t, int64_t>> dims;
+  for (int64_t i = 0; i < t.dim(); ++i)
+    if (t.size(i) > 1) dims.emplace_back(t.stride(i), t.size(i));
+  std::sort(dims.begin(), dims.end());
+  int64_t reach = 0;
+  for (auto [stride, size] : dims) {
+    STD_TORCH_CHECK(t.numel() == 0 || stride > reach, op, ": ", name,
+                    ": wanted memory in which every element is stored once, given a tensor that overlaps itself "
+                    "(an expanded tensor?); pass a clone");
+    reach += (size - 1) * stride;
+  }
+}
+
+inline void check_apart(const char* op, const char* written, const Tensor& w, const char* name,
+                        const std::optional<Tensor>& t) {
+  STD_TORCH_CHECK(!t || !share_memory(w, *t), op, ": ", name, ": wanted memory of its own, given memory shared with ",
+                  written);
+}
+
+}  // namespace sculpt

@@ -1,0 +1,352 @@
+// The projection ops on the CPU: orientation, batches, threads; the arithmetic is in panel.h.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include <cstdlib>
+#include <memory>
+#include <new>
+
+#include "common/check.h"
+#include "cpu/kernels.h"
+
+namespace sculpt::cpu {
+namespace {
+
+using Optional = std::optional<Tensor>;
+
+// Work below this (4 m n r operations) is done by the calling thread: waking a second one costs about 5 us.
+constexpr double kSerialWork = 1 << 20;
+// Packed operands stay allocated between calls up to this size: fresh pages cost 0.5 to 2 us each, which is more than
+// the arithmetic at small rank.
+constexpr int64_t kRetainedBytes = 64 << 20;
+
+class Arena {
+ public:
+  void* reserve(int64_t bytes) {
+    if (bytes > size_) {
+      release();
+      size_ = bytes;
+      data_ = std::aligned_alloc(64, size_t((bytes + 63) / 64 * 64));
+      if (!data_) {
+        size_ = 0;
+        throw std::bad_alloc();
+      }
+    }
+    return data_;
+  }
+  void trim() {
+    if (size_ > kRetainedBytes) release();
+  }
+  ~Arena() { release(); }
+
+ private:
+  void release() {
+    std::free(data_);
+    data_ = nullptr;
+    size_ = 0;
+  }
+  void* data_ = nullptr;
+  int64_t size_ = 0;
+};
+thread_local Arena shared_arena, scratch_arena, coefficient_arena;
+
+void run(const OneSided& s) {
+  if (s.m == 0 || s.n == 0) return;
+  const Kernels& k = kernels();
+  const double work = 4.0 * double(s.m) * double(s.n) * double(s.basis.cols);
+  const int64_t threads = work < kSerialWork ? 1 : int64_t(torch::stable::get_num_threads());
+  const Plan plan = k.plan(s, threads);
+  void* shared = shared_arena.reserve(plan.shared_bytes);
+  const auto pack = [&](int64_t begin, int64_t end) {
+    for (int64_t task = begin; task < end; ++task) k.pack(s, plan, shared, task);
+  };
+  const auto panels = [&](int64_t begin, int64_t end) {
+    void* scratch = scratch_arena.reserve(plan.scratch_bytes);
+    for (int64_t index = begin; index < end; ++index) k.panel(s, plan, shared, scratch, index);
+    scratch_arena.trim();
+  };
+  if (threads == 1) {
+    pack(0, plan.pack_tasks);
+    panels(0, plan.panels);
+  } else {
+    torch::stable::parallel_for(0, plan.pack_tasks, 1, pack);
+    torch::stable::parallel_for(0, plan.panels, 1, panels);
+  }
+  shared_arena.trim();
+}
+
+Type type_of(const Tensor& t) {
+  switch (t.scalar_type()) {
+    case ScalarType::Double: return Type::f64;
+    case ScalarType::BFloat16: return Type::bf16;
+    case ScalarType::Half: return Type::f16;
+    default: return Type::f32;
+  }
+}
+
+// Everything one call needs of one matrix (one batch entry), in either orientation.
+struct Problem {
+  View in, out, left, right, left_image, right_image, core, reference;
+  bool keep_left, keep_right, block;
+};
+
+View transposed(View v) {
+  std::swap(v.rows, v.cols);
+  std::swap(v.row_stride, v.col_stride);
+  return v;
+}
+
+// P_L W P_R is (P_R W^T P_L)^T: the sides change places and commute.
+Problem transposed(const Problem& p) {
+  return {transposed(p.in), transposed(p.out), p.right, p.left, transposed(p.right_image), transposed(p.left_image),
+          transposed(p.core), transposed(p.reference), p.keep_right, p.keep_left, p.block};
+}
+
+OneSided one_side(const Problem& p, Side side) {
+  OneSided s;
+  s.side = side;
+  s.keep = side == Side::left ? p.keep_left : p.keep_right;
+  s.type = p.in.type;
+  s.m = p.in.rows;
+  s.n = p.in.cols;
+  s.in = p.in.data;
+  s.in_stride = p.in.row_stride;
+  s.out = const_cast<void*>(p.out.data);
+  s.out_stride = p.out.row_stride;
+  s.basis = side == Side::left ? p.left : p.right;
+  s.image = side == Side::left ? p.left_image : p.right_image;
+  if (s.keep) {
+    s.reference = p.reference.data;
+    s.reference_stride = p.reference.row_stride;
+    s.image = View();
+  }
+  return s;
+}
+
+// out = in - L (L^T in R - core) R^T, through the r x n coefficients L^T in.
+void run_block(const Problem& p) {
+  OneSided s = one_side(p, Side::left);
+  s.keep = false;
+  s.reference = nullptr;
+  s.image = View();
+  const int64_t r = p.left.cols;
+  const Type type = s.type == Type::f64 ? Type::f64 : Type::f32;
+  s.coefficients = coefficient_arena.reserve(r * s.n * (type == Type::f64 ? 8 : 4) + 64);
+  s.phase = Phase::gather;
+  run(s);
+
+  OneSided c;
+  c.side = Side::right;
+  c.keep = true;
+  c.type = type;
+  c.m = r;
+  c.n = s.n;
+  c.in = c.out = s.coefficients;
+  c.in_stride = c.out_stride = s.n;
+  c.basis = p.right;
+  c.image = p.core;
+  run(c);
+
+  s.phase = Phase::apply;
+  run(s);
+  coefficient_arena.trim();
+}
+
+// Unit column stride on every side from here on.
+void run_oriented(Problem p) {
+  if (p.block) return run_block(p);
+  if (p.left.data) {
+    run(one_side(p, Side::left));
+    p.in = p.out;
+  }
+  if (p.right.data) run(one_side(p, Side::right));
+}
+
+// Data pointers of zero-size tensors may be null, and a null view means absent.
+const void* data(const Tensor& t) {
+  static const char nothing = 0;
+  const void* p = t.const_data_ptr();
+  return p ? p : &nothing;
+}
+
+// The matrix of batch entry `index` of `t`, broadcast over the leading dimensions of `matrix`.
+View entry(const Optional& t, const Tensor& matrix, int64_t index) {
+  View v;
+  if (!t) return v;
+  const int64_t d = t->dim();
+  v.rows = t->size(d - 2);
+  v.cols = t->size(d - 1);
+  v.row_stride = t->stride(d - 2);
+  v.col_stride = t->stride(d - 1);
+  v.type = type_of(*t);
+  int64_t offset = 0;
+  for (int64_t i = matrix.dim() - 3, j = d - 3; i >= 0; --i, --j) {
+    const int64_t at = index % matrix.size(i);
+    index /= matrix.size(i);
+    if (j >= 0 && t->size(j) != 1) offset += at * t->stride(j);
+  }
+  v.data = static_cast<const char*>(data(*t)) + offset * int64_t(t->element_size());
+  return v;
+}
+
+bool rows_contiguous(const View& v) { return !v.data || v.cols <= 1 || v.col_stride == 1; }
+bool cols_contiguous(const View& v) { return !v.data || v.rows <= 1 || v.row_stride == 1; }
+
+Tensor contiguous_copy(const Tensor& t) {
+  Tensor copy = torch::stable::empty(t.sizes(), t.scalar_type());
+  torch::stable::copy_(copy, t);
+  return copy;
+}
+
+struct Arguments {
+  Optional left, right, left_image, right_image, core, reference;
+  bool keep_left = false, keep_right = false, block = false;
+};
+
+// in and out may be one tensor.
+void execute(const Tensor& in, Tensor out, const Arguments& a) {
+  if (in.numel() == 0) return;
+  if (!a.left && !a.right) {
+    if (in.get() != out.get()) torch::stable::copy_(out, in);
+    return;
+  }
+  int64_t batch = 1;
+  for (int64_t i = 0; i < in.dim() - 2; ++i) batch *= in.size(i);
+  for (int64_t b = 0; b < batch; ++b) {
+    Problem p{entry(in, in, b),         entry(out, in, b),        entry(a.left, in, b), entry(a.right, in, b),
+              entry(a.left_image, in, b), entry(a.right_image, in, b), entry(a.core, in, b), entry(a.reference, in, b),
+              a.keep_left,              a.keep_right,             a.block};
+    if (rows_contiguous(p.in) && rows_contiguous(p.out) && rows_contiguous(p.reference)) {
+      run_oriented(p);
+    } else if (cols_contiguous(p.in) && cols_contiguous(p.out) && cols_contiguous(p.reference)) {
+      run_oriented(transposed(p));
+    } else {
+      // Mixed or doubly strided layouts: once through contiguous copies. Nothing has been written yet at b == 0,
+      // and every later entry has the same layout.
+      Arguments copies = a;
+      if (a.reference) copies.reference = contiguous_copy(*a.reference);
+      Tensor work = contiguous_copy(in);
+      execute(work, work, copies);
+      torch::stable::copy_(out, work);
+      return;
+    }
+  }
+}
+
+void check_project(const char* op, const Tensor& grad, const Optional& left, const Optional& right, bool keep_left,
+                   bool keep_right, bool block) {
+  check_matrix(op, "grad", grad);
+  if (left) check_basis(op, "left", *left, grad, grad.size(grad.dim() - 2));
+  if (right) check_basis(op, "right", *right, grad, grad.size(grad.dim() - 1));
+  STD_TORCH_CHECK(!block || (left && right), op, ": block: wanted both left and right, given ",
+                  left ? "no right" : right ? "no left" : "neither");
+  STD_TORCH_CHECK(!block || !(keep_left || keep_right), op, ": block: wanted no keep_left and no keep_right with it");
+  STD_TORCH_CHECK(!keep_left || left, op, ": keep_left: wanted a left basis with it, given left=None");
+  STD_TORCH_CHECK(!keep_right || right, op, ": keep_right: wanted a right basis with it, given right=None");
+}
+
+void check_in_place(const char* op, const Tensor& grad, const Optional& left, const Optional& right) {
+  check_written(op, "grad", grad);
+  check_apart(op, "grad", grad, "left", left);
+  check_apart(op, "grad", grad, "right", right);
+}
+
+}  // namespace
+
+Tensor project(const Tensor& grad, Optional left, Optional right, bool keep_left, bool keep_right, bool block) {
+  check_project("project", grad, left, right, keep_left, keep_right, block);
+  Tensor out = torch::stable::empty_like(grad);
+  execute(grad, out, {left, right, {}, {}, {}, {}, keep_left, keep_right, block});
+  return out;
+}
+
+void project_(Tensor grad, Optional left, Optional right, bool keep_left, bool keep_right, bool block) {
+  check_project("project_", grad, left, right, keep_left, keep_right, block);
+  check_in_place("project_", grad, left, right);
+  execute(grad, grad, {left, right, {}, {}, {}, {}, keep_left, keep_right, block});
+}
+
+void foreach_project_(std::vector<Tensor> grads, std::vector<Optional> lefts, std::vector<Optional> rights,
+                      std::vector<bool> keep_lefts, std::vector<bool> keep_rights, bool block) {
+  const char* op = "foreach_project_";
+  const size_t count = grads.size();
+  const auto same = [&](const char* name, size_t given, bool may_be_empty) {
+    STD_TORCH_CHECK(given == count || (may_be_empty && given == 0), op, ": ", name, ": wanted ", count,
+                    " entries, one for each of grads, given ", given);
+  };
+  same("lefts", lefts.size(), false);
+  same("rights", rights.size(), false);
+  same("keep_lefts", keep_lefts.size(), true);
+  same("keep_rights", keep_rights.size(), true);
+  const auto flag = [](const std::vector<bool>& flags, size_t i) { return !flags.empty() && flags[i]; };
+
+  std::vector<std::pair<Extent, size_t>> written;
+  for (size_t i = 0; i < count; ++i) {
+    check_project(op, grads[i], lefts[i], rights[i], flag(keep_lefts, i), flag(keep_rights, i), block);
+    check_in_place(op, grads[i], lefts[i], rights[i]);
+    if (grads[i].numel()) written.emplace_back(Extent(grads[i]), i);
+  }
+  std::sort(written.begin(), written.end(), [](const auto& a, const auto& b) { return a.first.begin < b.first.begin; });
+  for (size_t i = 0; i < written.size(); ++i)
+    for (size_t j = i + 1; j < written.size() && written[j].first.begin < written[i].first.end; ++j)
+      STD_TORCH_CHECK(!share_memory(grads[written[i].second], grads[written[j].second]), op,
+                      ": grads: wanted entries with memory of their own, given entries ", written[i].second, " and ",
+                      written[j].second, " that share memory");
+  // A basis of one entry inside the matrix of another would be read after it was overwritten.
+  for (const auto* bases : {&lefts, &rights})
+    for (size_t i = 0; i < count; ++i) {
+      if (!(*bases)[i]) continue;
+      const Extent basis(*(*bases)[i]);
+      auto at = std::upper_bound(written.begin(), written.end(), basis.end,
+                                 [](uintptr_t end, const auto& w) { return end <= w.first.begin; });
+      STD_TORCH_CHECK(at == written.begin() || !basis.meets((at - 1)->first), op, ": ",
+                      bases == &lefts ? "lefts" : "rights", ": wanted memory of its own, given entry ", i,
+                      " that shares memory with one of grads");
+    }
+  for (size_t i = 0; i < count; ++i)
+    execute(grads[i], grads[i],
+            {lefts[i], rights[i], {}, {}, {}, {}, flag(keep_lefts, i), flag(keep_rights, i), block});
+}
+
+void restore_(Tensor weight, Optional left, Optional left_image, Optional right, Optional right_image, Optional core,
+              Optional reference, bool keep_left, bool keep_right, bool block) {
+  const char* op = "restore_";
+  check_matrix(op, "weight", weight);
+  const int64_t m = weight.size(weight.dim() - 2), n = weight.size(weight.dim() - 1);
+  if (left) check_basis(op, "left", *left, weight, m);
+  if (right) check_basis(op, "right", *right, weight, n);
+  STD_TORCH_CHECK(!block || (left && right && core), op, ": block: wanted left, right and core with it");
+  STD_TORCH_CHECK(!block || !(keep_left || keep_right), op, ": block: wanted no keep_left and no keep_right with it");
+  STD_TORCH_CHECK(!keep_left || left, op, ": keep_left: wanted a left basis with it, given left=None");
+  STD_TORCH_CHECK(!keep_right || right, op, ": keep_right: wanted a right basis with it, given right=None");
+  if (!block) {
+    STD_TORCH_CHECK(!(keep_left || keep_right) || reference, op,
+                    ": reference: wanted the start weight with keep_left or keep_right, given None");
+    STD_TORCH_CHECK(!left || keep_left || left_image, op, ": left_image: wanted left^T W0, given None");
+    STD_TORCH_CHECK(!right || keep_right || right_image, op, ": right_image: wanted W0 right, given None");
+  }
+  if (left && left_image) check_thin(op, "left_image", *left_image, weight, left->size(left->dim() - 1), n);
+  if (right && right_image) check_thin(op, "right_image", *right_image, weight, m, right->size(right->dim() - 1));
+  if (core && block)
+    check_thin(op, "core", *core, weight, left->size(left->dim() - 1), right->size(right->dim() - 1));
+  if (reference) check_thin(op, "reference", *reference, weight, m, n);
+  STD_TORCH_CHECK(!reference || reference->scalar_type() == weight.scalar_type(), op,
+                  ": reference: wanted the dtype of weight");
+  check_written(op, "weight", weight);
+  check_apart(op, "weight", weight, "left", left);
+  check_apart(op, "weight", weight, "left_image", left_image);
+  check_apart(op, "weight", weight, "right", right);
+  check_apart(op, "weight", weight, "right_image", right_image);
+  check_apart(op, "weight", weight, "core", core);
+  check_apart(op, "weight", weight, "reference", reference);
+  execute(weight, weight, {left, right, left_image, right_image, core, reference, keep_left, keep_right, block});
+}
+
+}  // namespace sculpt::cpu
+
+STABLE_TORCH_LIBRARY_IMPL(sculpt, CPU, m) {
+  m.impl("project", TORCH_BOX(&sculpt::cpu::project));
+  m.impl("project_", TORCH_BOX(&sculpt::cpu::project_));
+  m.impl("foreach_project_", TORCH_BOX(&sculpt::cpu::foreach_project_));
+  m.impl("restore_", TORCH_BOX(&sculpt::cpu::restore_));
+}

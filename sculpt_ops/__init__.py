@@ -1,0 +1,21 @@
+"""Subspace-protected full fine-tuning: fused projection ops for torch, the bases that protect, the optimizer that keeps to them.
+
+The low-level ops are ``torch.ops.sculpt.*``; importing this package registers them.
+"""
+
+from .ops import foreach_project_, project, project_, restore_
+from .optim import AdamW
+from .ranks import Energy, Rank
+from .subspaces import Subspaces
+
+__all__ = [
+    "AdamW",
+    "Energy",
+    "Rank",
+    "Subspaces",
+    "foreach_project_",
+    "project",
+    "project_",
+    "restore_",
+]
+__version__ = "0.1.0"

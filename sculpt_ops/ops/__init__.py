@@ -1,0 +1,6 @@
+"""The op families: schemas in C++ (csrc/ops.cpp), CPU kernels in C++, CUDA through Triton or library products."""
+
+from .project import foreach_project_, project, project_
+from .restore import restore_
+
+__all__ = ["foreach_project_", "project", "project_", "restore_"]

@@ -1,0 +1,221 @@
+"""What the ops accept. Each check raises one error naming the argument, what was given and what was wanted.
+
+``csrc/common/check.h`` guards the C++ kernels with the same rules, for programs without Python. These run first under
+Python because a message raised inside a stable-ABI kernel is lost on torch < 2.13.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+__all__ = ["check_apart", "check_foreach", "check_foreach_apart", "check_project", "check_restore", "check_written"]
+
+_HALF = (torch.bfloat16, torch.float16)
+_DTYPES = (torch.float32, torch.float64, *_HALF)
+
+
+def _shape(tensor: Tensor) -> str:
+    return str(tuple(tensor.shape))
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _check_matrix(op: str, name: str, matrix: Tensor) -> None:
+    if matrix.dtype not in _DTYPES:
+        raise TypeError(
+            f"{op}: {name}: given dtype {_name(matrix.dtype)}, wanted float32, float64, bfloat16 or float16"
+        )
+    if matrix.dim() < 2:
+        raise ValueError(f"{op}: {name}: given shape {_shape(matrix)}, wanted a matrix (..., m, n)")
+    if matrix.layout is not torch.strided:
+        raise TypeError(f"{op}: {name}: given layout {matrix.layout}, wanted a dense (strided) tensor")
+
+
+def _check_thin(op: str, name: str, thin: Tensor, matrix: Tensor, rows: int, cols: int | None) -> None:
+    shape, batch = thin.shape, matrix.shape[:-2]
+    good = len(shape) >= 2 and shape[-2] == rows and (cols is None or shape[-1] == cols)
+    if good and len(shape) > 2:
+        lead = shape[:-2]
+        good = len(lead) <= len(batch) and all(
+            a in (b, 1) for a, b in zip(reversed(lead), reversed(batch), strict=False)
+        )
+    if not good:
+        wanted = f"(..., {rows}, {'r' if cols is None else cols})"
+        raise ValueError(
+            f"{op}: {name}: given shape {_shape(thin)}, wanted {wanted} for a matrix of shape {_shape(matrix)}"
+        )
+    if thin.dtype is not matrix.dtype and not (thin.dtype is torch.float32 and matrix.dtype in _HALF):
+        wanted = f"{_name(matrix.dtype)} or float32" if matrix.dtype in _HALF else _name(matrix.dtype)
+        raise TypeError(f"{op}: {name}: given dtype {_name(thin.dtype)}, wanted {wanted}")
+    if thin.device != matrix.device:
+        raise ValueError(f"{op}: {name}: given device {thin.device}, wanted the matrix's, {matrix.device}")
+
+
+def _check_basis(op: str, name: str, basis: Tensor, matrix: Tensor, rows: int) -> None:
+    _check_thin(op, name, basis, matrix, rows, None)
+    if basis.shape[-1] > rows:
+        raise ValueError(f"{op}: {name}: given shape {_shape(basis)}, wanted at most {rows} orthonormal columns")
+
+
+def _check_flags(
+    op: str, left: Tensor | None, right: Tensor | None, keep_left: bool, keep_right: bool, block: bool
+) -> None:
+    if block:
+        if left is None or right is None:
+            given = "left only" if left is not None else "right only" if right is not None else "neither"
+            raise ValueError(f"{op}: block: given {given}, wanted both left and right")
+        if keep_left or keep_right:
+            raise ValueError(f"{op}: block: given with keep_left or keep_right, wanted neither of them")
+    if keep_left and left is None:
+        raise ValueError(f"{op}: keep_left: given left=None, wanted a left basis")
+    if keep_right and right is None:
+        raise ValueError(f"{op}: keep_right: given right=None, wanted a right basis")
+
+
+def check_project(
+    op: str,
+    grad: Tensor,
+    left: Tensor | None,
+    right: Tensor | None,
+    keep_left: bool,
+    keep_right: bool,
+    block: bool,
+    name: str = "grad",
+) -> None:
+    """Shapes, dtypes, devices and flags of one projection; under tracing too."""
+    _check_matrix(op, name, grad)
+    m, n = grad.shape[-2:]
+    if left is not None:
+        _check_basis(op, "left", left, grad, m)
+    if right is not None:
+        _check_basis(op, "right", right, grad, n)
+    if keep_left or keep_right or block:
+        _check_flags(op, left, right, keep_left, keep_right, block)
+
+
+def check_foreach(
+    op: str,
+    grads: Sequence[Tensor],
+    lefts: Sequence[Tensor | None],
+    rights: Sequence[Tensor | None],
+    keep_lefts: Sequence[bool],
+    keep_rights: Sequence[bool],
+    block: bool,
+) -> None:
+    """One entry of each list for each of ``grads``; flag lists may be empty."""
+    count = len(grads)
+    lists = (("lefts", lefts, False), ("rights", rights, False))
+    flags = (("keep_lefts", keep_lefts, True), ("keep_rights", keep_rights, True))
+    for name, entries, may_be_empty in (*lists, *flags):
+        if len(entries) != count and not (may_be_empty and len(entries) == 0):
+            raise ValueError(f"{op}: {name}: given {len(entries)} entries, wanted {count}, one for each of grads")
+    for i, grad in enumerate(grads):
+        keep_left = bool(keep_lefts) and keep_lefts[i]
+        keep_right = bool(keep_rights) and keep_rights[i]
+        check_project(f"{op} (entry {i})", grad, lefts[i], rights[i], keep_left, keep_right, block)
+
+
+def check_restore(
+    op: str,
+    weight: Tensor,
+    left: Tensor | None,
+    left_image: Tensor | None,
+    right: Tensor | None,
+    right_image: Tensor | None,
+    core: Tensor | None,
+    reference: Tensor | None,
+    keep_left: bool,
+    keep_right: bool,
+    block: bool,
+) -> None:
+    """Shapes, dtypes, devices and flags of a restore, and that each side has what it is restored from."""
+    check_project(op, weight, left, right, keep_left, keep_right, block, name="weight")
+    m, n = weight.shape[-2:]
+    if block:
+        assert left is not None
+        assert right is not None
+        if core is None:
+            raise ValueError(f"{op}: core: given None, wanted left^T W0 right with block=True")
+        _check_thin(op, "core", core, weight, left.shape[-1], right.shape[-1])
+    else:
+        if (keep_left or keep_right) and reference is None:
+            raise ValueError(f"{op}: reference: given None, wanted the start weight with keep_left or keep_right")
+        if left is not None and not keep_left and left_image is None:
+            raise ValueError(f"{op}: left_image: given None, wanted left^T W0")
+        if right is not None and not keep_right and right_image is None:
+            raise ValueError(f"{op}: right_image: given None, wanted W0 right")
+    if left is not None and left_image is not None:
+        _check_thin(op, "left_image", left_image, weight, left.shape[-1], n)
+    if right is not None and right_image is not None:
+        _check_thin(op, "right_image", right_image, weight, m, right.shape[-1])
+    if reference is not None:
+        _check_thin(op, "reference", reference, weight, m, n)
+        if reference.dtype is not weight.dtype:
+            raise TypeError(f"{op}: reference: given dtype {_name(reference.dtype)}, wanted {_name(weight.dtype)}")
+
+
+def _extent(tensor: Tensor) -> tuple[int, int]:
+    begin = tensor.data_ptr()
+    if tensor.numel() == 0:
+        return begin, begin
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return begin, begin + (last + 1) * tensor.element_size()
+
+
+def _column_slices(a: Tensor, b: Tensor) -> bool:
+    """Column slices of one row-major matrix interleave without sharing an element."""
+    if a.dim() != 2 or b.dim() != 2 or a.dtype is not b.dtype:
+        return False
+    pitch = a.stride(0)
+    if a.stride(1) != 1 or b.stride(1) != 1 or b.stride(0) != pitch or pitch <= 0:
+        return False
+    elements, odd = divmod(b.data_ptr() - a.data_ptr(), a.element_size())
+    offset = elements % pitch
+    return odd == 0 and offset >= a.shape[1] and offset + b.shape[1] <= pitch
+
+
+def _share_memory(a: Tensor, b: Tensor) -> bool:
+    (a0, a1), (b0, b1) = _extent(a), _extent(b)
+    return a0 < b1 and b0 < a1 and not _column_slices(a, b)
+
+
+def check_written(op: str, name: str, tensor: Tensor) -> None:
+    """A tensor to be written must not hold one element twice. Reads addresses: eager only."""
+    reach = 0
+    for stride, size in sorted((st, si) for st, si in zip(tensor.stride(), tensor.shape, strict=True) if si > 1):
+        if stride <= reach and tensor.numel():
+            raise ValueError(
+                f"{op}: {name}: given a tensor that overlaps itself (an expanded tensor?), wanted every element stored "
+                "once; pass a clone"
+            )
+        reach += (size - 1) * stride
+
+
+def check_apart(op: str, written_name: str, written: Tensor, **others: Tensor | None) -> None:
+    """None of ``others`` may share memory with the tensor to be written. Reads addresses: eager only."""
+    for name, other in others.items():
+        if other is not None and _share_memory(written, other):
+            raise ValueError(f"{op}: {name}: given memory shared with {written_name}, wanted memory of its own")
+
+
+def check_foreach_apart(
+    op: str, grads: Sequence[Tensor], lefts: Sequence[Tensor | None], rights: Sequence[Tensor | None]
+) -> None:
+    """No two entries to be written, and no basis and entry, share memory. Reads addresses: eager only."""
+    order = sorted((_extent(grad), i) for i, grad in enumerate(grads) if grad.numel())
+    for at, ((_, end), i) in enumerate(order):
+        for (begin, _), j in order[at + 1 :]:
+            if begin >= end:
+                break
+            if _share_memory(grads[i], grads[j]):
+                raise ValueError(
+                    f"{op}: grads: given entries {min(i, j)} and {max(i, j)} that share memory, wanted memory of their own"
+                )
+    for i, grad in enumerate(grads):
+        check_written(op, f"grads[{i}]", grad)
+        check_apart(op, f"grads[{i}]", grad, **{f"lefts[{i}]": lefts[i], f"rights[{i}]": rights[i]})
