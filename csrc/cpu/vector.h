@@ -39,7 +39,7 @@ SCULPT_INLINE float from_bf16(Bf16 x) {
   return f;
 }
 
-// Round to nearest even in integers: vcvtneps2bf16 would flush denormals.
+// Round to nearest even in integers, for processors without vcvtneps2bf16.
 SCULPT_INLINE Vec<uint32_t> bf16_bits(Vec<float> f) {
   Vec<uint32_t> u = (Vec<uint32_t>)f;
   Vec<uint32_t> rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
@@ -90,7 +90,12 @@ SCULPT_INLINE void store_as(T* p, Vec<Acc> v) {
   if constexpr (sizeof(T) == sizeof(Acc)) {
     store(p, v);
   } else if constexpr (__is_same(T, Bf16)) {
+#if defined(SCULPT_BF16_DOT)
+    // Flushes denormals (below 1.2e-38) to zero, as the dot product itself does.
+    store(p, _mm512_cvtneps_pbh((__m512)v));
+#else
     store(p, __builtin_convertvector(bf16_bits(v), HalfVec));
+#endif
   } else {
 #if defined(SCULPT_F16C) && SCULPT_VECTOR_BYTES == 64
     store(p, _mm512_cvtps_ph((__m512)v, 0));

@@ -138,17 +138,19 @@ def _side_gradient(go: Tensor, matrix: Tensor, basis: Tensor, keep: bool) -> Ten
 
 
 def _project_setup(ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[str, Any], output: Tensor) -> None:
-    grad, left, right = inputs
+    # The dispatcher leaves out trailing arguments that equal their default.
+    grad, left, right = (*inputs, None, None)[:3]
     # grad itself is needed by the bases' gradients only.
     needed = any(basis is not None and basis.requires_grad for basis in (left, right))
     ctx.save_for_backward(grad if needed else None, left, right)
     ctx.flags = keyword_only_inputs
 
 
-def _project_backward(ctx: Any, go: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+def _project_backward(ctx: Any, go: Tensor) -> tuple[Tensor | None, ...]:
     grad, left, right = ctx.saved_tensors
     flags = ctx.flags
-    need_grad, need_left, need_right = ctx.needs_input_grad[:3]
+    given = len(ctx.needs_input_grad)
+    need_grad, need_left, need_right = (*ctx.needs_input_grad, False, False)[:3]
     d_grad = d_left = d_right = None
     if need_grad:  # the projection is self-adjoint in grad
         d_grad = _PROJECT(go, left, right, **flags)
@@ -157,14 +159,14 @@ def _project_backward(ctx: Any, go: Tensor) -> tuple[Tensor | None, Tensor | Non
             d_left = _side_gradient(go, _PROJECT(grad, None, right, keep_right=True), left, False)
         if need_right:
             d_right = _side_gradient(go.mT, _PROJECT(grad, left, None, keep_left=True).mT, right, False)
-        return d_grad, d_left, d_right
+        return (d_grad, d_left, d_right)[:given]
     if need_left:
         seen = grad if right is None else _PROJECT(grad, None, right, keep_right=flags["keep_right"])
         d_left = _side_gradient(go, seen, left, flags["keep_left"])
     if need_right:
         seen = grad if left is None else _PROJECT(grad, left, None, keep_left=flags["keep_left"])
         d_right = _side_gradient(go.mT, seen.mT, right, flags["keep_right"])
-    return d_grad, d_left, d_right
+    return (d_grad, d_left, d_right)[:given]
 
 
 torch.library.register_autograd("sculpt::project", _project_backward, setup_context=_project_setup)
@@ -239,6 +241,12 @@ def _foreach_autograd_(
     torch.autograd.graph.increment_version(grads)
 
 
+def _foreach_nothing_(grads: list[Tensor], lefts: list[Any], rights: list[Any], **flags: Any) -> None:
+    """Lists without a tensor reach no backend; an empty model is not an error."""
+    check_foreach("foreach_project_", grads, lefts, rights, (), (), False)
+
+
+LIBRARY.impl("foreach_project_", _foreach_nothing_, "Undefined")
 LIBRARY.impl("project_", _project_autograd_, "Autograd", with_keyset=True)
 LIBRARY.impl("foreach_project_", _foreach_autograd_, "Autograd", with_keyset=True)
 
