@@ -87,6 +87,8 @@ def foreach_project_(
     The lists have one entry a matrix; empty flag lists mean ``False`` throughout. Entries that share memory are refused
     in eager mode, and so, in grad mode, is any input that requires grad.
     """
+    if not grads:  # lists without a tensor reach no backend, and an empty model is not an error
+        return check_foreach("foreach_project_", grads, lefts, rights, keep_lefts, keep_rights, block)
     _FOREACH_(list(grads), list(lefts), list(rights), keep_lefts=keep_lefts, keep_rights=keep_rights, block=block)
 
 
@@ -241,12 +243,6 @@ def _foreach_autograd_(
     torch.autograd.graph.increment_version(grads)
 
 
-def _foreach_nothing_(grads: list[Tensor], lefts: list[Any], rights: list[Any], **flags: Any) -> None:
-    """Lists without a tensor reach no backend; an empty model is not an error."""
-    check_foreach("foreach_project_", grads, lefts, rights, (), (), False)
-
-
-LIBRARY.impl("foreach_project_", _foreach_nothing_, "Undefined")
 LIBRARY.impl("project_", _project_autograd_, "Autograd", with_keyset=True)
 LIBRARY.impl("foreach_project_", _foreach_autograd_, "Autograd", with_keyset=True)
 

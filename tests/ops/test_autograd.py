@@ -1,0 +1,185 @@
+"""Gradients, tracing, export and vmap of the projection ops. Gradients are tested with a random weighting: a plain sum of
+squares hides a missing backward, because P P x = P x."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.autograd import gradcheck, gradgradcheck
+from torch.library import opcheck
+
+import sculpt_ops
+from sculpt_ops import reference
+
+from .accuracy import REMOVE_AND_KEEP, gaussian, orthonormal
+
+OPS = torch.ops.sculpt
+FLAGS = pytest.mark.parametrize("flags", REMOVE_AND_KEEP, ids=lambda f: "+".join(f) or "remove")
+
+
+def inputs(dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor]:
+    return gaussian(7, 9, dtype=dtype), orthonormal(7, 2, dtype), orthonormal(9, 3, dtype, seed=2)
+
+
+@FLAGS
+def test_gradcheck(flags: dict[str, bool]) -> None:
+    tensors = tuple(t.requires_grad_() for t in inputs())
+    assert gradcheck(lambda g, a, b: sculpt_ops.project(g, a, b, **flags), tensors)
+    assert gradgradcheck(lambda g, a, b: sculpt_ops.project(g, a, b, **flags), tensors)
+
+
+@FLAGS
+def test_gradients_equal_those_of_the_plain_expression(flags: dict[str, bool]) -> None:
+    for left_given, right_given in ((True, True), (True, False), (False, True)):
+        if (flags.get("block") or flags.get("keep_left")) and not left_given:
+            continue
+        if (flags.get("block") or flags.get("keep_right")) and not right_given:
+            continue
+        ours, plain = [tuple(t.clone().requires_grad_() for t in inputs()) for _ in range(2)]
+        weights = gaussian(7, 9, seed=5)
+        for op, (g, a, b) in ((sculpt_ops.project, ours), (reference.project, plain)):
+            (op(g, a if left_given else None, b if right_given else None, **flags) * weights).sum().backward()
+        for mine, theirs in zip(ours, plain, strict=True):
+            assert (mine.grad is None) == (theirs.grad is None)
+            if mine.grad is not None:
+                torch.testing.assert_close(mine.grad, theirs.grad)
+
+
+def test_gradients_of_broadcast_bases_and_half_precision() -> None:
+    grad = gaussian(2, 5, 7, 9).requires_grad_()
+    left = torch.stack([orthonormal(7, 2, torch.float64, seed=i) for i in range(5)]).requires_grad_()
+    right = orthonormal(9, 3, torch.float64, seed=9).requires_grad_()
+    assert gradcheck(lambda *a: sculpt_ops.project(*a), (grad, left, right))
+    half = gaussian(7, 9, dtype=torch.bfloat16).requires_grad_()
+    basis = orthonormal(7, 2, torch.float32).requires_grad_()
+    (sculpt_ops.project(half, basis).float() * gaussian(7, 9, dtype=torch.float32, seed=3)).sum().backward()
+    assert half.grad is not None
+    assert half.grad.dtype is torch.bfloat16
+    assert basis.grad is not None
+    assert basis.grad.dtype is torch.float32
+
+
+def test_in_place_on_a_non_leaf_is_differentiable() -> None:
+    _, left, right = inputs()
+    leaf = gaussian(7, 9).requires_grad_()
+    assert gradcheck(lambda g: sculpt_ops.project_(g * 2, left, right), (leaf,))
+    assert gradcheck(lambda g: sculpt_ops.project_((g * 2).t().contiguous().t()[1:], left[1:]), (leaf,))
+
+
+def test_the_version_counter_moves_so_that_stale_saves_are_caught() -> None:
+    grad, left, right = inputs()
+    weight = torch.randn(7, 9, dtype=torch.float64, requires_grad=True)
+    for call in (
+        lambda: sculpt_ops.project_(grad, left),
+        lambda: sculpt_ops.foreach_project_([grad], [left], [None]),
+        lambda: sculpt_ops.restore_(grad, left, left.mT @ grad, None, None),
+    ):
+        version = grad._version
+        loss = (weight * grad).sum()  # saves grad
+        call()
+        assert grad._version == version + 1
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            loss.backward()
+
+
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_opcheck_project(requires_grad: bool) -> None:
+    for left_given, right_given in ((True, True), (True, False), (False, True), (False, False)):
+        grad, left, right = (t.requires_grad_(requires_grad) for t in inputs(torch.float32))
+        opcheck(OPS.project.default, (grad, left if left_given else None, right if right_given else None))
+    opcheck(OPS.project.default, inputs(torch.float32), {"block": True})
+    opcheck(OPS.project.default, inputs(torch.float32), {"keep_left": True, "keep_right": True})
+
+
+def test_opcheck_mutating_ops() -> None:
+    grad, left, right = inputs(torch.float32)
+    opcheck(OPS.project_.default, (grad.clone(), left, right), {"keep_right": True})
+    opcheck(OPS.project_.default, (grad.clone().requires_grad_() * 1, left, right))
+    opcheck(OPS.foreach_project_.default, ([grad.clone(), grad.clone()], [left, None], [None, right]))
+    opcheck(OPS.foreach_project_.default, ([grad.clone()], [left], [right]), {"keep_lefts": [True], "keep_rights": [False]})
+    opcheck(OPS.restore_.default, (grad.clone(), left, left.mT @ grad, right, grad @ right))
+    opcheck(
+        OPS.restore_.default,
+        (grad.clone(), left, None, right, None),
+        {"reference": grad.clone(), "keep_left": True, "keep_right": True},
+    )
+    opcheck(
+        OPS.restore_.default,
+        (grad.clone(), left, None, right, None),
+        {"core": left.mT @ grad @ right, "block": True},
+    )
+
+
+def test_compile_fullgraph_with_every_op_and_its_backward() -> None:
+    grad, left, right = inputs(torch.float32)
+
+    def step(g: Tensor) -> Tensor:
+        scaled = g * 2
+        sculpt_ops.project_(scaled, left, right)
+        parts = [g.detach().clone(), g.detach() + 1]
+        sculpt_ops.foreach_project_(parts, [left, None], [None, right], keep_lefts=[True, False])
+        weight = g.detach() * 3
+        sculpt_ops.restore_(weight, left, left.mT @ parts[1], None, None)
+        return scaled + sculpt_ops.project(g, left) + parts[0] - parts[1] + weight
+
+    compiled = torch.compile(step, fullgraph=True)
+    weights = gaussian(7, 9, dtype=torch.float32, seed=4)
+    results = []
+    for function in (step, compiled):
+        leaf = grad.clone().requires_grad_()
+        out = function(leaf)
+        (out * weights).sum().backward()
+        assert leaf.grad is not None
+        results.append((out.detach(), leaf.grad))
+    torch.testing.assert_close(results[0], results[1])
+
+
+def test_compile_with_dynamic_shapes() -> None:
+    compiled = torch.compile(lambda g, a, b: sculpt_ops.project(g, a, b) * 1, fullgraph=True, dynamic=True)
+    for m, n in ((7, 9), (12, 5), (30, 31)):
+        args = gaussian(m, n, dtype=torch.float32), orthonormal(m, 2, torch.float32), orthonormal(n, 3, torch.float32)
+        torch.testing.assert_close(compiled(*args), sculpt_ops.project(*args))
+
+
+class Functional(torch.nn.Module):
+    def forward(self, g: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        return sculpt_ops.project(g, a, b, keep_left=True)
+
+
+class InPlace(torch.nn.Module):
+    def forward(self, g: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        work = [g.clone(), g.clone()]
+        sculpt_ops.project_(work[0], a, b)
+        sculpt_ops.foreach_project_(work[1:], [a], [None])
+        sculpt_ops.restore_(work[1], a, a.mT @ g, None, None)
+        return work[0] + work[1]
+
+
+@pytest.mark.parametrize("module", [Functional(), InPlace()], ids=["functional", "in place"])
+def test_export(module: torch.nn.Module) -> None:
+    args = inputs(torch.float32)
+    program: Any = torch.export.export(module, args)
+    torch.testing.assert_close(program.module()(*args), module(*args))
+    torch.testing.assert_close(program.run_decompositions().module()(*args), module(*args))
+
+
+def test_vmap() -> None:
+    grads = gaussian(5, 7, 9, dtype=torch.float32)
+    lefts = torch.stack([orthonormal(7, 2, torch.float32, seed=i) for i in range(5)])
+    _, left, right = inputs(torch.float32)
+    expected = torch.stack([sculpt_ops.project(g, a, right) for g, a in zip(grads, lefts, strict=True)])
+    mapped = torch.vmap(sculpt_ops.project, in_dims=(1, 0, None))(grads.movedim(0, 1), lefts, right)
+    torch.testing.assert_close(mapped, expected)
+    mapped = torch.vmap(sculpt_ops.project, in_dims=(None, 2, None), out_dims=1)(grads[0], lefts.movedim(0, 2), right)
+    torch.testing.assert_close(mapped[:, 3], sculpt_ops.project(grads[0], lefts[3], right))
+    batched = gaussian(5, 4, 7, 9, dtype=torch.float32)
+    mapped = torch.vmap(sculpt_ops.project)(batched, lefts)
+    torch.testing.assert_close(mapped[2], sculpt_ops.project(batched[2], lefts[2]))
+    work = grads.clone()
+    torch.vmap(lambda g, a: sculpt_ops.project_(g, a, right))(work, lefts)
+    torch.testing.assert_close(work, expected)
+    nested = torch.vmap(torch.vmap(sculpt_ops.project, in_dims=(0, None)), in_dims=(0, None))(batched, left)
+    torch.testing.assert_close(nested, sculpt_ops.project(batched, left))
