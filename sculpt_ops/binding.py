@@ -1,0 +1,95 @@
+"""Finding the parameters of an optimizer that a set of subspaces is meant for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from .names import canonical_name, list_names
+
+if TYPE_CHECKING:
+    from .layer import LayerSubspace
+    from .subspaces import Subspaces
+
+__all__ = ["bind_to_optimizer", "check_still_bound", "unwrap_optimizer"]
+
+
+def unwrap_optimizer(optimizer: Any) -> torch.optim.Optimizer:
+    """The torch optimizer inside wrappers that keep it as `.optimizer`, like accelerate's, which take no step hook."""
+    inner = optimizer
+    while getattr(inner, "optimizer", None) is not None:
+        inner = inner.optimizer
+    if not isinstance(inner, torch.optim.Optimizer):
+        raise TypeError(f"optimizer must be a torch.optim.Optimizer or wrap one, got {type(optimizer).__name__}")
+    return inner
+
+
+def bind_to_optimizer(subspaces: Subspaces, optimizer: torch.optim.Optimizer) -> dict[Tensor, LayerSubspace]:
+    """The subspace of every parameter of `optimizer` that has one.
+
+    Found by identity with the parameter the basis was made from, otherwise (the objects were replaced, or the subspaces
+    loaded from a file) by canonical name if the optimizer was made from named parameters. Raises ValueError naming
+    every basis whose parameter the optimizer lacks, and on a parameter of another shape, dtype or device.
+    """
+    named = {
+        canonical_name(name): parameter
+        for group in optimizer.param_groups
+        for name, parameter in zip(group.get("param_names", ()), group["params"], strict=False)
+    }
+    present = set(_parameters(optimizer))
+    bound: dict[Tensor, LayerSubspace] = {}
+    missing = []
+    for name, layer in subspaces.items():
+        parameter: Tensor | None = subspaces.parameter(name)
+        if parameter is None or parameter not in present:
+            parameter = named.get(name)
+        if parameter is None:
+            missing.append(name)
+            continue
+        _check_fits(name, layer, parameter)
+        bound[parameter] = layer
+    if missing:
+        hint = "" if named else "; it was made without names: pass model.named_parameters() to bind by name"
+        raise ValueError(f"the optimizer lacks parameters that have a basis: {list_names(missing)}{hint}")
+    return bound
+
+
+def check_still_bound(optimizer: torch.optim.Optimizer, bound: Iterable[Tensor]) -> None:
+    """Raise RuntimeError if the optimizer no longer holds every parameter of `bound`.
+
+    Sharding replaces the objects, and training would go on unprotected.
+    """
+    present = set(_parameters(optimizer))
+    lost = sum(parameter not in present for parameter in bound)
+    if lost:
+        raise RuntimeError(
+            f"{lost} parameters with a basis are no longer in the optimizer (sharding or prepare() replaced them): "
+            "bind the subspaces again, after the model and the optimizer have been prepared"
+        )
+
+
+def _parameters(optimizer: torch.optim.Optimizer) -> Iterable[Tensor]:
+    return (parameter for group in optimizer.param_groups for parameter in group["params"])
+
+
+def _check_fits(name: str, layer: LayerSubspace, parameter: Tensor) -> None:
+    if type(parameter.data).__module__.startswith("torch.distributed"):
+        raise ValueError(f"{name} is sharded over devices, which subspaces do not support yet")
+    if tuple(parameter.shape) != layer.shape:
+        raise ValueError(f"the basis of {name} is for shape {layer.shape}, the parameter has {tuple(parameter.shape)}")
+    for basis in (layer.left, layer.right):
+        if basis is None:
+            continue
+        if basis.device != parameter.device:
+            raise ValueError(
+                f"the basis of {name} is on {basis.device}, the parameter on {parameter.device}: "
+                f"call subspaces.to({str(parameter.device)!r})"
+            )
+        if (basis.dtype == torch.float64) != (parameter.dtype == torch.float64):
+            raise ValueError(
+                f"the basis of {name} is {basis.dtype}, the parameter {parameter.dtype}: derive the subspaces from the "
+                "model in the dtype it is trained in"
+            )

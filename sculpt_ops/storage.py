@@ -1,0 +1,85 @@
+"""Subspaces in one safetensors file: bases and sketches as tensors, the rest as JSON in the header."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from .layer import LayerSubspace
+
+if TYPE_CHECKING:
+    from .subspaces import Subspaces, Unprotected
+
+__all__ = ["load_subspaces", "save_subspaces"]
+
+_KEY = "sculpt_ops.subspaces"
+_VERSION = 1
+_FIELDS = ("rank", "energy", "keep_left", "keep_right", "block")
+
+
+def save_subspaces(subspaces: Subspaces, sketches: Mapping[str, Tensor], path: Path) -> None:
+    """Write to a temporary file beside `path`, then rename it: a crash leaves what was there before."""
+    from safetensors.torch import save_file
+
+    tensors: dict[str, Tensor] = {}
+    layers: dict[str, Any] = {}
+    for name, layer in subspaces.items():
+        layers[name] = {"shape": list(layer.shape)} | {field: getattr(layer, field) for field in _FIELDS}
+        for part, tensor in (("left", layer.left), ("right", layer.right), ("sketch", sketches.get(name))):
+            if tensor is not None:
+                tensors[f"{name}:{part}"] = tensor.contiguous()
+    unprotected = [asdict(group) for group in subspaces.unprotected]
+    header = {"version": _VERSION, "layers": layers, "unprotected": unprotected}
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        save_file(tensors, temporary, metadata={_KEY: json.dumps(header)})
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def load_subspaces(path: Path) -> tuple[dict[str, LayerSubspace], dict[str, Tensor], list[Unprotected]]:
+    """Read what `save_subspaces` wrote; ValueError for a truncated or foreign file, OSError if it cannot be read."""
+    from safetensors import SafetensorError, safe_open
+
+    from .subspaces import Unprotected
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a mapping)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is truncated or not a safetensors file: {error}") from error
+    if _KEY not in metadata:
+        raise ValueError(f"{path} was not written by Subspaces.save: its header has no {_KEY!r}")
+    header = json.loads(metadata[_KEY])
+    if header["version"] != _VERSION:
+        raise ValueError(f"{path} has format version {header['version']}, this release reads version {_VERSION}")
+    layers = {name: _layer(path, name, fields, tensors) for name, fields in header["layers"].items()}
+    sketches = {name: tensors[f"{name}:sketch"] for name in layers if f"{name}:sketch" in tensors}
+    return layers, sketches, [Unprotected(**group) for group in header["unprotected"]]
+
+
+def _layer(path: Path, name: str, fields: dict[str, Any], tensors: dict[str, Tensor]) -> LayerSubspace:
+    layer = LayerSubspace(
+        shape=(fields["shape"][0], fields["shape"][1]),
+        left=tensors.get(f"{name}:left"),
+        right=tensors.get(f"{name}:right"),
+        **{field: fields[field] for field in _FIELDS},
+    )
+    for side, basis, rows, keep in (
+        ("left", layer.left, layer.shape[0], layer.keep_left),
+        ("right", layer.right, layer.shape[1], layer.keep_right),
+    ):
+        wanted = (rows, rows - layer.rank if keep else layer.rank)
+        if basis is not None and tuple(basis.shape) != wanted:
+            raise ValueError(f"{path}: the {side} basis of {name} has shape {tuple(basis.shape)}, wanted {wanted}")
+    if layer.left is None and layer.right is None:
+        raise ValueError(f"{path}: {name} has no basis")
+    return layer

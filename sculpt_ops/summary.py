@@ -1,0 +1,47 @@
+"""The table that `Subspaces.summary` returns."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from .names import list_names
+
+if TYPE_CHECKING:
+    from .layer import LayerSubspace
+    from .subspaces import Subspaces
+
+__all__ = ["summarise"]
+
+
+def summarise(subspaces: Subspaces) -> str:
+    """Every layer of `subspaces`, then every group of parameters that it does not protect."""
+    header = ("layer", "shape", "rank", "energy", "left", "right")
+    rows = [header, *(_row(name, layer) for name, layer in subspaces.items())]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(header))]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    lines.append(f"{len(subspaces)} matrices, {subspaces.memory() / 2**20:.1f} MiB of bases and sketches")
+    if empty := [name for name, layer in subspaces.items() if not layer.rank]:
+        lines.append(f"NOT protected, rank 0: {list_names(empty)}")
+    for trained, verb in ((True, "trained"), (False, "frozen")):
+        groups = [group for group in subspaces.unprotected if group.trained == trained]
+        if groups:
+            count, elements = sum(g.parameters for g in groups), sum(g.elements for g in groups)
+            lines.append(f"NOT protected, {verb}: {count} without a basis, {elements:,} elements")
+            lines += [f"  {group.parameters} x {group.pattern}, {group.elements:,} elements" for group in groups]
+    if not subspaces.unprotected:
+        lines.append("every parameter has a basis")
+    return "\n".join(lines)
+
+
+def _row(name: str, layer: LayerSubspace) -> tuple[str, ...]:
+    m, n = layer.shape
+    sides = (_side(layer.left, layer.keep_left, layer.block), _side(layer.right, layer.keep_right, layer.block))
+    return (name, f"{m} x {n}", str(layer.rank), f"{layer.energy:.1%}", *sides)
+
+
+def _side(basis: Tensor | None, keep: bool, block: bool) -> str:
+    if basis is None:
+        return "-"
+    return f"{basis.shape[1]} {'block' if block else 'free' if keep else 'protected'}"

@@ -1,0 +1,169 @@
+import itertools
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from sculpt_ops.layer import LayerSubspace
+from sculpt_ops.leak import LayerLeak, measure_exact, measure_sketched, sketch_weight
+from sculpt_ops.linalg import Spectrum
+from sculpt_ops.subspaces import Subspaces
+
+from .training import SHAPES, Shapes, assert_kept, start_of, train
+
+SIDES = ("both", "left", "right", "block")
+
+
+def parts(layer: LayerSubspace, change: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """P_L dW, dW P_R and what `sides` promises away, written out with full projectors."""
+    m, n = layer.shape
+    p_left, p_right = torch.zeros(m, m).double(), torch.zeros(n, n).double()
+    if layer.left is not None:
+        inside = layer.left.double() @ layer.left.double().mT
+        p_left = torch.eye(m).double() - inside if layer.keep_left else inside
+    if layer.right is not None:
+        inside = layer.right.double() @ layer.right.double().mT
+        p_right = torch.eye(n).double() - inside if layer.keep_right else inside
+    if layer.block:
+        return p_left @ change, change @ p_right, p_left @ change @ p_right
+    free = (torch.eye(m).double() - p_left) @ change @ (torch.eye(n).double() - p_right)
+    return p_left @ change, change @ p_right, change - free
+
+
+@pytest.mark.parametrize(("sides", "rank"), list(itertools.product(SIDES, (0, 5, 20))))
+def test_exact_leak_against_full_projectors(sides: str, rank: int) -> None:
+    start = torch.randn(24, 40)
+    weight = start + 0.1 * torch.randn(24, 40)
+    layer = LayerSubspace.from_spectrum(Spectrum.of(start), rank, sides, torch.float32)  # type: ignore[arg-type]
+    leak = measure_exact(layer, weight, start)
+    change = weight.double() - start.double()
+    left, right, total = (float(part.norm()) for part in parts(layer, change))
+    assert leak.change == pytest.approx(float(change.norm()))
+    assert leak.total_norm == pytest.approx(total, rel=1e-6)
+    assert leak.total == pytest.approx(total / leak.change, rel=1e-6)
+    if sides == "right":
+        assert leak.left is None
+        assert leak.left_norm is None
+    else:
+        assert leak.left_norm == pytest.approx(left, abs=1e-9)
+    if sides == "left":
+        assert leak.right is None
+    else:
+        assert leak.right_norm == pytest.approx(right, abs=1e-9)
+        assert leak.right == pytest.approx(right / leak.change, abs=1e-9)
+
+
+@pytest.mark.parametrize(("sides", "rank"), list(itertools.product(SIDES, (5, 20))))
+def test_sketched_leak_is_near_the_exact_one(sides: str, rank: int) -> None:
+    start = torch.randn(24, 40)
+    weight = start + 0.1 * torch.randn(24, 40)
+    layer = LayerSubspace.from_spectrum(Spectrum.of(start), rank, sides, torch.float32)  # type: ignore[arg-type]
+    exact = measure_exact(layer, weight, start)
+    ratios = []
+    for seed in range(50):
+        sketch = sketch_weight(layer, start, f"layer.{seed}")
+        sketched = measure_sketched(layer, weight, sketch, f"layer.{seed}")
+        ratios.append([(sketched.total_norm / exact.total_norm) ** 2, (sketched.change / exact.change) ** 2])
+    squares = torch.tensor(ratios)
+    # Unbiased in the square, and its deviation no more than sqrt(2 / 16).
+    assert torch.allclose(squares.mean(0), torch.ones(2), atol=4 * (2 / 16 / 50) ** 0.5)
+    assert (squares.std(0) < 0.5).all()
+
+
+def test_no_change_is_no_leak() -> None:
+    start = torch.randn(8, 8)
+    layer = LayerSubspace.from_spectrum(Spectrum.of(start), 4, "both", torch.float32)
+    assert measure_exact(layer, start, start) == LayerLeak(0.0, 0.0, 0.0, 0.0)
+    assert measure_exact(layer, start, start).total == 0.0
+    assert measure_sketched(layer, start, sketch_weight(layer, start, "w"), "w").total == 0.0
+
+
+def test_sketch_of_a_name_is_fixed() -> None:
+    # A saved sketch must be readable by later releases: these signs may never change.
+    layer = LayerSubspace((4, 3), 0, 0.0, left=torch.zeros(4, 0))
+    signs = sketch_weight(layer, torch.eye(4, 3), "model.layers.0.self_attn.q_proj.weight") * 4
+    rows = ["".join("+" if x > 0 else "-" for x in row) for row in signs[:3].tolist()]
+    assert rows == ["++--+---+-++++++", "---+++--+++----+", "-+++-+++++++-+++"]
+
+
+def test_leak_from_start_weights_and_from_sketches() -> None:
+    model = Shapes()
+    subspaces = Subspaces.from_model(model, 0.5, targets=list(SHAPES))
+    start = start_of(model)
+    train(model, torch.optim.SGD(model.parameters(), lr=1e-3), 5)
+    exact, sketched = subspaces.leak({f"module.{name}": tensor for name, tensor in start.items()}), subspaces.leak()
+    for name in subspaces:
+        assert exact[name].total > 0.05
+        assert sketched[name].total == pytest.approx(exact[name].total, rel=0.5)
+    with pytest.raises(ValueError, match="start lacks the weights of tall"):
+        subspaces.leak({name: start[name] for name in ("square", "wide")})
+    with pytest.raises(ValueError, match=r"start\['wide'\] has shape \(2, 2\), wanted \(24, 56\)"):
+        subspaces.leak(start | {"wide": torch.zeros(2, 2)})
+
+
+@pytest.mark.parametrize(("sides", "share"), list(itertools.product(SIDES, (0.3, 0.8))))
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_guard_holds_any_optimizer(sides: str, share: float, wrapped: bool) -> None:
+    model = Shapes()
+    subspaces = Subspaces.from_model(model, share, sides=sides, targets=list(SHAPES))  # type: ignore[arg-type]
+    start = start_of(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9, weight_decay=0.1)
+    subspaces.guard(SimpleNamespace(optimizer=optimizer) if wrapped else optimizer)
+    train(model, optimizer)
+    assert_kept(subspaces, start)
+
+
+def test_guard_ends_with_its_handle() -> None:
+    model = Shapes()
+    subspaces = Subspaces.from_model(model, 0.5, targets=list(SHAPES))
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+    handle = subspaces.guard(optimizer)
+    train(model, optimizer, 3)
+    assert max(leak.total for leak in subspaces.leak().values()) < 1e-3
+    handle.remove()
+    train(model, optimizer, 3)
+    assert min(leak.total for leak in subspaces.leak().values()) > 0.05
+
+
+def test_guard_does_not_move_an_untouched_weight() -> None:
+    model = Shapes()
+    start = start_of(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    Subspaces.from_model(model, 0.4, targets=list(SHAPES)).guard(optimizer)
+    train(model, optimizer)
+    for name, parameter in model.named_parameters():
+        assert float((parameter.detach() - start[name]).norm()) <= 1e-6 * float(start[name].norm())
+
+
+def test_guard_undoes_bfloat16_drift() -> None:
+    model = Shapes(torch.bfloat16)
+    subspaces = Subspaces.from_model(model, 0.5, targets=list(SHAPES))
+    start = start_of(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    subspaces.guard(optimizer)
+    train(model, optimizer)
+    for name, leak in subspaces.leak(start).items():
+        # The rounding of one bfloat16 weight, however many steps have gone by.
+        assert leak.total_norm <= 2**-8 * float(start[name].float().norm())
+
+
+def test_guard_refuses_what_it_cannot_hold() -> None:
+    model = Shapes()
+    subspaces = Subspaces.from_model(model, 0.5, targets=list(SHAPES))
+    with pytest.raises(TypeError, match=r"must be a torch\.optim\.Optimizer or wrap one, got Shapes"):
+        subspaces.guard(model)
+    partial = torch.optim.SGD([model.wide], lr=0.1)
+    with pytest.raises(ValueError, match="lacks parameters that have a basis: square, tall; it was made without names"):
+        subspaces.guard(partial)
+    assert not partial._optimizer_step_post_hooks
+
+
+def test_guard_notices_replaced_parameters() -> None:
+    model = Shapes()
+    subspaces = Subspaces.from_model(model, 0.5, targets=list(SHAPES))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    subspaces.guard(optimizer)
+    optimizer.param_groups[0]["params"][0] = nn.Parameter(torch.zeros(32, 32))
+    with pytest.raises(RuntimeError, match="1 parameters with a basis are no longer in the optimizer"):
+        optimizer.step()

@@ -1,0 +1,69 @@
+from pathlib import Path
+
+import pytest
+import torch
+
+from sculpt_ops.subspaces import Subspaces
+
+from .training import SHAPES, Shapes
+
+
+@pytest.mark.parametrize("sides", ["both", "left", "right", "block"])
+def test_save_and_load(tmp_path: Path, sides: str) -> None:
+    model = Shapes()
+    saved = Subspaces.from_model(model, 0.75, sides=sides, targets=list(SHAPES))  # type: ignore[arg-type]
+    path = tmp_path / "subspaces.safetensors"
+    saved.save(path)
+    assert [file.name for file in tmp_path.iterdir()] == [path.name]
+    with torch.no_grad():
+        model.square.add_(torch.randn(32, 32))
+    loaded = Subspaces.load(path, model)
+    assert loaded.summary() == saved.summary()
+    assert loaded.leak() == saved.leak()
+    for name, layer in saved.items():
+        for side in ("left", "right"):
+            old, new = getattr(layer, side), getattr(loaded[name], side)
+            assert (old is None and new is None) or torch.equal(old, new)
+        assert repr(loaded[name]) == repr(layer)
+    assert Subspaces.load(path).parameter("square") is None
+
+
+def test_load_refuses_other_files(tmp_path: Path) -> None:
+    from safetensors import safe_open
+    from safetensors.torch import save_file
+
+    path = tmp_path / "subspaces.safetensors"
+    Subspaces.from_model(Shapes(), targets="square").save(path)
+    whole = path.read_bytes()
+    for size in (0, 5, 200, len(whole) - 1):
+        path.write_bytes(whole[:size])
+        with pytest.raises(ValueError, match=r"subspaces\.safetensors is truncated or not a safetensors file"):
+            Subspaces.load(path)
+    save_file({"square:left": torch.zeros(2, 2)}, path)
+    with pytest.raises(ValueError, match=r"was not written by Subspaces\.save"):
+        Subspaces.load(path)
+    path.write_bytes(whole)
+    with safe_open(path, "pt") as file:
+        tensors, metadata = {key: file.get_tensor(key) for key in file.keys()}, file.metadata()  # noqa: SIM118
+    save_file(tensors | {"square:left": torch.zeros(32, 15)}, path, metadata)
+    with pytest.raises(ValueError, match=r"the left basis of square has shape \(32, 15\), wanted \(32, 16\)"):
+        Subspaces.load(path)
+    with pytest.raises(FileNotFoundError):
+        Subspaces.load(tmp_path / "absent.safetensors")
+
+
+def test_failed_save_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import safetensors.torch
+
+    path = tmp_path / "subspaces.safetensors"
+    path.write_bytes(b"old")
+
+    def fail(tensors: object, filename: Path, metadata: object) -> None:
+        Path(filename).write_bytes(b"half")
+        raise OSError("disk full")
+
+    monkeypatch.setattr(safetensors.torch, "save_file", fail)
+    with pytest.raises(OSError, match="disk full"):
+        Subspaces.from_model(Shapes(), targets="square").save(path)
+    assert path.read_bytes() == b"old"
+    assert len(list(tmp_path.iterdir())) == 1
