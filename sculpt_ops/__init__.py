@@ -1,4 +1,4 @@
-"""Subspace-protected full fine-tuning: fused projection ops for torch, the bases that protect, the optimizer that keeps to them.
+"""Full fine-tuning in protected subspaces: fused projection ops, protecting bases, an optimizer that keeps to them.
 
 The low-level ops are ``torch.ops.sculpt.*``; importing this package registers them.
 """

@@ -97,7 +97,9 @@ def restore_(
     left, left_image, right, right_image, core, reference = cast
     matrix = weight.to(dtype)
     if block:
-        assert left is not None and right is not None and core is not None
+        assert left is not None
+        assert right is not None
+        assert core is not None
         return weight.copy_(matrix - left @ (left.mT @ matrix @ right - core) @ right.mT)
     if left is not None:
         if keep_left:

@@ -214,7 +214,8 @@ def check_foreach_apart(
                 break
             if _share_memory(grads[i], grads[j]):
                 raise ValueError(
-                    f"{op}: grads: given entries {min(i, j)} and {max(i, j)} that share memory, wanted memory of their own"
+                    f"{op}: grads: given entries {min(i, j)} and {max(i, j)} that share memory, wanted memory of "
+                    "their own"
                 )
     for i, grad in enumerate(grads):
         check_written(op, f"grads[{i}]", grad)

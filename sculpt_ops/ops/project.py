@@ -1,7 +1,8 @@
-"""Projection of a matrix away from, or into, the span of orthonormal bases: ``project``, ``project_``, ``foreach_project_``.
+"""Projection of a matrix away from, or into, the span of orthonormal bases.
 
-Source: "Sculpting Subspaces" (arXiv 2504.07097), section 3: the gradient of a weight matrix keeps only what lies outside
-the protected singular directions. ``block=True`` is the formula printed there, both sides are what its code does.
+Source: "Sculpting Subspaces" (arXiv 2504.07097), section 3: the gradient of a weight matrix keeps only what lies
+outside the protected singular directions. ``block=True`` is the formula printed there, both sides are what its code
+does.
 """
 
 from __future__ import annotations
@@ -65,9 +66,9 @@ def project_(
 ) -> Tensor:
     """In-place :func:`project`; returns ``grad``.
 
-    In grad mode a leaf that requires grad is refused before anything is written, as is a basis that requires grad; on a
-    non-leaf the call is differentiable in ``grad``. ``grad`` must hold every element once (no expanded tensor) and share
-    no memory with the bases.
+    In grad mode a leaf that requires grad is refused before anything is written, as is a basis that requires grad; on
+    a non-leaf the call is differentiable in ``grad``. ``grad`` must hold every element once (no expanded tensor) and
+    share no memory with the bases.
     """
     _PROJECT_(grad, left, right, keep_left=keep_left, keep_right=keep_right, block=block)
     return grad
@@ -234,8 +235,8 @@ def _foreach_autograd_(
             _refuse_basis_grad("foreach_project_", **{f"lefts[{i}]": left, f"rights[{i}]": right})
             if grad.requires_grad:
                 raise RuntimeError(
-                    f"foreach_project_: grads[{i}]: given a tensor that requires grad, wanted one that does not; detach "
-                    "it, or use project_ on it"
+                    f"foreach_project_: grads[{i}]: given a tensor that requires grad, wanted one that does not; "
+                    "detach it, or use project_ on it"
                 )
     _FOREACH_.redispatch(
         keyset & AFTER_AUTOGRAD, grads, lefts, rights, keep_lefts=keep_lefts, keep_rights=keep_rights, block=block

@@ -1,8 +1,8 @@
 """``restore_``: put the protected part of a weight matrix back to what it was at the start of the task.
 
-The guard for optimizers whose update is not projected: rounding, weight decay and elementwise scaling move a weight inside
-the protected space even where its gradient was projected ("Sculpting Subspaces", arXiv 2504.07097, projects only the
-gradient). Exact in float64 for both sides in turn: ``L`` and ``R`` do not interfere.
+The guard for optimizers whose update is not projected: rounding, weight decay and elementwise scaling move a weight
+inside the protected space even where its gradient was projected ("Sculpting Subspaces", arXiv 2504.07097, projects only
+the gradient). Exact in float64 for both sides in turn: ``L`` and ``R`` do not interfere.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def restore_(
         reference: ``W0``, weight's shape and dtype; with a kept side: ``W = W0 + L Lᵀ (W - W0)``.
         keep_left, keep_right, block: as the bases were used in :func:`sculpt_ops.project`.
 
-    Thin arguments have weight's dtype, or float32 with a half-precision weight. In grad mode no argument may require grad.
+    Thin arguments have weight's dtype, or float32 with a half-precision weight. In grad mode none may require grad.
 
     Raises:
         ValueError, TypeError, RuntimeError: naming the argument, what was given and what was wanted; nothing has been

@@ -71,8 +71,8 @@ def assert_accurate(
 ) -> None:
     """``ours`` against ``plain(*args)`` evaluated in float64 (80-bit for float64 itself).
 
-    Max and mean error at most twice those of ``plain`` in the arguments' own dtype, plus twice the rounding of the exact
-    result to that dtype, plus a floor of a few eps of the input's magnitude: where everything cancels, the plain
+    Max and mean error at most twice those of ``plain`` in the arguments' own dtype, plus twice the rounding of the
+    exact result to that dtype, plus a floor of a few eps of the input's magnitude: where everything cancels, the plain
     expression's own error can be exactly 0.
     """
     dtype = ours.dtype
@@ -87,5 +87,10 @@ def assert_accurate(
     # A half-precision result of fp32 arithmetic has an fp32 floor; otherwise the dtype's own.
     eps = torch.finfo(torch.float32 if dtype.itemsize == 2 else dtype).eps
     floor = 4 * eps * float(args[0].double().abs().max() if scale is None else scale)
-    assert error.max() <= 2 * naive.max() + 2 * rounding.max() + floor, (error.max(), naive.max(), rounding.max(), floor)
+    assert error.max() <= 2 * naive.max() + 2 * rounding.max() + floor, (
+        error.max(),
+        naive.max(),
+        rounding.max(),
+        floor,
+    )
     assert error.mean() <= 2 * naive.mean() + 2 * rounding.mean() + floor

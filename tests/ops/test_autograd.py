@@ -1,5 +1,5 @@
-"""Gradients, tracing, export and vmap of the projection ops. Gradients are tested with a random weighting: a plain sum of
-squares hides a missing backward, because P P x = P x."""
+"""Gradients, tracing, export and vmap of the projection ops. Gradients are tested with a random weighting: a plain sum
+of squares hides a missing backward, because P P x = P x."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_in_place_on_a_non_leaf_is_differentiable() -> None:
 
 
 def test_the_version_counter_moves_so_that_stale_saves_are_caught() -> None:
-    grad, left, right = inputs()
+    grad, left, _ = inputs()
     weight = torch.randn(7, 9, dtype=torch.float64, requires_grad=True)
     for call in (
         lambda: sculpt_ops.project_(grad, left),
@@ -99,7 +99,9 @@ def test_opcheck_mutating_ops() -> None:
     opcheck(OPS.project_.default, (grad.clone(), left, right), {"keep_right": True})
     opcheck(OPS.project_.default, (grad.clone().requires_grad_() * 1, left, right))
     opcheck(OPS.foreach_project_.default, ([grad.clone(), grad.clone()], [left, None], [None, right]))
-    opcheck(OPS.foreach_project_.default, ([grad.clone()], [left], [right]), {"keep_lefts": [True], "keep_rights": [False]})
+    opcheck(
+        OPS.foreach_project_.default, ([grad.clone()], [left], [right]), {"keep_lefts": [True], "keep_rights": [False]}
+    )
     opcheck(OPS.restore_.default, (grad.clone(), left, left.mT @ grad, right, grad @ right))
     opcheck(
         OPS.restore_.default,

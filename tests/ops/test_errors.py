@@ -32,7 +32,12 @@ def shared_left() -> dict[str, Any]:
 
 WRONG: list[tuple[str, dict[str, Any], str, str]] = [
     # id, arguments, the argument named, words that say given and wanted
-    ("left rows", make(left=orthonormal(N, 3, torch.float32)), "left", r"\(20, 3\).*\(\.\.\., 12, r\)|\(\.\.\., 12, r\).*\(20, 3\)"),
+    (
+        "left rows",
+        make(left=orthonormal(N, 3, torch.float32)),
+        "left",
+        r"\(20, 3\).*\(\.\.\., 12, r\)|\(\.\.\., 12, r\).*\(20, 3\)",
+    ),
     ("right rows", make(right=orthonormal(M, 3, torch.float32)), "right", r"12, 3"),
     ("left 1-d", make(left=torch.ones(M)), "left", r"\(12,?\)"),
     ("grad 1-d", make(grad=torch.ones(M)), "grad", "matrix"),
@@ -41,7 +46,12 @@ WRONG: list[tuple[str, dict[str, Any], str, str]] = [
     ("left dtype", make(left=orthonormal(M, 3, torch.float64)), "left", "float32"),
     ("half basis of float matrix", make(right=orthonormal(N, 3, torch.bfloat16)), "right", "float32|dtype"),
     ("integer grad", make(grad=torch.ones(M, N, dtype=torch.int64)), "grad", "float32, float64, bfloat16 or float16"),
-    ("complex grad", make(grad=torch.ones(M, N, dtype=torch.complex64)), "grad", "float32, float64, bfloat16 or float16"),
+    (
+        "complex grad",
+        make(grad=torch.ones(M, N, dtype=torch.complex64)),
+        "grad",
+        "float32, float64, bfloat16 or float16",
+    ),
     ("block one side", make(right=None, block=True), "block", "both"),
     ("block keep", make(block=True, keep_left=True), "block", "neither|no keep"),
     ("keep left none", make(left=None, keep_left=True), "keep_left", "left=None"),
@@ -61,30 +71,35 @@ def unchanged(arguments: dict[str, Any], before: dict[str, Tensor]) -> bool:
     return all(torch.equal(arguments[k], v) for k, v in before.items())
 
 
+def call(entry: str, positional: tuple[Any, ...], flags: dict[str, Any]) -> None:
+    if entry == "inference":  # no Autograd kernel in between: the C++ checks themselves
+        with torch.inference_mode():
+            OPS.project_(*positional, **flags)
+    elif entry == "foreach":
+        listed = {"keep_left": "keep_lefts", "keep_right": "keep_rights"}
+        flags = {listed.get(k, k): [v] if k in listed else v for k, v in flags.items()}
+        sculpt_ops.foreach_project_(*[[p] for p in positional], **flags)
+    elif entry == "fake":
+        with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True) as mode:
+            OPS.project_(*[None if p is None else mode.from_tensor(p) for p in positional], **flags)
+    else:
+        getattr(sculpt_ops, entry)(*positional, **flags)
+
+
 @pytest.mark.parametrize(("arguments", "name", "words"), [w[1:] for w in WRONG], ids=[w[0] for w in WRONG])
 @pytest.mark.parametrize("entry", ["project", "project_", "inference", "fake", "foreach"])
 def test_project_refuses(entry: str, arguments: dict[str, Any], name: str, words: str) -> None:
     before = snapshot(arguments)
     flags = {k: v for k, v in arguments.items() if isinstance(v, bool)}
-    positional = (arguments["grad"], arguments["left"], arguments["right"])
     with pytest.raises((ValueError, TypeError, RuntimeError), match=words) as caught:
-        if entry == "inference":  # no Autograd kernel in between: the C++ checks themselves
-            with torch.inference_mode():
-                OPS.project_(*positional, **flags)
-        elif entry == "foreach":
-            listed = {"keep_left": "keep_lefts", "keep_right": "keep_rights"}
-            flags = {listed.get(k, k): [v] if k in listed else v for k, v in flags.items()}
-            sculpt_ops.foreach_project_(*[[p] for p in positional], **flags)
-        elif entry == "fake":
-            with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True) as mode:
-                OPS.project_(*[None if p is None else mode.from_tensor(p) for p in positional], **flags)
-        else:
-            getattr(sculpt_ops, entry)(*positional, **flags)
+        call(entry, (arguments["grad"], arguments["left"], arguments["right"]), flags)
     assert f"{name}:" in str(caught.value)
     assert unchanged(arguments, before)
 
 
-@pytest.mark.parametrize(("arguments", "name", "words"), [w[1:] for w in IN_PLACE_ONLY], ids=[w[0] for w in IN_PLACE_ONLY])
+@pytest.mark.parametrize(
+    ("arguments", "name", "words"), [w[1:] for w in IN_PLACE_ONLY], ids=[w[0] for w in IN_PLACE_ONLY]
+)
 def test_in_place_refuses_shared_memory(arguments: dict[str, Any], name: str, words: str) -> None:
     before = snapshot(arguments)
     with pytest.raises((ValueError, RuntimeError), match=words) as caught:
@@ -104,7 +119,11 @@ def test_a_leaf_that_requires_grad_is_refused_before_anything_is_written() -> No
     leaf = torch.nn.Parameter(gaussian(M, N, dtype=torch.float32))
     before = leaf.detach().clone()
     left = orthonormal(M, 3, torch.float32)
-    for matrix, basis in ((leaf, left), (leaf[2:], orthonormal(M - 2, 3, torch.float32)), (leaf.detach().requires_grad_(), left)):
+    for matrix, basis in (
+        (leaf, left),
+        (leaf[2:], orthonormal(M - 2, 3, torch.float32)),
+        (leaf.detach().requires_grad_(), left),
+    ):
         with pytest.raises(RuntimeError, match="grad: given a leaf"):
             sculpt_ops.project_(matrix, basis)
     with pytest.raises(RuntimeError, match=r"grads\[0\]: given a tensor that requires grad"):
@@ -187,8 +206,8 @@ def test_restore_refuses_shared_memory() -> None:
     weight = gaussian(M, N, dtype=torch.float32)
     left = orthonormal(M, 3, torch.float32)
     before = weight.clone()
-    with pytest.raises((ValueError, RuntimeError), match="left_image: .*memory"):
+    with pytest.raises((ValueError, RuntimeError), match=r"left_image: .*memory"):
         sculpt_ops.restore_(weight, left, weight[:3], None, None)
-    with pytest.raises((ValueError, RuntimeError), match="reference: .*memory"):
+    with pytest.raises((ValueError, RuntimeError), match=r"reference: .*memory"):
         sculpt_ops.restore_(weight, left, None, None, None, keep_left=True, reference=weight)
     assert torch.equal(weight, before)

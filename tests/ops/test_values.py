@@ -87,7 +87,9 @@ def test_strided_views_and_storage_offsets(dtype: torch.dtype, flags: dict[str, 
                 b_view = None if b is None else layouts(b)[basis_view]
                 whole = view._base if view._base is not None else view
                 outside = torch.isnan(whole).sum()
-                assert_accurate(sculpt_ops.project(view, a_view, b_view, **flags), reference.project, grad, a, b, **flags)
+                assert_accurate(
+                    sculpt_ops.project(view, a_view, b_view, **flags), reference.project, grad, a, b, **flags
+                )
                 in_place = layouts(grad)[name]
                 sculpt_ops.project_(in_place, a_view, b_view, **flags)
                 assert_accurate(in_place, reference.project, grad, a, b, **flags)
@@ -104,7 +106,9 @@ def test_expanded_input_of_the_functional_form() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("flags", REMOVE_AND_KEEP, ids=lambda f: "+".join(f) or "remove")
-def test_float32_basis_of_a_half_matrix_loses_only_the_final_rounding(dtype: torch.dtype, flags: dict[str, bool]) -> None:
+def test_float32_basis_of_a_half_matrix_loses_only_the_final_rounding(
+    dtype: torch.dtype, flags: dict[str, bool]
+) -> None:
     grad = gaussian(150, 210, dtype=dtype)
     left, right = orthonormal(150, 40, torch.float32), orthonormal(210, 70, torch.float32, seed=2)
     for a, b in sides(left, right, flags):
@@ -122,7 +126,9 @@ def test_batch_dimensions_and_broadcast_bases(dtype: torch.dtype) -> None:
     right = torch.stack([orthonormal(45, 8, dtype, seed=i) for i in range(3)])
     for left in (full, full[0], full[0, 0], full[:, :1]):
         for flags in REMOVE_AND_KEEP:
-            assert_accurate(sculpt_ops.project(grad, left, right, **flags), reference.project, grad, left, right, **flags)
+            assert_accurate(
+                sculpt_ops.project(grad, left, right, **flags), reference.project, grad, left, right, **flags
+            )
     permuted = grad.permute(1, 0, 3, 2).contiguous().permute(1, 0, 3, 2)
     sculpt_ops.project_(permuted, full, right)
     assert_accurate(permuted, reference.project, grad, full, right)
@@ -243,7 +249,8 @@ for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
             exact = reference.project(*[t.double() for t in args], **flags)
             error = (sculpt_ops.project(*args, **flags).double() - exact).abs().max()
             plain = (reference.project(*args, **flags).double() - exact).abs().max()
-            assert error <= 2 * plain + 8 * torch.finfo(torch.float32).eps * grad.abs().max(), (dtype, m, n, flags, error, plain)
+            floor = 8 * torch.finfo(torch.float32).eps * grad.abs().max()
+            assert error <= 2 * plain + floor, (dtype, m, n, flags, error, plain)
             worst = max(worst, float(error))
 print("worst", worst)
 """
@@ -267,7 +274,11 @@ def test_every_instruction_set_that_this_processor_has(isa: str) -> None:
 def test_unknown_instruction_set_is_refused() -> None:
     script = "import torch, sculpt_ops; sculpt_ops.project_(torch.ones(2, 2), torch.eye(2))"
     run = subprocess.run(
-        [sys.executable, "-c", script], env={**os.environ, "SCULPT_CPU": "mmx"}, capture_output=True, text=True, check=False
+        [sys.executable, "-c", script],
+        env={**os.environ, "SCULPT_CPU": "mmx"},
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert run.returncode != 0
 

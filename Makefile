@@ -1,0 +1,34 @@
+# make setup   a virtual environment in .venv with the pinned packages and the built extension
+# make test    everything that must hold: tests, ruff, mypy, kernels compiled for every architecture
+# make demo    the main job on a real model, at most 10 minutes on two cores once packages are installed
+# make bench   the CPU benchmark tables in bench/results
+PYTHON ?= python3
+VENV := .venv
+PY := $(VENV)/bin/python
+INSTALL := $(PY) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+INSTALLED := $(VENV)/.installed
+
+.PHONY: setup test demo bench clean
+
+setup: $(INSTALLED)
+
+# torch first and by exact version: the extension is built against it, and nothing may pull another build in.
+$(INSTALLED): pyproject.toml setup.py constraints.txt $(shell find csrc -type f)
+	@test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	@echo "sculpt-ops: installing into $(VENV) (a few minutes the first time)"
+	@$(INSTALL) torch==2.13.0
+	@$(INSTALL) setuptools wheel numpy
+	@$(INSTALL) --no-build-isolation --editable '.[train,dev,demo]'
+	@touch $@
+
+test: $(INSTALLED)
+	$(PY) -m pytest
+
+demo: $(INSTALLED)
+	$(PY) examples/demo/demo.py
+
+bench: $(INSTALLED)
+	$(PY) -m pytest bench --benchmark-only --results bench/results
+
+clean:
+	rm -rf build $(VENV) .cache *.egg-info sculpt_ops/*.so

@@ -1,0 +1,74 @@
+"""`--results FOLDER` writes what a benchmark run measured as one JSON file, with machine, versions and commit."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--results", default=None, help="folder to write the results file to")
+
+
+def processor() -> str:
+    for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []:
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.processor()
+
+
+def machine() -> dict[str, Any]:
+    def git(*words: str) -> str:
+        return subprocess.run(("git", *words), cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
+
+    return {
+        "date": datetime.date.today().isoformat(),
+        "commit": git("rev-parse", "--short", "HEAD") + ("+changes" if git("status", "--porcelain", "-uno") else ""),
+        "processor": processor(),
+        "threads": torch.get_num_threads(),
+        "instruction_set": os.environ.get("SCULPT_CPU", "chosen at run time"),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "command": "make bench",
+    }
+
+
+@pytest.fixture(scope="session")
+def rows(request: pytest.FixtureRequest) -> Iterator[list[dict[str, Any]]]:
+    """What the benchmarks measured; printed, and written where --results says, when all have run."""
+    measured: list[dict[str, Any]] = []
+    yield measured
+    if not measured:
+        return
+    report = request.config.pluginmanager.get_plugin("terminalreporter")
+    lines = [
+        "",
+        f"{'shape':>14} {'rank':>5} {'dtype':>9} {'side':>6} {'torch ms':>9} {'ours ms':>9} {'torch/ours':>11}",
+    ]
+    for row in measured:
+        shape = "{} x {}".format(*row["shape"])
+        times = f"{row['torch_ms']:9.3f} {row['ours_ms']:9.3f} {row['ratio']:8.2f}"
+        spread = f"[{row['ratio_low']:.2f}, {row['ratio_high']:.2f}]"
+        lost = "  slower" if row["ratio"] < 1 else ""
+        lines.append(f"{shape:>14} {row['rank']:>5} {row['dtype']:>9} {row['side']:>6} {times} {spread}{lost}")
+    report.write("\n".join(lines) + "\n")
+    folder = request.config.getoption("--results")
+    if folder:
+        facts = machine()
+        path = Path(folder) / f"cpu-{facts['date']}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text(json.dumps({"machine": facts, "rows": measured}, indent=1) + "\n")
+        temporary.replace(path)
+        report.write(f"written: {path}\n")
