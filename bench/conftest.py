@@ -7,7 +7,6 @@ import json
 import os
 import platform
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -44,26 +43,28 @@ def machine() -> dict[str, Any]:
     }
 
 
-@pytest.fixture(scope="session")
-def rows(request: pytest.FixtureRequest) -> Iterator[list[dict[str, Any]]]:
-    """What the benchmarks measured; printed, and written where --results says, when all have run."""
-    measured: list[dict[str, Any]] = []
-    yield measured
+ROWS = pytest.StashKey[list[dict[str, Any]]]()
+
+
+@pytest.fixture
+def rows(request: pytest.FixtureRequest) -> list[dict[str, Any]]:
+    """What the benchmarks of this run measured so far; printed, and written where --results says, at the end."""
+    return request.config.stash.setdefault(ROWS, [])
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    measured = config.stash.get(ROWS, [])
     if not measured:
         return
-    report = request.config.pluginmanager.get_plugin("terminalreporter")
-    lines = [
-        "",
-        f"{'shape':>14} {'rank':>5} {'dtype':>9} {'side':>6} {'torch ms':>9} {'ours ms':>9} {'torch/ours':>11}",
-    ]
+    write = terminalreporter.write_line
+    write(f"{'shape':>14} {'rank':>5} {'dtype':>9} {'side':>6} {'torch ms':>9} {'ours ms':>9} {'torch / ours':>20}")
     for row in measured:
         shape = "{} x {}".format(*row["shape"])
-        times = f"{row['torch_ms']:9.3f} {row['ours_ms']:9.3f} {row['ratio']:8.2f}"
-        spread = f"[{row['ratio_low']:.2f}, {row['ratio_high']:.2f}]"
+        times = f"{row['torch_ms']:9.3f} {row['ours_ms']:9.3f}"
+        ratio = f"{row['ratio']:6.2f} [{row['ratio_low']:.2f}, {row['ratio_high']:.2f}]"
         lost = "  slower" if row["ratio"] < 1 else ""
-        lines.append(f"{shape:>14} {row['rank']:>5} {row['dtype']:>9} {row['side']:>6} {times} {spread}{lost}")
-    report.write("\n".join(lines) + "\n")
-    folder = request.config.getoption("--results")
+        write(f"{shape:>14} {row['rank']:>5} {row['dtype']:>9} {row['side']:>6} {times} {ratio:>20}{lost}")
+    folder = config.getoption("--results")
     if folder:
         facts = machine()
         path = Path(folder) / f"cpu-{facts['date']}.json"
@@ -71,4 +72,4 @@ def rows(request: pytest.FixtureRequest) -> Iterator[list[dict[str, Any]]]:
         temporary = path.with_suffix(".tmp")
         temporary.write_text(json.dumps({"machine": facts, "rows": measured}, indent=1) + "\n")
         temporary.replace(path)
-        report.write(f"written: {path}\n")
+        write(f"written: {path}")

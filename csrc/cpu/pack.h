@@ -20,33 +20,22 @@ void pack_a(const S* src, int64_t row_stride, int64_t col_stride, int64_t rows, 
     }
     return;
   }
-  // A transposed source: 16 rows at a time, so that each line of it is read once.
+  // A transposed source, 16 rows at a time, so that each line of it is read once; pairs along k are stored together.
   for (int64_t i0 = 0; i0 < rows; i0 += 16) {
-    int64_t i1 = min64(rows, i0 + 16);
-    for (int64_t k = 0; k < padded; ++k)
-      for (int64_t i = i0; i < i1; ++i)
-        dst[i * lda + k] = k < cols ? element<A>(src[i * row_stride + k * col_stride]) : A{};
-  }
-}
-
-// B operand, columns [j0, j0 + cols) as one block: step p at dst + p * width. Any strides: the basis only.
-template <class Dot, class S>
-void pack_b(const S* src, int64_t k_stride, int64_t j_stride, int64_t depth, int64_t cols, typename Dot::B* dst) {
-  using A = typename Dot::A;
-  constexpr int64_t L = kLanes<typename Dot::Acc>;
-  const int64_t width = round_up(cols, L), count = steps<Dot>(depth);
-  for (int64_t p0 = 0; p0 < count; p0 += 64) {
-    int64_t p1 = min64(count, p0 + 64);
-    for (int64_t j = 0; j < width; ++j) {
-      for (int64_t p = p0; p < p1; ++p) {
-        A pair[Dot::kPair] = {};
-        for (int64_t h = 0; h < Dot::kPair; ++h) {
-          int64_t k = p * Dot::kPair + h;
-          if (j < cols && k < depth) pair[h] = element<A>(src[k * k_stride + j * j_stride]);
-        }
-        __builtin_memcpy(dst + p * width + j, pair, sizeof(pair));
+    const int64_t count = min64(rows - i0, 16);
+    int64_t k = 0;
+    for (; k + Dot::kPair <= cols; k += Dot::kPair) {
+      const S* from = src + k * col_stride + i0 * row_stride;
+      A* to = dst + i0 * lda + k;
+      for (int64_t i = 0; i < count; ++i) {
+        A pair[Dot::kPair];
+        for (int64_t h = 0; h < Dot::kPair; ++h) pair[h] = element<A>(from[i * row_stride + h * col_stride]);
+        __builtin_memcpy(to + i * lda, pair, sizeof(pair));
       }
     }
+    for (; k < padded; ++k)
+      for (int64_t i = i0; i < i0 + count; ++i)
+        dst[i * lda + k] = k < cols ? element<A>(src[i * row_stride + k * col_stride]) : A{};
   }
 }
 
@@ -99,6 +88,33 @@ void pack_panel(const T* in, int64_t stride, const T* ref, int64_t ref_stride, i
           bool odd = p * 2 + 1 >= depth;
           store(to + v * L, odd ? low : low | (bf16_vector(row + stride + at, valid) << 16));
         }
+      }
+    }
+  }
+}
+
+// B operand, one block of `cols` columns: step p at dst + p * width. Any strides; for the basis.
+template <class Dot, class S>
+void pack_b(const S* src, int64_t k_stride, int64_t j_stride, int64_t depth, int64_t cols, typename Dot::B* dst) {
+  using A = typename Dot::A;
+  if (j_stride == 1) return pack_panel<Dot, S>(src, k_stride, nullptr, 0, depth, cols, dst);
+  const int64_t width = round_up(cols, kLanes<typename Dot::Acc>), count = steps<Dot>(depth);
+  // 64 steps at a time: the block written stays in the first-level cache while its columns are filled one by one.
+  for (int64_t p0 = 0; p0 < count; p0 += 64) {
+    const int64_t p1 = min64(count, p0 + 64);
+    for (int64_t j = 0; j < width; ++j) {
+      const S* from = src + j * j_stride;
+      const int64_t whole = j < cols ? min64(p1, depth / Dot::kPair) : p0;
+      int64_t p = p0;
+      for (; p < whole; ++p) {
+        A pair[Dot::kPair];
+        for (int64_t h = 0; h < Dot::kPair; ++h) pair[h] = element<A>(from[(p * Dot::kPair + h) * k_stride]);
+        __builtin_memcpy(dst + p * width + j, pair, sizeof(pair));
+      }
+      for (; p < p1; ++p) {
+        A pair[Dot::kPair] = {};
+        if (j < cols && p * Dot::kPair < depth) pair[0] = element<A>(from[p * Dot::kPair * k_stride]);
+        __builtin_memcpy(dst + p * width + j, pair, sizeof(pair));
       }
     }
   }

@@ -1,0 +1,91 @@
+"""The public continual-learning benchmark of O-LoRA: its folder layout, the questions, and its published task lists."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from .tasks import Example, Task, check_answer, read_json, split
+
+# The parent folder's name is the type. The layout is the benchmark's; the wording is ours.
+INSTRUCTIONS = {
+    "TC": "Which topic does the following text belong to?",
+    "SC": "Which sentiment does the following text express?",
+    "NLI": "What is the logical relation of sentence 2 to sentence 1?",
+    "QQP": "Do the two sentences ask the same thing?",
+    "BoolQA": "Going by the passage, is the answer to the question true or false?",
+    "MultiRC": "Going by the paragraph, is the candidate answer to the question true or false?",
+    "COPA": "Which of the two sentences is the more likely cause or effect?",
+    "WiC": "Is it true or false that the word has the same meaning in both sentences?",
+}
+
+STANDARD_TASKS = ("dbpedia", "amazon", "yahoo", "agnews")
+LONG_TASKS = (
+    *("yelp", "amazon", "MNLI", "CB", "COPA", "QQP", "RTE", "IMDB", "SST-2"),
+    *("dbpedia", "agnews", "yahoo", "MultiRC", "BoolQA", "WiC"),
+)
+
+SPLIT_SEED = 0
+HELD_OUT_ROWS = 500
+TRAINING_ROWS = 5000
+
+
+def read_benchmark_task(folder: str | Path) -> Task:
+    """A task from TYPE/DATASET/{train,test,labels}.json, instances of `label` and `sentence`.
+
+    Where only one of the two files is there it is split with a fixed seed, and the task's note says so: without
+    test.json the last 500 shuffled rows are held out (at most a quarter), without train.json the first 5000 are for
+    training (at most two thirds). MultiRC is split by passage: nearly every row shares its passage with others.
+    """
+    folder = Path(folder)
+    kind = folder.resolve().parent.name
+    if kind not in INSTRUCTIONS:
+        raise ValueError(f"{folder}: the parent folder names the type, got {kind}, wanted {', '.join(INSTRUCTIONS)}")
+    options = read_json(folder / "labels.json")
+    if not isinstance(options, list) or not all(isinstance(option, str) for option in options):
+        raise ValueError(f"{folder / 'labels.json'}: wanted a list of answers")
+    parts = {part: _read_instances(folder / f"{part}.json", kind, options) for part in ("train", "test")}
+    train, test, note = parts["train"], parts["test"], None
+    if train is None and test is None:
+        raise ValueError(f"{folder}: neither train.json nor test.json is there")
+    if test is None:
+        assert train is not None
+        train, test = split(train, min(HELD_OUT_ROWS, len(train) // 4), SPLIT_SEED)
+        note = _split_note("train.json", train, test)
+    elif train is None:
+        train, test = split(test, len(test) - min(TRAINING_ROWS, 2 * len(test) // 3), SPLIT_SEED)
+        note = _split_note("test.json", train, test)
+    return Task(folder.resolve().name, train, test, options, note)
+
+
+def _split_note(file: str, train: Sequence[Example], test: Sequence[Example]) -> str:
+    by = " by passage" if train[0].group is not None else ""
+    return f"only {file} is there: shuffled{by} (seed {SPLIT_SEED}), {len(train)} rows to train, {len(test)} to test"
+
+
+def _read_instances(path: Path, kind: str, options: Sequence[str]) -> list[Example] | None:
+    if not path.exists():
+        return None
+    rows = read_json(path)
+    if not isinstance(rows, list) or not rows:
+        raise ValueError(f"{path}: wanted a list of instances, each with `label` and `sentence`")
+    return [_read_instance(row, kind, options, f"{path}, instance {number}") for number, row in enumerate(rows)]
+
+
+def _read_instance(row: Any, kind: str, options: Sequence[str], where: str) -> Example:
+    if not isinstance(row, dict) or not all(isinstance(row.get(key), str) for key in ("label", "sentence")):
+        raise ValueError(f"{where}: wanted `label` and `sentence`, both text")
+    sentence = row["sentence"].strip()
+    lines = (f"{INSTRUCTIONS[kind]} Choose one from the option.", f"Option: {', '.join(options)}", sentence, "Answer:")
+    group = sentence.split("\nquestion:")[0] if kind == "MultiRC" else None
+    return Example("\n".join(lines), check_answer(row["label"], options, where), group)
+
+
+def benchmark_note(names: Sequence[str]) -> str | None:
+    """What a run over benchmark tasks lacks of the published lists; None if it is no such run or lacks nothing."""
+    if not set(names) <= set(LONG_TASKS) or set(names) in (set(STANDARD_TASKS), set(LONG_TASKS)):
+        return None
+    published = STANDARD_TASKS if set(names) <= set(STANDARD_TASKS) else LONG_TASKS
+    lacking = ", ".join(name for name in published if name not in names)
+    return f"{len(names)} of the {len(published)} tasks of the published benchmark; it lacks {lacking}."

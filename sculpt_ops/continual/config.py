@@ -1,0 +1,137 @@
+"""The settings of one continual fine-tuning run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+from ..layer import check_sides
+from ..ranks import Energy, Rank, RankPolicy, as_policy
+from .tasks import Task
+
+OTHERS = ("train", "freeze")
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Settings of `train`. Field names that `transformers.TrainingArguments` also has mean the same there.
+
+    model: folder (or hub name) that `from_pretrained` opens, decoder-only or encoder-decoder.
+    tasks: in training order; each entry a `Task`, a task folder, or a folder of task folders (taken by name).
+    output: folder to make; it gets model/, run.json and predictions.jsonl.
+    protect: share of the singular directions to protect (a float, `Rank` or `Energy`); None is plain fine-tuning with
+        the same optimizer.
+    sides, targets, others: as in `Subspaces.from_model`; without effect where protect is None.
+    order: task names in the order wanted, a selection of those in `tasks`; None takes them as they come.
+    name: what the report calls this run; None makes one up from protect and sides.
+    epochs, max_steps: per task; max_steps, where given, wins.
+    batch_size: rows per forward pass; times gradient_accumulation_steps rows per optimizer step.
+    max_length: tokens of prompt and answer together (encoder-decoder: of the prompt); a longer prompt loses its middle.
+    warmup_steps: steps, or below 1 a share of the task's steps.
+    max_grad_norm: 0 does not clip. Protected gradients are projected before they are clipped.
+    dtype: of the weights. bf16: autocast over float32 weights.
+    eval_items: test rows per task, a selection that is the same for every run; None is all of them.
+    dev_items: hold this many training rows per task out and measure on them in place of the test rows, which are then
+        not looked at: for choosing a learning rate.
+    seed: of data order and dropout.
+    cpu: leave a GPU that is there alone.
+    """
+
+    model: str | Path
+    tasks: Sequence[Task | str | Path]
+    output: str | Path
+    protect: float | RankPolicy | None = 0.5
+    sides: str = "both"
+    targets: str | Sequence[str] | None = None
+    others: str = "train"
+    order: Sequence[str] | None = None
+    name: str | None = None
+    lr: float = 1e-5
+    epochs: float = 1.0
+    max_steps: int | None = None
+    batch_size: int = 8
+    gradient_accumulation_steps: int = 1
+    max_length: int = 512
+    weight_decay: float = 0.0
+    lr_scheduler_type: str = "constant"
+    warmup_steps: float = 0
+    max_grad_norm: float = 1.0
+    dtype: str = "float32"
+    bf16: bool = False
+    gradient_checkpointing: bool = False
+    eval_items: int | None = None
+    eval_batch_size: int = 16
+    dev_items: int | None = None
+    seed: int = 0
+    cpu: bool = False
+    trust_remote_code: bool = False
+
+    def __post_init__(self) -> None:
+        check_sides(self.sides)
+        for name, allowed in (("others", OTHERS), ("dtype", DTYPES)):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name}: got {getattr(self, name)!r}, wanted one of {', '.join(allowed)}")
+        for name in ("lr", "epochs", "batch_size", "gradient_accumulation_steps", "max_length", "eval_batch_size"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name}: got {getattr(self, name)}, wanted more than 0")
+        for name in ("max_steps", "eval_items", "dev_items"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"{name}: got {getattr(self, name)}, wanted 1 or more, or None")
+        for name in ("weight_decay", "warmup_steps", "max_grad_norm"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}: got {getattr(self, name)}, wanted 0 or more")
+        if self.protect is not None:
+            as_policy(self.protect)
+        if not self.tasks:
+            raise ValueError("tasks: got none, wanted at least one task or task folder")
+
+    @property
+    def method(self) -> str:
+        """What the report calls the run."""
+        if self.name is not None:
+            return self.name
+        return "plain" if self.protect is None else f"protect {format_protect(self.protect)}, {self.sides}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """The settings as JSON can hold them; tasks by name or path, protect as `parse_protect` reads it."""
+        settings = {field.name: getattr(self, field.name) for field in fields(self)}
+        settings["tasks"] = [task.name if isinstance(task, Task) else str(task) for task in self.tasks]
+        settings["protect"] = format_protect(self.protect)
+        settings["name"] = self.method
+        for name in ("model", "output"):
+            settings[name] = str(settings[name])
+        if self.protect is None:
+            settings.update(sides=None, targets=None, others=None)
+        for name in ("targets", "order"):
+            if settings[name] is not None and not isinstance(settings[name], str):
+                settings[name] = list(settings[name])
+        return settings
+
+
+def parse_protect(text: str) -> float | RankPolicy | None:
+    """Read a protected share: "0.5", "rank:64", "energy:0.9" or "none"."""
+    kind, _, number = text.rpartition(":")
+    readers: dict[str, Callable[[str], float | RankPolicy]] = {
+        "": float,
+        "rank": lambda digits: Rank(int(digits)),
+        "energy": lambda digits: Energy(float(digits)),
+    }
+    if text == "none":
+        return None
+    try:
+        return readers[kind](number)
+    except (KeyError, ValueError) as error:
+        raise ValueError(f"protect: got {text!r}, wanted a share as 0.5, or rank:64, energy:0.9, none") from error
+
+
+def format_protect(protect: float | RankPolicy | None) -> str:
+    """The inverse of `parse_protect`."""
+    if protect is None:
+        return "none"
+    if isinstance(protect, float):
+        return f"{protect:g}"
+    values: list[float] = [getattr(protect, field.name) for field in fields(protect)] if is_dataclass(protect) else []
+    return ":".join([type(protect).__name__.lower(), *(f"{value:g}" for value in values)])

@@ -1,0 +1,71 @@
+"""Opening a model and its tokenizer, and saving them as an ordinary Hugging Face folder."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+def open_model(
+    source: str | Path, dtype: str = "float32", trust_remote_code: bool = False
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A decoder-only or encoder-decoder model and its tokenizer from a folder or a hub name.
+
+    ValueError if there is none, or if its weights are quantised: those cannot be trained in full.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
+
+    local = Path(source).is_dir()
+    if not local and (Path(source).is_absolute() or str(source).startswith(".") or str(source).count("/") != 1):
+        raise ValueError(f"model: there is no folder {source}")
+    options = {"local_files_only": local, "trust_remote_code": trust_remote_code}
+    try:
+        settings = AutoConfig.from_pretrained(source, **options)
+        if getattr(settings, "quantization_config", None) is not None:
+            raise ValueError("its weights are quantised, full fine-tuning needs float weights")
+        kind = AutoModelForSeq2SeqLM if settings.is_encoder_decoder else AutoModelForCausalLM
+        with _no_bars():
+            model = kind.from_pretrained(source, dtype=getattr(torch, dtype), **options)
+        return model, AutoTokenizer.from_pretrained(source, **options)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"model: cannot open {source}: {str(error).splitlines()[0]}") from error
+
+
+def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Write under a temporary name, then rename."""
+    temporary = folder.with_name(folder.name + ".tmp")
+    if temporary.exists():
+        shutil.rmtree(temporary)
+    with _no_bars():
+        model.save_pretrained(temporary)
+    tokenizer.save_pretrained(temporary)
+    temporary.replace(folder)
+
+
+@contextmanager
+def _no_bars() -> Iterator[None]:
+    """Without the bars that transformers draws over our own."""
+    from transformers.utils import logging
+
+    enabled = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if enabled:
+            logging.enable_progress_bar()
+
+
+def longest_input(model: PreTrainedModel) -> int | None:
+    """The most tokens the model has positions for; None where positions are relative (T5)."""
+    if model.config.is_encoder_decoder:
+        return None
+    return getattr(model.config, "max_position_embeddings", None)

@@ -1,0 +1,134 @@
+"""The report's pictures, drawn without a display."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from .metrics import measure
+from .result import RunResult
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from matplotlib.image import AxesImage
+
+# Okabe and Ito's colours, told apart by colour-blind readers and, with the markers, in grey print.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
+MARKERS = ("o", "s", "^", "D", "v", "P")
+INK, FAINT, OUTLINE = "#222222", "#888888", "#D55E00"
+
+
+def draw_accuracy(results: Sequence[RunResult], names: Sequence[str], path: Path) -> None:
+    """Heat maps of accuracy, one a method: rows are moments, columns tasks, the outlined cells just learned."""
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
+
+    tasks = max(len(result.tasks) for result in results)
+    columns = min(len(results), 3 if tasks <= 6 else 2 if tasks <= 9 else 1)
+    rows = -(-len(results) // columns)
+    width, height = max(0.72 * tasks, 2.6), 0.46 * (tasks + 1)
+    figure = Figure(figsize=(width * columns + 2.6, (height + 1.5) * rows + 0.2), layout="constrained", dpi=150)
+    grid = figure.subplots(rows, columns, squeeze=False)
+    for axes in grid.flat[len(results) :]:
+        axes.set_visible(False)
+    for index, (result, name) in enumerate(zip(results, names, strict=True)):
+        image = _heat_map(grid.flat[index], result, name, with_rows=index % columns == 0)
+    bar = figure.colorbar(
+        image, ax=list(grid.flat), shrink=0.8 / rows, aspect=25, pad=0.015, anchor=(0.0, 0.5 if rows == 1 else 1.0)
+    )
+    bar.set_label("accuracy, %", color=INK, fontsize=9)
+    bar.ax.tick_params(labelsize=8, color=FAINT)
+    bar.outline.set_visible(False)
+    learned = Patch(fill=False, edgecolor=OUTLINE, linewidth=1.6, label="just learned")
+    figure.legend(handles=[learned], loc="outside lower left", frameon=False, fontsize=9)
+    _save(figure, path)
+
+
+def _heat_map(axes: Axes, result: RunResult, name: str, with_rows: bool) -> AxesImage:
+    from matplotlib.patches import Rectangle
+
+    table = [[100 * share for share in row] for row in result.accuracy]
+    image = axes.imshow(table, cmap="YlGnBu", vmin=0, vmax=100, aspect="auto")
+    for row, shares in enumerate(table):
+        for column, share in enumerate(shares):
+            ink = "white" if share > 60 else INK
+            axes.text(column, row, f"{share:.0f}", ha="center", va="center", fontsize=9, color=ink)
+    for task in range(len(result.tasks)):
+        axes.add_patch(Rectangle((task - 0.46, task + 0.54), 0.92, 0.92, fill=False, edgecolor=OUTLINE, linewidth=1.6))
+    axes.set_xticks(range(len(result.tasks)), result.tasks, rotation=35, ha="right", rotation_mode="anchor", fontsize=9)
+    labels = ["zero-shot", *(f"after {task}" for task in result.tasks)]
+    axes.set_yticks(range(len(labels)), labels if with_rows else [""] * len(labels), fontsize=9)
+    axes.set_title(name, fontsize=11, color=INK, loc="left")
+    axes.tick_params(length=0, labelcolor=INK)
+    for spine in axes.spines.values():
+        spine.set_visible(False)
+    return image
+
+
+def draw_curves(results: Sequence[RunResult], names: Sequence[str], path: Path) -> None:
+    """Mean accuracy and forgetting over the tasks learned so far, after each task, with 95 % intervals.
+
+    For two tasks or more: before the second there is nothing to forget.
+    """
+    from matplotlib.figure import Figure
+
+    tasks = results[0].tasks
+    rows, columns = (1, 2) if len(tasks) <= 8 else (2, 1)
+    width = max(4.2, 0.55 * len(tasks) + 2.2)
+    figure = Figure(figsize=(width * columns, 3.6 * rows + 0.3), layout="constrained", dpi=150)
+    accuracy, forgetting = figure.subplots(rows, columns).flat
+    for index, (result, name) in enumerate(zip(results, names, strict=True)):
+        after = [measure([row[:i] for row in result.correct[: i + 1]]) for i in range(1, len(result.tasks) + 1)]
+        shift = 0.09 * (index - (len(results) - 1) / 2)
+        for axes, estimates in (
+            (accuracy, [metrics.average_accuracy for metrics in after]),
+            (forgetting, [metrics.forgetting for metrics in after]),
+        ):
+            defined = [(task, e) for task, e in enumerate(estimates) if e.value == e.value]
+            axes.errorbar(
+                [task + shift for task, _ in defined],
+                [100 * e.value for _, e in defined],
+                # The percentile interval of a maximum can lie wholly above its estimate.
+                yerr=[
+                    [100 * max(e.value - e.low, 0) for _, e in defined],
+                    [100 * max(e.high - e.value, 0) for _, e in defined],
+                ],
+                color=COLOURS[index % len(COLOURS)],
+                marker=MARKERS[index % len(MARKERS)],
+                markersize=5.5,
+                linewidth=1.8,
+                elinewidth=1.1,
+                capsize=2.5,
+                label=name,
+            )
+    _style(accuracy, "Accuracy, mean over the tasks learned so far", "accuracy, %", tasks)
+    _style(forgetting, "Forgetting, mean over the earlier tasks", "points below the best accuracy so far", tasks)
+    accuracy.set_ylim(0, 100)
+    handles, labels = accuracy.get_legend_handles_labels()
+    if len(results) > 1:
+        figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False, fontsize=9)
+    _save(figure, path)
+
+
+def _style(axes: Axes, title: str, unit: str, tasks: Sequence[str]) -> None:
+    axes.set_title(title, fontsize=10.5, color=INK, loc="left")
+    axes.set_ylabel(unit, fontsize=9, color=INK)
+    axes.set_xlim(-0.4, len(tasks) - 0.6)
+    axes.set_ylim(bottom=0)
+    labels = [f"after {tasks[0]}", *(f"+ {task}" for task in tasks[1:])]
+    axes.set_xticks(range(len(tasks)), labels, rotation=35, ha="right", rotation_mode="anchor", fontsize=9)
+    axes.tick_params(color=FAINT, labelcolor=INK, labelsize=9)
+    axes.grid(axis="y", color="#E4E4E4", linewidth=0.8)
+    axes.set_axisbelow(True)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    for side in ("left", "bottom"):
+        axes.spines[side].set_color(FAINT)
+
+
+def _save(figure: Figure, path: Path) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    figure.savefig(temporary, format="png")
+    temporary.replace(path)

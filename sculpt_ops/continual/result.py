@@ -1,0 +1,163 @@
+"""What a run leaves behind: predictions, accuracies, cost; and the files that hold them."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from .metrics import Metrics, measure
+
+RUN_FILE = "run.json"
+PREDICTIONS_FILE = "predictions.jsonl"
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """One item's outcome.
+
+    row: 0 before the first task, i right after the i-th. item: index among the measured items.
+    """
+
+    row: int
+    task: str
+    item: int
+    answer: str
+    prediction: str
+
+    @property
+    def correct(self) -> bool:
+        return self.prediction == self.answer
+
+
+@dataclass(frozen=True)
+class LearnedTask:
+    """One task's training. losses: (step, mean loss since the entry before) pairs.
+
+    peak_memory_bytes: while deriving subspaces and training; of the GPU where one is used, else of the process.
+    layers: per protected weight its shape, rank and share of energy kept. leak: per protected weight the share of the
+    weight change that lies in the protected space. Both empty for plain fine-tuning.
+    """
+
+    name: str
+    train_items: int
+    test_items: int
+    note: str | None
+    steps: int
+    derive_seconds: float
+    train_seconds: float
+    step_seconds: list[float]
+    losses: list[tuple[int, float]]
+    peak_memory_bytes: int
+    layers: dict[str, dict[str, Any]] = field(default_factory=dict)
+    leak: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """Tasks learned one after the other, measured on all of them before the first and after each.
+
+    output: the run's folder. config: the settings as in `TrainConfig.to_dict`.
+    evaluation_seconds: per row of the accuracy matrix; 0 for a row taken over from another run.
+    """
+
+    name: str
+    tasks: list[str]
+    output: str
+    config: dict[str, Any] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    learned: list[LearnedTask] = field(default_factory=list)
+    predictions: list[Prediction] = field(default_factory=list)
+    evaluation_seconds: list[float] = field(default_factory=list)
+
+    @property
+    def correct(self) -> list[list[list[bool]]]:
+        """correct[row][task][item]; row 0 is zero-shot."""
+        column = {name: index for index, name in enumerate(self.tasks)}
+        rows = 1 + max((prediction.row for prediction in self.predictions), default=-1)
+        table: list[list[list[bool]]] = [[[] for _ in self.tasks] for _ in range(rows)]
+        for prediction in self.predictions:
+            table[prediction.row][column[prediction.task]].append(prediction.correct)
+        return table
+
+    @property
+    def accuracy(self) -> list[list[float]]:
+        """(tasks + 1) rows x tasks, shares in [0, 1]; row 0 is zero-shot, row i right after the i-th task."""
+        return [[sum(items) / len(items) for items in row] for row in self.correct]
+
+    @property
+    def complete(self) -> bool:
+        return len(self.correct) == len(self.tasks) + 1
+
+    @property
+    def metrics(self) -> Metrics:
+        """Average accuracy, backward transfer and forgetting with their intervals; ValueError for a run cut short."""
+        if not self.complete:
+            raise ValueError(f"{self.output}: the run stopped after {len(self.correct) - 1} of {len(self.tasks)} tasks")
+        return measure(self.correct)
+
+    @property
+    def seconds_per_step(self) -> float | None:
+        """Median over all optimizer steps, evaluation and derivation left out."""
+        seconds = sorted(second for task in self.learned for second in task.step_seconds)
+        return seconds[len(seconds) // 2] if seconds else None
+
+    @property
+    def peak_memory_bytes(self) -> int | None:
+        """The largest of any task, evaluation left out."""
+        return max((task.peak_memory_bytes for task in self.learned), default=None)
+
+    def save(self) -> None:
+        """Write run.json and predictions.jsonl into the run's folder, which is made if need be."""
+        record = {entry.name: getattr(self, entry.name) for entry in fields(self) if entry.name != "predictions"}
+        record["learned"] = [asdict(task) for task in self.learned]
+        summary = {
+            "complete": self.complete,
+            "accuracy": self.accuracy,
+            "seconds_per_step": self.seconds_per_step,
+            "peak_memory_bytes": self.peak_memory_bytes,
+        }
+        if self.complete:
+            summary["metrics"] = asdict(self.metrics)
+        folder = Path(self.output)
+        folder.mkdir(parents=True, exist_ok=True)
+        lines = [json.dumps({**asdict(entry), "correct": entry.correct}) for entry in self.predictions]
+        write_text(folder / PREDICTIONS_FILE, "\n".join(lines) + "\n")
+        write_text(folder / RUN_FILE, json.dumps(_without_nan({**summary, **record}), indent=1, allow_nan=False) + "\n")
+
+    @classmethod
+    def load(cls, folder: str | Path) -> RunResult:
+        """Read a run's folder; ValueError if it holds no run."""
+        folder = Path(folder)
+        try:
+            record = json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))
+            lines = (folder / PREDICTIONS_FILE).read_text(encoding="utf-8").splitlines()
+            rows = [json.loads(line) for line in lines if line]
+            record["learned"] = [LearnedTask(**task) for task in record["learned"]]
+            record["predictions"] = [Prediction(**_known(Prediction, row)) for row in rows]
+            return cls(**{**_known(cls, record), "output": str(folder)})
+        except (OSError, KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{folder} holds no run of `sculpt train` ({error})") from error
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write under a temporary name, then rename: a reader never sees half a file."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
+
+
+def _known(kind: type, record: dict[str, Any]) -> dict[str, Any]:
+    names = {entry.name for entry in fields(kind)}
+    return {name: value for name, value in record.items() if name in names}
+
+
+def _without_nan(value: Any) -> Any:
+    """JSON has no nan; an undefined figure becomes null."""
+    if isinstance(value, dict):
+        return {key: _without_nan(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_nan(entry) for entry in value]
+    return None if isinstance(value, float) and value != value else value

@@ -1,0 +1,154 @@
+"""The command line: what it does, and one line for every wrong use."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sculpt_ops.continual import RunResult, Task
+
+pytest.importorskip("typer", reason="the command line needs pip install sculpt-ops[train]")
+from typer.testing import CliRunner
+
+from sculpt_ops.continual.cli import app
+
+QUICK = ["--max-steps", "2", "--eval-items", "3", "--max-length", "64", "--lr", "1e-2", "--cpu", "--quiet"]
+
+
+def sculpt(*arguments: object) -> Any:
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def refused(result: Any) -> str:
+    """The one line of a wrong use."""
+    assert result.exit_code == 2, result.output
+    lines = result.stderr.splitlines()
+    assert len(lines) == 1
+    assert lines[0].startswith("error: ")
+    assert isinstance(result.exception, SystemExit)
+    return lines[0]
+
+
+@pytest.fixture
+def tasks(write_task: Callable[[Task], Path], toy_tasks: list[Task]) -> Path:
+    folders = [write_task(task) for task in toy_tasks]
+    return folders[0].parent
+
+
+def test_train_and_report(model_folder: Path, tasks: Path, tmp_path: Path) -> None:
+    plain, protected = tmp_path / "plain", tmp_path / "protected"
+    first = sculpt("train", model_folder, tasks, "--output", plain, "--protect", "none", *QUICK)
+    assert first.exit_code == 0, first.output
+    assert first.stdout.splitlines()[-1] == str(plain / "report.md")
+    second = sculpt(
+        *("train", model_folder, tasks / "sounds", tasks / "colours", "--output", protected, "--protect", "rank:3"),
+        *("--sides", "right", "--targets", "*.q_proj.weight", "--targets", "*.mlp.*.weight", "--name", "mine"),
+        *("--order", "colours, sounds", "--zero-shot", plain, *QUICK),
+    )
+    assert second.exit_code == 0, second.output
+    result = RunResult.load(protected)
+    assert (result.name, result.tasks) == ("mine", ["colours", "sounds"])
+    assert {layer["rank"] for task in result.learned for layer in task.layers.values()} == {3}
+    assert len(result.learned[0].layers) == 8
+    assert [task.steps for task in result.learned] == [2, 2]
+    compared = sculpt("report", plain, protected, "--output", tmp_path / "both")
+    assert compared.exit_code == 0, compared.output
+    assert "Difference from plain" in (tmp_path / "both" / "report.md").read_text()
+    assert "not empty; name a new folder" in refused(sculpt("train", model_folder, tasks, "--output", plain, *QUICK))
+
+
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [
+        (["--protect", "lots"], "protect: got 'lots', wanted a share as 0.5, or rank:64, energy:0.9, none"),
+        (["--protect", "1.5"], "protect must lie between 0"),
+        (["--sides", "top"], "sides must be one of both, left, right, block"),
+        (["--lr", "0"], "lr: got 0.0, wanted more than 0"),
+        (["--order", "colours,smells"], "order: no task smells"),
+        (["--targets", "*.nothing"], "'*.nothing' matches no parameter"),
+        (["--zero-shot", "nowhere"], "nowhere holds no run of `sculpt train`"),
+        (["--lr-scheduler-type", "sideways"], "sideways"),
+    ],
+)
+def test_wrong_settings(options: list[str], complaint: str, model_folder: Path, tasks: Path, tmp_path: Path) -> None:
+    result = sculpt("train", model_folder, tasks, "--output", tmp_path / "out", *QUICK, *options)
+    assert complaint in refused(result)
+    assert not (tmp_path / "out").exists()
+
+
+def test_wrong_folders(model_folder: Path, tasks: Path, tmp_path: Path) -> None:
+    out = ["--output", tmp_path / "out", *QUICK]
+    assert "there is no folder" in refused(sculpt("train", tmp_path / "nothing", tasks, *out))
+    assert "there is no folder" in refused(sculpt("train", model_folder, tmp_path / "nothing", *out))
+    assert "is no task folder and holds none" in refused(sculpt("train", model_folder, model_folder, *out))
+    assert "holds no run" in refused(sculpt("report", tasks, "--output", tmp_path / "report"))
+    assert not (tmp_path / "report").exists()
+
+
+def test_a_missing_option_is_a_usage_error(model_folder: Path, tasks: Path) -> None:
+    result = sculpt("train", model_folder, tasks)
+    assert result.exit_code == 2
+    assert "--output" in result.stderr
+
+
+def test_a_run_that_diverges_ends_with_code_1(model_folder: Path, tasks: Path, tmp_path: Path) -> None:
+    options = [*QUICK, "--lr", "1e30", "--max-grad-norm", "0", "--max-steps", "4"]
+    result = sculpt("train", model_folder, tasks, "--output", tmp_path / "out", *options)
+    assert result.exit_code == 1
+    assert result.stderr.splitlines()[-1].startswith("error: task colours: the loss is nan")
+
+
+def test_inspect_shows_what_would_be_protected(model_folder: Path) -> None:
+    result = sculpt("inspect", model_folder, "--protect", "0.25", "--targets", "*.mlp.*.weight")
+    assert result.exit_code == 0, result.output
+    assert "model.layers.1.mlp.down_proj.weight" in result.stdout
+    assert "32 x 64" in result.stdout
+    assert "NOT protected" in result.stdout
+    assert "nothing to inspect" in refused(sculpt("inspect", model_folder, "--protect", "none"))
+
+
+def test_doctor_names_versions_and_ops() -> None:
+    result = sculpt("doctor")
+    assert result.exit_code == 0, result.output
+    for word in ("python", "torch", "ops on CPU", "transformers"):
+        assert word in result.stdout
+
+
+def test_help_lists_the_commands() -> None:
+    result = sculpt("--help")
+    assert result.exit_code == 0
+    for command in ("train", "report", "inspect", "doctor"):
+        assert command in result.stdout
+
+
+def run_python(code: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
+
+
+def test_without_typer_the_way_to_get_it_is_said() -> None:
+    done = run_python(
+        "import sys, runpy; sys.modules['typer'] = None; sys.argv = ['sculpt', 'doctor'];"
+        "runpy.run_module('sculpt_ops', run_name='__main__')"
+    )
+    assert done.returncode == 1
+    assert done.stderr.strip() == "sculpt needs typer: pip install sculpt-ops[train]"
+
+
+def test_python_m_is_the_same_command() -> None:
+    done = subprocess.run([sys.executable, "-m", "sculpt_ops", "--help"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0
+    assert "sculpt" in done.stdout
+    assert "inspect" in done.stdout
+
+
+def test_the_command_line_starts_without_the_heavy_packages() -> None:
+    done = run_python(
+        "import sys; import sculpt_ops.continual.cli, sculpt_ops.continual;"
+        "print([name for name in ('transformers', 'matplotlib', 'accelerate') if name in sys.modules])"
+    )
+    assert done.stdout.strip() == "[]", done.stderr

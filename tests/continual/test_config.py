@@ -1,0 +1,92 @@
+"""Settings: read, checked, and refused before anything is written."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sculpt_ops.continual import TrainConfig, train
+from sculpt_ops.continual.config import format_protect, parse_protect
+
+
+def test_an_output_that_is_not_empty_is_refused(short: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "mine.txt").write_text("precious")
+    with pytest.raises(FileExistsError, match="not empty; name a new folder"):
+        train(TrainConfig(**short, output=tmp_path), quiet=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        ({"targets": "*.nothing.weight"}, "matches no parameter"),
+        ({"max_length": 4096}, "max_length: got 4096, the model has positions for 128 tokens"),
+        ({"lr_scheduler_type": "sideways"}, "sideways"),
+        ({"model": "./no/model/here"}, r"model: there is no folder \./no/model/here"),
+        ({"tasks": ["./no/tasks/here"]}, "tasks: there is no folder"),
+        ({"dev_items": 16}, "dev_items: got 16, task colours has 16"),
+    ],
+)
+def test_settings_that_do_not_fit_are_refused_before_anything_is_written(
+    change: dict[str, Any], complaint: str, short: dict[str, Any], tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match=complaint):
+        train(TrainConfig(**{**short, **change}, output=tmp_path / "out"), quiet=True)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_that_is_no_model_is_named(short: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="model: cannot open") as caught:
+        train(TrainConfig(**{**short, "model": tmp_path / "empty"}, output=tmp_path / "out"), quiet=True)
+    assert "\n" not in str(caught.value)
+
+
+def test_quantised_weights_are_refused(short: dict[str, Any], model_folder: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(model_folder, tmp_path / "quantised")
+    settings = json.loads((folder / "config.json").read_text())
+    settings["quantization_config"] = {"quant_method": "gptq", "bits": 4}
+    (folder / "config.json").write_text(json.dumps(settings))
+    with pytest.raises(ValueError, match="its weights are quantised"):
+        train(TrainConfig(**{**short, "model": folder}, output=tmp_path / "out"), quiet=True)
+
+
+def test_several_processes_are_refused(short: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="one process"):
+        train(TrainConfig(**short, output=tmp_path / "out"), quiet=True)
+
+
+@pytest.mark.parametrize("text", ["0.5", "rank:64", "energy:0.9", "none"])
+def test_what_to_protect_is_read_as_it_is_written(text: str) -> None:
+    assert format_protect(parse_protect(text)) == text
+
+
+@pytest.mark.parametrize("text", ["half", "rank:0.5", "rank:", "energies:0.9", "energy:2", ""])
+def test_what_to_protect_is_refused_in_one_line(text: str) -> None:
+    with pytest.raises(ValueError, match="protect: got"):
+        parse_protect(text)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"sides": "top"},
+        {"others": "ignore"},
+        {"dtype": "int8"},
+        {"lr": 0.0},
+        {"batch_size": 0},
+        {"eval_items": 0},
+        {"max_grad_norm": -1.0},
+        {"protect": 1.5},
+        {"tasks": []},
+    ],
+)
+def test_settings_out_of_range_are_named(change: dict[str, Any]) -> None:
+    (name,) = change
+    with pytest.raises(ValueError, match=name):
+        TrainConfig(**{"model": "m", "tasks": ["t"], "output": "o", **change})

@@ -1,0 +1,186 @@
+"""The report: every figure from the results, every caveat said."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from sculpt_ops.continual import Prediction, RunResult, TrainConfig, write_report
+from sculpt_ops.continual.metrics import difference, wilson_interval
+from sculpt_ops.continual.result import LearnedTask
+
+pytest.importorskip("matplotlib", reason="the report needs pip install sculpt-ops[train]")
+
+TASKS = ["colours", "sounds", "sums"]
+SHARES = [[0.2, 0.1, 0.3], [0.8, 0.2, 0.3], [0.6, 0.6, 0.4], [0.5, 0.7, 0.9]]
+WEIGHT = "model.layers.{}.mlp.up_proj.weight"
+
+
+def made(
+    protect: float | None,
+    shares: Sequence[Sequence[float]] = SHARES,
+    seed: int = 0,
+    items: int = 50,
+    name: str | None = None,
+) -> RunResult:
+    """A run with given accuracies; items are right in an order of their own, drawn by seed."""
+    tasks = TASKS[: len(shares[0])]
+    generator = np.random.default_rng(seed)
+    predictions = []
+    for row, accuracies in enumerate(shares):
+        for task, share in zip(tasks, accuracies, strict=True):
+            right = generator.permutation(items) < round(share * items)
+            predictions += [
+                Prediction(row, task, item, "yes", "yes" if ok else "no") for item, ok in enumerate(right.tolist())
+            ]
+    config = TrainConfig(
+        model="/models/tiny", tasks=tasks, output=f"/runs/{seed}", protect=protect, seed=seed, name=name
+    )
+    layers = {WEIGHT.format(i): {"shape": [64, 32], "rank": 16 + i, "energy": 0.9} for i in range(2)} if protect else {}
+    learned = [
+        LearnedTask(
+            name=task,
+            train_items=100,
+            test_items=items,
+            note="only test.json is there" if task == "sounds" else None,
+            steps=3,
+            derive_seconds=2.0,
+            train_seconds=4.0,
+            step_seconds=[9.0, 0.25, 0.5],
+            losses=[(3, 0.5)],
+            peak_memory_bytes=(index + 1) * 2**29,
+            layers=layers,
+            leak=dict.fromkeys(layers, 1e-07 * (1 + index)),
+        )
+        for index, task in enumerate(tasks)
+    ]
+    return RunResult(
+        name=config.method,
+        tasks=tasks,
+        output=f"/runs/{seed}",
+        config=config.to_dict(),
+        versions={"torch": "2.13.0", "device": "CPU"},
+        notes=["3 of the 15 tasks of the published benchmark; it lacks WiC."],
+        learned=learned,
+        predictions=predictions,
+        evaluation_seconds=[1.0] * len(shares),
+    )
+
+
+def rows(text: str, heading: str) -> dict[str, list[str]]:
+    """The first table under a heading: first cell to the other cells."""
+    lines = text.split(f"{heading}\n", 1)[1].split("\n\n")
+    table = next(part for part in lines if part.strip().startswith("|")).strip().splitlines()
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in table]
+    return {row[0]: row[1:] for row in cells}
+
+
+def size_of_png(path: Path) -> tuple[int, int]:
+    data = path.read_bytes()
+    assert data[:8] == b"\x89PNG\r\n\x1a\n"
+    width, height = struct.unpack(">II", data[16:24])
+    return width, height
+
+
+def test_two_methods_side_by_side(tmp_path: Path) -> None:
+    better = [[0.2, 0.1, 0.3], [0.8, 0.2, 0.3], [0.8, 0.6, 0.4], [0.7, 0.7, 0.9]]
+    plain, protected = made(None), made(0.5, better)
+    path = write_report([plain, protected], tmp_path / "new" / "report")
+    text = path.read_text()
+    result = rows(text, "## Result")
+    assert result["plain"][0].startswith("70.0 (")
+    assert result["plain"][1].startswith("-10.0 (")
+    assert result["plain"][2].startswith("15.0 (")
+    assert result["plain"][3:] == ["0.5", "1.50", "-", "-"]
+    assert result["protect 0.5, both"][0].startswith("76.7 (")
+    assert result["protect 0.5, both"][3:] == ["0.5", "1.50", "3.0e-07", "6"]
+    expected = difference(protected.correct, plain.correct).average_accuracy
+    (gained,) = [row for name, row in rows(text, "paired over the same items").items() if name.startswith("protect")]
+    assert gained[0] == f"{100 * expected.value:+.1f} ({100 * expected.low:+.1f} to {100 * expected.high:+.1f})"
+    accuracy = rows(text, "### Accuracy of plain, %")
+    assert accuracy["zero-shot"] == ["20.0", "10.0", "30.0"]
+    assert accuracy["after sums"] == ["50.0", "70.0", "90.0"]
+    low, high = wilson_interval(25, 50)
+    assert accuracy["95 % interval at the end"][0] == f"{100 * low:.1f} to {100 * high:.1f}"
+    assert rows(text, "### Protected in protect 0.5, both, over all tasks")["`model.layers.*.mlp.up_proj.weight`"] == [
+        "64 x 32",
+        "16 to 17",
+        "90.0",
+        "3.0e-07",
+    ]
+    assert rows(text, "## Tasks")["sounds"] == ["100", "50", "3", "only test.json is there"]
+    settings = rows(text, "## Settings and versions")
+    assert settings["protect"] == ["none", "0.5"]
+    assert settings["torch"] == ["2.13.0", "same"]
+    assert "**One seed** (0)" in text
+    assert "3 of the 15 tasks of the published benchmark; it lacks WiC." in text
+    for name in ("accuracy.png", "curves.png"):
+        assert f"]({name})" in text
+        width, height = size_of_png(path.parent / name)
+        assert 400 < width < 4000
+        assert 300 < height < 4000
+    assert sorted(file.name for file in path.parent.iterdir()) == ["accuracy.png", "curves.png", "report.md"]
+
+
+def test_one_task_has_no_curves_and_no_forgetting(tmp_path: Path) -> None:
+    text = write_report([made(None, [[0.1], [0.9]])], tmp_path).read_text()
+    assert rows(text, "## Result")["plain"][1:3] == ["-", "-"]
+    assert "curves.png" not in text
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["accuracy.png", "report.md"]
+    assert "Difference" not in text
+
+
+def test_runs_of_the_same_name_are_told_apart_and_seeds_are_listed(tmp_path: Path) -> None:
+    text = write_report([made(None, seed=1), made(None, seed=2)], tmp_path).read_text()
+    assert {"plain (1)", "plain (2)"} <= rows(text, "## Result").keys()
+    assert "One seed" not in text
+    assert "Seeds 1, 2." in text
+
+
+def test_runs_on_other_items_get_no_paired_difference(tmp_path: Path) -> None:
+    text = write_report([made(None), made(0.5, items=40)], tmp_path).read_text()
+    assert "Difference" not in text
+
+
+def test_a_name_with_a_bar_does_not_break_the_table(tmp_path: Path) -> None:
+    text = write_report([made(None, name="a|b")], tmp_path).read_text()
+    assert "| a\\|b | 70.0" in text
+
+
+def test_what_cannot_be_compared_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    whole = made(None)
+    cut = replace(whole, predictions=[p for p in whole.predictions if p.row < 3])
+    for results, complaint in (
+        ([], "results: got none"),
+        ([whole, made(None, [[0.1], [0.9]])], "one report needs the same tasks"),
+        ([whole, cut], "stopped after 2 of 3 tasks"),
+    ):
+        with pytest.raises(ValueError, match=complaint):
+            write_report(results, tmp_path / "report")
+    assert not (tmp_path / "report").exists()
+
+
+def test_results_survive_their_files(tmp_path: Path) -> None:
+    result = replace(made(0.5), output=str(tmp_path / "run"))
+    result.save()
+    loaded = RunResult.load(tmp_path / "run")
+    assert replace(loaded, learned=[], predictions=[]) == replace(result, learned=[], predictions=[])
+    assert loaded.predictions == result.predictions
+    assert write_report([loaded], tmp_path / "a").read_text() == write_report([result], tmp_path / "b").read_text()
+    one = replace(made(None, [[0.1], [0.9]]), output=str(tmp_path / "one"))
+    one.save()
+    assert '"backward_transfer": {\n   "value": null' in (tmp_path / "one" / "run.json").read_text()
+
+
+def test_a_folder_without_a_run_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="holds no run of `sculpt train`"):
+        RunResult.load(tmp_path)
+    (tmp_path / "run.json").write_text("{}")
+    (tmp_path / "predictions.jsonl").write_text("")
+    with pytest.raises(ValueError, match="holds no run of `sculpt train`"):
+        RunResult.load(tmp_path)
