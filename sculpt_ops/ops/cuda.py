@@ -103,16 +103,13 @@ def project_triton(
     m, n = grad.shape[-2:]
     dtype = grad.dtype
     if left is not None and right is not None and not (keep_left or keep_right):
-        ranks = (left.shape[-1], right.shape[-1])
-        if left.dtype is right.dtype:
-            why: str | None = (why_not_block if block else why_not_both)(m, n, *ranks, dtype, left.dtype)
-            if why is None:
-                (project_block if block else project_both)(flat, left, right, flat_out)
-                return None
-            if block:
-                return why
-        elif block:
-            return "given bases of two dtypes"
+        why_not = why_not_block if block else why_not_both
+        why: str | None = why_not(m, n, left.shape[-1], right.shape[-1], dtype, left.dtype, right.dtype)
+        if why is None:
+            (project_block if block else project_both)(flat, left, right, flat_out)
+            return None
+        if block:
+            return why
     reasons: tuple[str | None, str | None] = (
         None if left is None else why_not_left(m, n, left.shape[-1], dtype, left.dtype),
         None if right is None else why_not_right(m, n, right.shape[-1], dtype, right.dtype),

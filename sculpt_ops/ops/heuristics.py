@@ -19,7 +19,9 @@ Backend = Literal["triton", "cublas"]
 # Calculated crossovers: one side 175 (own dtype) and 105 (float32 operand); the next power of two below.
 MAX_RANK = 128
 MAX_RANK_FLOAT32 = 64
-# Two sides, both thin products from one read: r + s up to the same bounds.
+# Two sides, both thin products from one read: r + s up to the same bounds. Ranks that are no multiple of 16 spill 56 to
+# 240 bytes of registers in some variants when compiled; they go to the library until a measurement says otherwise.
+RANK_UNIT = 16
 # A panel is at least 32 wide, and one program a multiprocessor keeps it busy: fewer panels leave the GPU idle.
 PANEL = 32
 
@@ -49,7 +51,7 @@ def choose(
     limit = MAX_RANK_FLOAT32 if torch.float32 in (dtype, basis_dtype) else MAX_RANK
     if dtype is torch.float16:
         limit = MAX_RANK_FLOAT32 // 2  # its second product runs in float32 altogether
-    if (r or 0) + (s or 0) > limit:
+    if (r or 0) + (s or 0) > limit or (r or 0) % RANK_UNIT or (s or 0) % RANK_UNIT:
         return "cublas"
     extent = min(n if r is not None else m, m if s is not None else n) * batch
     return "triton" if extent >= PANEL * multiprocessors else "cublas"
