@@ -1,5 +1,40 @@
 // Packing into the operands of the register tile. Included by panel.h.
 
+// One stage of an L x L transpose in registers: exchanges the halves of size S between two rows.
+template <int S, int high, class V, int... lane>
+SCULPT_INLINE V exchange(V a, V b, Lanes<lane...>) {
+  constexpr int L = sizeof...(lane);
+#if defined(__clang__)
+  return __builtin_shufflevector(a, b, ((lane & S) ? (high ? lane + L : lane + L - S) : (high ? lane + S : lane))...);
+#else
+  using Index = typename VecOf<Signed<sizeof(a[0])>>::type;
+  return __builtin_shuffle(a, b, Index{((lane & S) ? (high ? lane + L : lane + L - S) : (high ? lane + S : lane))...});
+#endif
+}
+template <int S, class V, int L>
+SCULPT_INLINE void transpose_from(V (&v)[L]) {
+  if constexpr (S < L) {
+#pragma GCC unroll 16
+    for (int i = 0; i < L; ++i) {
+      if (i & S) continue;
+      V a = v[i], b = v[i + S];
+      v[i] = exchange<S, 0>(a, b, typename FirstLanes<L>::type{});
+      v[i + S] = exchange<S, 1>(a, b, typename FirstLanes<L>::type{});
+    }
+    transpose_from<2 * S>(v);
+  }
+}
+
+// A full vector of the B operand: elements of one row of a source, or of two rows as pairs.
+template <class Dot, class S>
+SCULPT_INLINE Vec<typename Dot::B> pair_vector(const S* from, int64_t next_row) {
+  if constexpr (Dot::kPair == 1) {
+    return load_as<typename Dot::Acc>(from);
+  } else {
+    return widen(from) | (widen(from + next_row) << 16);
+  }
+}
+
 // A operand: `rows` rows of `cols` elements, contiguous along k at pitch lda, zero up to whole pairs.
 template <class Dot, class S>
 void pack_a(const S* src, int64_t row_stride, int64_t col_stride, int64_t rows, int64_t cols, typename Dot::A* dst,
@@ -20,10 +55,19 @@ void pack_a(const S* src, int64_t row_stride, int64_t col_stride, int64_t rows, 
     }
     return;
   }
-  // A transposed source, 16 rows at a time, so that each line of it is read once; pairs along k are stored together.
-  for (int64_t i0 = 0; i0 < rows; i0 += 16) {
-    const int64_t count = min64(rows - i0, 16);
+  // A transposed source: square blocks through registers, the rest pair by pair along k.
+  constexpr int L = kLanes<typename Dot::Acc>;
+  for (int64_t i0 = 0; i0 < rows; i0 += L) {
+    const int64_t count = min64(rows - i0, L);
     int64_t k = 0;
+    if (row_stride == 1 && count == L) {
+      for (; k + L * Dot::kPair <= cols; k += L * Dot::kPair) {
+        Vec<typename Dot::B> v[L];
+        for (int q = 0; q < L; ++q) v[q] = pair_vector<Dot>(src + (k + q * Dot::kPair) * col_stride + i0, col_stride);
+        transpose_from<1>(v);
+        for (int q = 0; q < L; ++q) store(dst + (i0 + q) * lda + k, v[q]);
+      }
+    }
     for (; k + Dot::kPair <= cols; k += Dot::kPair) {
       const S* from = src + k * col_stride + i0 * row_stride;
       A* to = dst + i0 * lda + k;
@@ -56,10 +100,10 @@ SCULPT_INLINE Vec<Acc> matrix_vector(const T* from, const T* ref, int64_t valid)
 #if defined(SCULPT_BF16_DOT)
 SCULPT_INLINE Vec<uint32_t> bf16_vector(const Bf16* from, int64_t valid) {
   constexpr int64_t L = kLanes<float>;
-  if (valid == L) return __builtin_convertvector(load<HalfVec>(from), Vec<uint32_t>);
+  if (valid == L) return widen(from);
   Bf16 source[L] = {};
   __builtin_memcpy(source, from, valid * sizeof(Bf16));
-  return __builtin_convertvector(load<HalfVec>(source), Vec<uint32_t>);
+  return widen(source);
 }
 #endif
 
@@ -99,10 +143,29 @@ void pack_b(const S* src, int64_t k_stride, int64_t j_stride, int64_t depth, int
   using A = typename Dot::A;
   if (j_stride == 1) return pack_panel<Dot, S>(src, k_stride, nullptr, 0, depth, cols, dst);
   const int64_t width = round_up(cols, kLanes<typename Dot::Acc>), count = steps<Dot>(depth);
-  // 64 steps at a time: the block written stays in the first-level cache while its columns are filled one by one.
+  // 64 steps at a time: the block written stays in the first-level cache while its columns are filled.
+  constexpr int L = kLanes<typename Dot::Acc>;
   for (int64_t p0 = 0; p0 < count; p0 += 64) {
     const int64_t p1 = min64(count, p0 + 64);
-    for (int64_t j = 0; j < width; ++j) {
+    int64_t squares = 0;
+    if (k_stride == 1 && p0 + 64 <= depth / Dot::kPair) {
+      for (; squares + L <= cols; squares += L) {
+        for (int64_t p = p0; p < p1; p += L) {
+          Vec<typename Dot::B> v[L];
+          for (int q = 0; q < L; ++q) {
+            const S* from = src + (squares + q) * j_stride + p * Dot::kPair;
+            if constexpr (Dot::kPair == 1) {
+              v[q] = load_as<typename Dot::Acc>(from);
+            } else {
+              v[q] = load<Vec<uint32_t>>(from);
+            }
+          }
+          transpose_from<1>(v);
+          for (int q = 0; q < L; ++q) store(dst + (p + q) * width + squares, v[q]);
+        }
+      }
+    }
+    for (int64_t j = squares; j < width; ++j) {
       const S* from = src + j * j_stride;
       const int64_t whole = j < cols ? min64(p1, depth / Dot::kPair) : p0;
       int64_t p = p0;

@@ -132,21 +132,28 @@ struct Update {
   template <int NV>
   SCULPT_INLINE void operator()(int64_t i, int64_t j, int64_t rows, int64_t cols, Vec<Acc> (&acc)[kRows][NV]) const {
     constexpr int64_t L = kLanes<Acc>;
-    for (int64_t q = 0; q < rows; ++q) {
-      const T* p = in + (i + q) * in_stride + j;
-      const T* ref = reference ? reference + (i + q) * reference_stride + j : nullptr;
-      T* to = out + (i + q) * out_stride + j;
+    const T* p = in + i * in_stride + j;
+    const T* ref = reference ? reference + i * reference_stride + j : nullptr;
+    T* to = out + i * out_stride + j;
+    if (cols == NV * L && !ref) {
+#pragma GCC unroll 8
+      for (int64_t q = 0; q < kRows; ++q) {
+        if (q >= rows) break;
+#pragma GCC unroll 8
+        for (int v = 0; v < NV; ++v)
+          store_as<Acc>(to + q * out_stride + v * L,
+                        keep ? acc[q][v] : load_as<Acc>(p + q * in_stride + v * L) - acc[q][v]);
+      }
+      return;
+    }
+    for (int64_t q = 0; q < rows; ++q, p += in_stride, to += out_stride, ref += ref ? reference_stride : 0) {
       for (int v = 0; v < NV; ++v) {
         int64_t valid = min64(cols - v * L, L);
-        if (valid == L) {
-          store_as<Acc>(to + v * L, result(p + v * L, ref ? ref + v * L : nullptr, acc[q][v]));
-        } else {
-          T source[L] = {}, base[L] = {}, rounded[L];
-          __builtin_memcpy(source, p + v * L, valid * sizeof(T));
-          if (ref) __builtin_memcpy(base, ref + v * L, valid * sizeof(T));
-          store_as<Acc>(rounded, result(source, ref ? base : nullptr, acc[q][v]));
-          __builtin_memcpy(to + v * L, rounded, valid * sizeof(T));
-        }
+        T source[L] = {}, base[L] = {}, rounded[L];
+        __builtin_memcpy(source, p + v * L, valid * sizeof(T));
+        if (ref) __builtin_memcpy(base, ref + v * L, valid * sizeof(T));
+        store_as<Acc>(rounded, result(source, ref ? base : nullptr, acc[q][v]));
+        __builtin_memcpy(to + v * L, rounded, valid * sizeof(T));
       }
     }
   }
