@@ -24,8 +24,8 @@ constexpr int64_t kRows = SCULPT_ROWS;
 constexpr int kVecs = 3;
 template <class Dot>
 constexpr int64_t kCols = kVecs * kLanes<typename Dot::Acc>;
-// Steps of k between visits to the accumulators in memory: 24 KB of B, and A stays in the first-level cache.
-constexpr int64_t kBlockK = 128;
+// Steps of k between visits to the accumulators in memory: 48 KB of B at most, and A stays in the first-level cache.
+constexpr int64_t kBlockK = 256;
 // A packed panel should leave room in a 1 MB second-level cache for the basis that streams past it.
 constexpr int64_t kPanelBytes = 768 << 10;
 
