@@ -281,6 +281,7 @@ def test_unknown_instruction_set_is_refused() -> None:
         check=False,
     )
     assert run.returncode != 0
+    assert "SCULPT_CPU: given 'mmx', wanted one of" in run.stderr
 
 
 def test_results_do_not_depend_on_the_number_of_threads_or_the_run() -> None:
