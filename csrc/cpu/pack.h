@@ -126,8 +126,12 @@ void pack_panel(const T* in, int64_t stride, const T* ref, int64_t ref_stride, i
         if constexpr (Dot::kPair == 1) {
           store(to + v * L, matrix_vector<Acc>(row + at, base ? base + at : nullptr, valid));
         } else {
-          __builtin_prefetch(row + 16 * stride + at);
-          __builtin_prefetch(row + 17 * stride + at);
+          // Three pairs of rows ahead: at eight pairs a matrix that lies in the shared cache took 10 % longer, without
+          // it one that does not took 15 % longer. One of two vectors starts a cache line.
+          if (v % 2 == 0) {
+            __builtin_prefetch(row + 6 * stride + at);
+            __builtin_prefetch(row + 7 * stride + at);
+          }
           Vec<uint32_t> low = bf16_vector(row + at, valid);
           bool odd = p * 2 + 1 >= depth;
           store(to + v * L, odd ? low : low | (bf16_vector(row + stride + at, valid) << 16));
