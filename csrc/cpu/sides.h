@@ -45,13 +45,15 @@ void measure(const OneSided& s, int64_t threads, Plan& plan) {
   width = max64(width / unit * unit, least);
   // The panel count near extent / width whose busiest thread has the least to do (threads take equal runs of panels):
   // with blocks of 48 as the grain, 1024 columns went 576 to 448 to two threads, and 12 % of the time with them. Wider
-  // panels are tried too, except at the smallest ranks, where leaving the second-level cache costs 10 %.
+  // panels are tried too, up to 1 MB; not at the smallest ranks, where leaving the second-level cache costs 10 %.
   const int64_t grain = left ? kLanes<Acc> : kRows, wanted = max64(1, (extent + width - 1) / width);
   const int64_t fewest = s.basis.cols > 32 ? max64(1, wanted * 2 / 3) : wanted;
   int64_t busiest = 0;
   for (int64_t count = fewest; count < wanted + 2 * threads; ++count) {
     const int64_t candidate = round_up(max64(1, (extent + count - 1) / count), grain);
     if (candidate < unit && count > 1 && extent >= unit) break;
+    const int64_t bytes = candidate * depth * int64_t(sizeof(B)) / Dot::kPair;
+    if (candidate > round_up(width, grain) && bytes > 4 * kPanelBytes / 3) continue;
     const int64_t panels = (extent + candidate - 1) / candidate;
     const int64_t load = min64(extent, (panels + threads - 1) / threads * candidate);
     if (!busiest || load <= busiest) {
