@@ -23,10 +23,18 @@ _VERSION = 1
 _FIELDS = ("rank", "energy", "keep_left", "keep_right", "block")
 
 
+def _safetensors(action: str) -> Any:
+    """The library, which only saving and loading need."""
+    try:
+        import safetensors.torch
+    except ImportError as error:
+        raise ImportError(f"{action} subspaces needs safetensors: pip install 'sculpt-ops[train]'") from error
+    return safetensors
+
+
 def save_subspaces(subspaces: Subspaces, sketches: Mapping[str, Tensor], path: Path) -> None:
     """Write to a temporary file beside `path`, then rename it: a crash leaves what was there before."""
-    from safetensors.torch import save_file
-
+    safetensors = _safetensors("saving")
     tensors: dict[str, Tensor] = {}
     layers: dict[str, Any] = {}
     for name, layer in subspaces.items():
@@ -38,7 +46,7 @@ def save_subspaces(subspaces: Subspaces, sketches: Mapping[str, Tensor], path: P
     header = {"version": _VERSION, "layers": layers, "unprotected": unprotected}
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        save_file(tensors, temporary, metadata={_KEY: json.dumps(header)})
+        safetensors.torch.save_file(tensors, temporary, metadata={_KEY: json.dumps(header)})
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -46,15 +54,15 @@ def save_subspaces(subspaces: Subspaces, sketches: Mapping[str, Tensor], path: P
 
 def load_subspaces(path: Path) -> tuple[dict[str, LayerSubspace], dict[str, Tensor], list[Unprotected]]:
     """Read what `save_subspaces` wrote; ValueError for a truncated or foreign file, OSError if it cannot be read."""
-    from safetensors import SafetensorError, safe_open
-
     from .subspaces import Unprotected
 
+    safetensors = _safetensors("loading")
+
     try:
-        with safe_open(path, framework="pt") as file:
+        with safetensors.safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a mapping)
-    except SafetensorError as error:
+    except safetensors.SafetensorError as error:
         raise ValueError(f"{path} is truncated or not a safetensors file: {error}") from error
     if _KEY not in metadata:
         raise ValueError(f"{path} was not written by Subspaces.save: its header has no {_KEY!r}")

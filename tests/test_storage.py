@@ -1,3 +1,4 @@
+import sys
 from pathlib import Path
 
 import pytest
@@ -67,3 +68,12 @@ def test_failed_save_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.Mon
         Subspaces.from_model(Shapes(), targets="square").save(path)
     assert path.read_bytes() == b"old"
     assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_without_safetensors_one_message_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    subspaces = Subspaces.from_model(torch.nn.Sequential(torch.nn.Linear(8, 6)), targets="*.weight")
+    monkeypatch.setitem(sys.modules, "safetensors", None)
+    monkeypatch.setitem(sys.modules, "safetensors.torch", None)
+    with pytest.raises(ImportError, match=r"saving subspaces needs safetensors: pip install 'sculpt-ops\[train\]'"):
+        subspaces.save(tmp_path / "bases.safetensors")
+    assert list(tmp_path.iterdir()) == []
