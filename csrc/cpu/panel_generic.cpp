@@ -1,4 +1,4 @@
-// The panel kernels for any machine: SSE2 on x86-64, NEON on AArch64.
+// The panel kernels for any machine: SSE2 on x86-64; meant for NEON on AArch64 too, not yet compiled there.
 #include "cpu/kernels.h"
 
 #include <torch/headeronly/util/Half.h>
