@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .linalg import Spectrum
-from .ops import foreach_project_
+from .ops import foreach_project_, project
 
 __all__ = ["LayerSubspace", "Sides", "check_sides", "project_each_"]
 
@@ -73,16 +73,12 @@ class LayerSubspace:
     def protected_left(self, matrix: Tensor) -> Tensor:
         """P_left @ matrix (m, c), in the dtype of `matrix`. Needs a left basis."""
         assert self.left is not None
-        basis = self.left.to(matrix.dtype)
-        inside = basis @ (basis.mT @ matrix)
-        return matrix - inside if self.keep_left else inside
+        return project(matrix, self.left.to(matrix.dtype), keep_left=not self.keep_left)
 
     def protected_right(self, matrix: Tensor) -> Tensor:
         """P_right @ matrix (n, c), in the dtype of `matrix`. Needs a right basis."""
         assert self.right is not None
-        basis = self.right.to(matrix.dtype)
-        inside = basis @ (basis.mT @ matrix)
-        return matrix - inside if self.keep_right else inside
+        return project(matrix, self.right.to(matrix.dtype), keep_left=not self.keep_right)
 
     def to(self, device: torch.device | str) -> LayerSubspace:
         """The same subspace with its bases on `device`."""
