@@ -187,7 +187,7 @@ void pack_b(const S* src, int64_t k_stride, int64_t j_stride, int64_t depth, int
   }
 }
 
-// Rows of an accumulator become the elements of the next product's operand (a no-op type by type for fp32/fp64).
+// Rows of an accumulator, rounded to the elements of the next product's A operand.
 template <class A, class Acc>
 void round_rows(const Acc* src, int64_t rows, int64_t cols, int64_t ld, A* dst, int64_t lda) {
   constexpr int64_t L = kLanes<Acc>;

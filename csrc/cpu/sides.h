@@ -18,10 +18,10 @@ template <class Dot>
 struct Sizes {
   using A = typename Dot::A;
   using Acc = typename Dot::Acc;
-  int64_t m, n, r, width;
+  int64_t m, n, r;
   int64_t lda1, lda2, cols_b1, cols_b2;
 
-  Sizes(const OneSided& s, int64_t panel_width) : m(s.m), n(s.n), r(s.basis.cols), width(panel_width) {
+  explicit Sizes(const OneSided& s) : m(s.m), n(s.n), r(s.basis.cols) {
     lda1 = pitch<A>(steps<Dot>(s.side == Side::left ? m : n) * Dot::kPair);
     lda2 = pitch<A>(round_up(r, kCols<Dot>));
     cols_b1 = round_up(r, kLanes<Acc>);
@@ -63,7 +63,7 @@ void measure(const OneSided& s, int64_t threads, Plan& plan) {
     }
   }
 
-  Sizes<Dot> z(s, plan.width);
+  Sizes<Dot> z(s);
   if (left) {
     plan.pack_tasks = 2 * ((max64(z.m, z.r) + 255) / 256);
     plan.shared_bytes = span<A>(z.rows(z.r) * z.lda1) + span<A>(z.rows(z.m) * z.lda2);
@@ -81,7 +81,7 @@ template <class Dot, class S>
 void pack_basis(const OneSided& s, const Plan& plan, char* shared, int64_t task) {
   using A = typename Dot::A;
   using B = typename Dot::B;
-  Sizes<Dot> z(s, plan.width);
+  Sizes<Dot> z(s);
   const S* x = static_cast<const S*>(s.basis.data);
   const int64_t rs = s.basis.row_stride, cs = s.basis.col_stride;
   if (s.side == Side::left) {
@@ -90,8 +90,10 @@ void pack_basis(const OneSided& s, const Plan& plan, char* shared, int64_t task)
     const bool second = task % 2;
     const int64_t begin = task / 2 * 256, total = second ? z.m : z.r, end = min64(begin + 256, total);
     if (begin >= total) return;
-    if (second && s.phase != Phase::gather) pack_a<Dot>(x + begin * rs, rs, cs, end - begin, z.r, a2 + begin * z.lda2, z.lda2);
-    if (!second && s.phase != Phase::apply) pack_a<Dot>(x + begin * cs, cs, rs, end - begin, z.m, a1 + begin * z.lda1, z.lda1);
+    if (second && s.phase != Phase::gather)
+      pack_a<Dot>(x + begin * rs, rs, cs, end - begin, z.r, a2 + begin * z.lda2, z.lda2);
+    if (!second && s.phase != Phase::apply)
+      pack_a<Dot>(x + begin * cs, cs, rs, end - begin, z.m, a1 + begin * z.lda1, z.lda1);
     if (end == total) {  // rows up to a whole tile: their results are dropped, but they must be readable numbers
       A* to = (second ? a2 : a1) + total * (second ? z.lda2 : z.lda1);
       __builtin_memset(to, 0, (z.rows(total) - total) * (second ? z.lda2 : z.lda1) * sizeof(A));
@@ -123,7 +125,7 @@ void left_panel(const OneSided& s, const Plan& plan, char* shared, char* scratch
   using B = typename Dot::B;
   using Acc = typename Dot::Acc;
   constexpr int64_t L = kLanes<Acc>;
-  Sizes<Dot> z(s, plan.width);
+  Sizes<Dot> z(s);
   const A* a1 = take<A>(shared, z.rows(z.r) * z.lda1);
   const A* a2 = take<A>(shared, z.rows(z.m) * z.lda2);
   B* panel = take<B>(scratch, steps<Dot>(z.m) * plan.width);
@@ -178,7 +180,7 @@ void right_panel(const OneSided& s, const Plan& plan, char* shared, char* scratc
   using A = typename Dot::A;
   using B = typename Dot::B;
   using Acc = typename Dot::Acc;
-  Sizes<Dot> z(s, plan.width);
+  Sizes<Dot> z(s);
   const B* b1 = take<B>(shared, steps<Dot>(z.n) * z.cols_b1);
   const B* b2 = take<B>(shared, steps<Dot>(z.r) * z.cols_b2);
   A* panel = take<A>(scratch, z.rows(plan.width) * z.lda1);
