@@ -1,4 +1,4 @@
-// Facts about the build, for `sculpt doctor` and the tests. pybind11 does not go with the limited API, so it stays out
+// Facts about the build, for `sculpt doctor`. pybind11 does not go with the limited API, so it stays out
 // of the op library.
 #include <pybind11/pybind11.h>
 #include <torch/version.h>

@@ -57,6 +57,8 @@ def _kernels() -> Iterator[Finding]:
     except Exception as error:
         yield Finding("ops", f"import sculpt_ops fails: {error}", "build it anew: pip install --no-build-isolation .")
         return
+    build = importlib.import_module("sculpt_ops._host")
+    yield Finding("built", f"against torch {build.torch_version} by compiler {build.compiler}")
     keys = ["CPU", "CUDA"] if torch.cuda.is_available() else ["CPU"]
     for key in keys:
         there = [op for op in OPS if _has_kernel(op, key)]

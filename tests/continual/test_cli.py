@@ -115,7 +115,7 @@ def test_inspect_shows_what_would_be_protected(model_folder: Path) -> None:
 def test_doctor_names_versions_and_ops() -> None:
     result = sculpt("doctor")
     assert result.exit_code == 0, result.output
-    for word in ("python", "torch", "ops on CPU", "transformers"):
+    for word in ("python", "torch", "built", "ops on CPU", "transformers"):
         assert word in result.stdout
 
 
