@@ -31,9 +31,11 @@ def machine() -> dict[str, Any]:
     def git(*words: str) -> str:
         return subprocess.run(("git", *words), cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
 
+    # The results files themselves do not change what is measured.
+    changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!bench/results")
     return {
         "date": datetime.date.today().isoformat(),
-        "commit": git("rev-parse", "--short", "HEAD") + ("+changes" if git("status", "--porcelain", "-uno") else ""),
+        "commit": git("rev-parse", "--short", "HEAD") + ("+changes" if changed else ""),
         "processor": processor(),
         "threads": torch.get_num_threads(),
         "instruction_set": os.environ.get("SCULPT_CPU", "chosen at run time"),
