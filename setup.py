@@ -41,7 +41,7 @@ setup(
     ext_modules=[
         CppExtension(
             "sculpt_ops._C",
-            ["csrc/ops.cpp", *sources(CSRC / "cpu")],
+            ["csrc/ops.cpp", *sources(CSRC / "cpu"), *sources(CSRC / "linalg")],
             include_dirs=[str(CSRC.resolve())],
             depends=headers(),
             extra_compile_args=[*FLAGS, *STABLE_ABI],

@@ -17,4 +17,13 @@ STABLE_TORCH_LIBRARY(sculpt, m) {
       "restore_(Tensor(a!) weight, Tensor? left, Tensor? left_image, Tensor? right, Tensor? right_image, *, "
       "Tensor? core=None, Tensor? reference=None, bool keep_left=False, bool keep_right=False, bool block=False) "
       "-> ()");
+  // `input` m x n; with `transpose` its transpose takes part. Half-precision input gives float32.
+  m.def("orthonormalize(Tensor input) -> Tensor");
+  m.def(
+      "rsvd(Tensor input, int rank, Tensor? start=None, *, int oversample=16, int n_iter=2, int seed=0) "
+      "-> (Tensor U, Tensor S, Tensor V)");
+  // Building blocks of the two, private: input @ factor, input^T @ input, and the eigendecomposition of a batch.
+  m.def("_product(Tensor input, Tensor factor, *, bool transpose=False) -> Tensor");
+  m.def("_gram(Tensor input, *, bool transpose=False, bool double=False) -> Tensor");
+  m.def("_eigh(Tensor input) -> (Tensor values, Tensor vectors)");
 }

@@ -38,8 +38,18 @@ struct OneSided {
   void* coefficients = nullptr;   // r x n, contiguous, f64 if type is f64 and f32 otherwise
 };
 
+// out = a b, accumulated in f64 if `wide` and in f32 otherwise, and stored so. The operand with fewer elements is packed
+// once and shared by all panels of the other: columns of b (`share_a`, where b needs unit column stride) or rows of a.
+struct Matmul {
+  View a, b;  // M x K, K x N
+  View out;   // any strides, f64 if wide and f32 otherwise
+  bool wide = false;
+  bool share_a = false;
+  bool symmetric = false;  // M == N: only one triangle is written, the lower one with share_a, else the upper one
+};
+
 struct Plan {
-  int64_t width = 0;       // columns (left) or rows (right) of a panel
+  int64_t width = 0;       // columns (left, share_a) or rows of a panel
   int64_t panels = 0;
   int64_t pack_tasks = 0;  // independent pieces of the shared packing
   int64_t shared_bytes = 0;   // the packed basis, read by every thread
@@ -51,6 +61,9 @@ struct Kernels {
   Plan (*plan)(const OneSided&, int64_t threads);
   void (*pack)(const OneSided&, const Plan&, void* shared, int64_t task);
   void (*panel)(const OneSided&, const Plan&, const void* shared, void* scratch, int64_t index);
+  Plan (*plan_matmul)(const Matmul&, int64_t threads);
+  void (*pack_matmul)(const Matmul&, const Plan&, void* shared, int64_t task);
+  void (*panel_matmul)(const Matmul&, const Plan&, const void* shared, void* scratch, int64_t index);
 };
 
 extern const Kernels kGeneric;

@@ -64,15 +64,15 @@ SCULPT_INLINE void tile(int64_t count, const typename Dot::A* a, int64_t lda, co
 }
 
 // Tiles of A[M x K] B[K x N] over the steps [p0, p1) of k, each handed to the epilogue. `chunk` rows of A are used
-// against all of B before the next.
+// against all of B before the next. Rows before i0 and columns before j0 (a whole tile's) are left out.
 template <class Dot, class Epilogue>
 void product(const typename Dot::A* a, int64_t lda, int64_t M, const typename Dot::B* b, int64_t N, int64_t count,
-             int64_t p0, int64_t p1, int64_t chunk, const Epilogue& epilogue) {
+             int64_t p0, int64_t p1, int64_t chunk, const Epilogue& epilogue, int64_t i0 = 0, int64_t j0 = 0) {
   using Acc = typename Dot::Acc;
   constexpr int64_t L = kLanes<Acc>;
-  for (int64_t c0 = 0; c0 < M; c0 += chunk) {
+  for (int64_t c0 = i0; c0 < M; c0 += chunk) {
     int64_t c1 = min64(M, c0 + chunk);
-    for (int64_t j = 0; j < N; j += kCols<Dot>) {
+    for (int64_t j = j0; j < N; j += kCols<Dot>) {
       int64_t cols = min64(N - j, kCols<Dot>);
       int64_t vectors = (cols + L - 1) / L;
       const typename Dot::B* block = b + j * count + p0 * vectors * L;
@@ -161,5 +161,6 @@ struct Update {
 
 #include "cpu/pack.h"
 #include "cpu/sides.h"
+#include "cpu/matmul.h"
 
 }  // namespace sculpt::cpu::SCULPT_ISA

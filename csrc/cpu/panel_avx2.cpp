@@ -22,6 +22,8 @@
 #endif
 
 namespace sculpt::cpu {
-const Kernels kAvx2{"avx2", avx2::plan_one_sided, avx2::pack_one_sided, avx2::panel_one_sided};
+const Kernels kAvx2{"avx2",
+    avx2::plan_one_sided, avx2::pack_one_sided, avx2::panel_one_sided,
+    avx2::plan_matmul, avx2::pack_matmul, avx2::panel_matmul};
 }  // namespace sculpt::cpu
 #endif

@@ -22,6 +22,8 @@
 #endif
 
 namespace sculpt::cpu {
-const Kernels kAvx512{"avx512", avx512::plan_one_sided, avx512::pack_one_sided, avx512::panel_one_sided};
+const Kernels kAvx512{"avx512",
+    avx512::plan_one_sided, avx512::pack_one_sided, avx512::panel_one_sided,
+    avx512::plan_matmul, avx512::pack_matmul, avx512::panel_matmul};
 }  // namespace sculpt::cpu
 #endif

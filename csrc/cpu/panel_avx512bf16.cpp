@@ -23,6 +23,8 @@
 #endif
 
 namespace sculpt::cpu {
-const Kernels kAvx512Bf16{"avx512bf16", avx512bf16::plan_one_sided, avx512bf16::pack_one_sided, avx512bf16::panel_one_sided};
+const Kernels kAvx512Bf16{"avx512bf16",
+    avx512bf16::plan_one_sided, avx512bf16::pack_one_sided, avx512bf16::panel_one_sided,
+    avx512bf16::plan_matmul, avx512bf16::pack_matmul, avx512bf16::panel_matmul};
 }  // namespace sculpt::cpu
 #endif

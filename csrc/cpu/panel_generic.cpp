@@ -9,5 +9,7 @@
 #include "cpu/panel.h"
 
 namespace sculpt::cpu {
-const Kernels kGeneric{"generic", generic::plan_one_sided, generic::pack_one_sided, generic::panel_one_sided};
+const Kernels kGeneric{"generic",
+    generic::plan_one_sided, generic::pack_one_sided, generic::panel_one_sided,
+    generic::plan_matmul, generic::pack_matmul, generic::panel_matmul};
 }  // namespace sculpt::cpu

@@ -2,53 +2,16 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
-#include <cstdlib>
-#include <memory>
-#include <new>
-
 #include "common/check.h"
+#include "cpu/arena.h"
 #include "cpu/kernels.h"
+#include "cpu/views.h"
 
 namespace sculpt::cpu {
 namespace {
 
-using Optional = std::optional<Tensor>;
-
 // Work below this (4 m n r operations) is done by the calling thread: waking a second one costs about 5 us.
 constexpr double kSerialWork = 1 << 20;
-// Packed operands stay allocated between calls up to this size: fresh pages cost 0.5 to 2 us each, which is more than
-// the arithmetic at small rank.
-constexpr int64_t kRetainedBytes = 64 << 20;
-
-class Arena {
- public:
-  void* reserve(int64_t bytes) {
-    if (bytes > size_) {
-      release();
-      size_ = bytes;
-      data_ = std::aligned_alloc(64, size_t((bytes + 63) / 64 * 64));
-      if (!data_) {
-        size_ = 0;
-        throw std::bad_alloc();
-      }
-    }
-    return data_;
-  }
-  void trim() {
-    if (size_ > kRetainedBytes) release();
-  }
-  ~Arena() { release(); }
-
- private:
-  void release() {
-    std::free(data_);
-    data_ = nullptr;
-    size_ = 0;
-  }
-  void* data_ = nullptr;
-  int64_t size_ = 0;
-};
-thread_local Arena shared_arena, scratch_arena, coefficient_arena;
 
 void run(const OneSided& s) {
   if (s.m == 0 || s.n == 0) return;
@@ -77,26 +40,11 @@ void run(const OneSided& s) {
   shared_arena.trim();
 }
 
-Type type_of(const Tensor& t) {
-  switch (t.scalar_type()) {
-    case ScalarType::Double: return Type::f64;
-    case ScalarType::BFloat16: return Type::bf16;
-    case ScalarType::Half: return Type::f16;
-    default: return Type::f32;
-  }
-}
-
 // Everything one call needs of one matrix (one batch entry), in either orientation.
 struct Problem {
   View in, out, left, right, left_image, right_image, core, reference;
   bool keep_left, keep_right, block;
 };
-
-View transposed(View v) {
-  std::swap(v.rows, v.cols);
-  std::swap(v.row_stride, v.col_stride);
-  return v;
-}
 
 // P_L W P_R is (P_R W^T P_L)^T: the sides change places and commute.
 Problem transposed(const Problem& p) {
@@ -162,42 +110,6 @@ void run_oriented(Problem p) {
     p.in = p.out;
   }
   if (p.right.data) run(one_side(p, Side::right));
-}
-
-// Data pointers of zero-size tensors may be null, and a null view means absent.
-const void* data(const Tensor& t) {
-  static const char nothing = 0;
-  const void* p = t.const_data_ptr();
-  return p ? p : &nothing;
-}
-
-// The matrix of batch entry `index` of `t`, broadcast over the leading dimensions of `matrix`.
-View entry(const Optional& t, const Tensor& matrix, int64_t index) {
-  View v;
-  if (!t) return v;
-  const int64_t d = t->dim();
-  v.rows = t->size(d - 2);
-  v.cols = t->size(d - 1);
-  v.row_stride = t->stride(d - 2);
-  v.col_stride = t->stride(d - 1);
-  v.type = type_of(*t);
-  int64_t offset = 0;
-  for (int64_t i = matrix.dim() - 3, j = d - 3; i >= 0; --i, --j) {
-    const int64_t at = index % matrix.size(i);
-    index /= matrix.size(i);
-    if (j >= 0 && t->size(j) != 1) offset += at * t->stride(j);
-  }
-  v.data = static_cast<const char*>(data(*t)) + offset * int64_t(t->element_size());
-  return v;
-}
-
-bool rows_contiguous(const View& v) { return !v.data || v.cols <= 1 || v.col_stride == 1; }
-bool cols_contiguous(const View& v) { return !v.data || v.rows <= 1 || v.row_stride == 1; }
-
-Tensor contiguous_copy(const Tensor& t) {
-  Tensor copy = torch::stable::empty(t.sizes(), t.scalar_type());
-  torch::stable::copy_(copy, t);
-  return copy;
 }
 
 struct Arguments {

@@ -40,6 +40,7 @@ struct F16 {
   uint16_t bits;
 };
 typedef uint16_t HalfVec __attribute__((vector_size(kBytes / 2)));
+typedef float HalfFloats __attribute__((vector_size(kBytes / 2)));
 
 template <class V, class T>
 SCULPT_INLINE V load(const T* p) {
@@ -103,6 +104,12 @@ template <class Acc, class T>
 SCULPT_INLINE Vec<Acc> load_as(const T* p) {
   if constexpr (sizeof(T) == sizeof(Acc)) {
     return load<Vec<Acc>>(p);
+  } else if constexpr (__is_same(Acc, double) && __is_same(T, float)) {
+    return __builtin_convertvector(load<HalfFloats>(p), Vec<double>);
+  } else if constexpr (__is_same(Acc, double)) {
+    Vec<double> v;
+    for (int i = 0; i < kLanes<double>; ++i) v[i] = value(p[i]);
+    return v;
   } else if constexpr (__is_same(T, Bf16)) {
     return (Vec<float>)(widen(p) << 16);
   } else {

@@ -1,0 +1,34 @@
+// ATen operators through the dispatcher, for ops that are composed of them on every device.
+#pragma once
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <array>
+#include <tuple>
+#include <utility>
+
+namespace sculpt::aten {
+
+using torch::stable::Tensor;
+
+template <class... Out, size_t... i>
+std::tuple<Out...> unpack(const StableIValue* stack, std::index_sequence<i...>) {
+  return {torch::stable::detail::to<Out>(stack[i])...};
+}
+
+// `Out...` are the results; the overload name is "" for the default one. The stable ABI has no `Scalar` arguments.
+template <class... Out, class... In>
+auto call(const char* name, const char* overload, const In&... in) {
+  namespace stable = torch::stable::detail;
+  std::array<StableIValue, std::max(sizeof...(In), sizeof...(Out))> stack{stable::from(in)...};
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(name, overload, stack.data(), TORCH_ABI_VERSION));
+  if constexpr (sizeof...(Out) == 1) {
+    return stable::to<Out...>(stack[0]);
+  } else {
+    return unpack<Out...>(stack.data(), std::index_sequence_for<Out...>());
+  }
+}
+
+}  // namespace sculpt::aten
