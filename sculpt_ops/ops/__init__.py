@@ -1,6 +1,7 @@
 """The op families: schemas in C++ (csrc/ops.cpp), CPU kernels in C++, CUDA through Triton or library products."""
 
 from . import cuda as _cuda  # noqa: F401  (registers the CUDA kernels)
+from . import products as _products  # noqa: F401  (registers the fakes, gradients and CUDA kernels)
 from .project import foreach_project_, project, project_
 from .restore import restore_
 
