@@ -14,8 +14,12 @@ from torch.utils.cpp_extension import BuildExtension, CppExtension
 CSRC = Path("csrc")
 # torch >= 2.10 is enough for every stable-ABI call in csrc; the package itself asks for 2.11.
 STABLE_ABI = ["-DTORCH_TARGET_VERSION=0x020a000000000000"]
+# -fno-math-errno: a square root that sets errno is a call, and the loop around it is not vectorised.
 # No -march: panel_*.cpp choose their instruction set by pragma and cpu.cpp picks one at run time.
-FLAGS = ["-O3", "-std=c++17", "-Wall", "-Wno-psabi", "-Wno-maybe-uninitialized", "-fvisibility=hidden"]
+FLAGS = [
+    *("-O3", "-fno-math-errno", "-std=c++17", "-fvisibility=hidden"),
+    *("-Wall", "-Wno-psabi", "-Wno-maybe-uninitialized"),
+]
 
 
 def sources(folder: Path) -> list[str]:

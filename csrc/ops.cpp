@@ -18,6 +18,12 @@ STABLE_TORCH_LIBRARY(sculpt, m) {
       "Tensor? core=None, Tensor? reference=None, bool keep_left=False, bool keep_right=False, bool block=False) "
       "-> ()");
   // `input` m x n; with `transpose` its transpose takes part. Half-precision input gives float32.
+  m.def(
+      "test_matrix(Tensor input, int q, *, int seed, bool transpose=False, bool rademacher=False, int row=0, "
+      "int column=0) -> Tensor");
+  m.def(
+      "sketch(Tensor input, int q, *, int seed, bool transpose=False, bool rademacher=False, int row=0, "
+      "int column=0) -> Tensor");
   m.def("orthonormalize(Tensor input) -> Tensor");
   m.def(
       "rsvd(Tensor input, int rank, Tensor? start=None, *, int oversample=16, int n_iter=2, int seed=0) "

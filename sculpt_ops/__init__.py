@@ -3,7 +3,7 @@
 The low-level ops are ``torch.ops.sculpt.*``; importing this package registers them.
 """
 
-from .ops import foreach_project_, project, project_, restore_
+from .ops import foreach_project_, orthonormalize, project, project_, restore_, rsvd
 from .optim import AdamW
 from .ranks import Energy, Rank
 from .subspaces import Subspaces
@@ -14,8 +14,10 @@ __all__ = [
     "Rank",
     "Subspaces",
     "foreach_project_",
+    "orthonormalize",
     "project",
     "project_",
     "restore_",
+    "rsvd",
 ]
 __version__ = "0.1.0"

@@ -11,7 +11,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["foreach_project_", "project", "project_", "restore_"]
+from .philox import normals, philox
+from .philox import rademacher as signs
+
+__all__ = ["foreach_project_", "orthonormalize", "project", "project_", "restore_", "rsvd", "sketch", "test_matrix"]
 
 
 def _one_side(matrix: Tensor, basis: Tensor | None, *, keep: bool, right: bool) -> Tensor:
@@ -116,3 +119,79 @@ def restore_(
             assert right_image is not None
             matrix = matrix - (matrix @ right - right_image) @ right.mT
     return weight.copy_(matrix)
+
+
+def test_matrix(
+    input: Tensor,
+    q: int,
+    *,
+    seed: int,
+    transpose: bool = False,
+    rademacher: bool = False,
+    row: int = 0,
+    column: int = 0,
+) -> Tensor:
+    """Ω of the range finder, equal to the bit to :func:`sculpt_ops.ops.test_matrix`, which says how it is drawn."""
+    rows, device = input.shape[-2 if transpose else -1], input.device
+    first, skip = column // 4, column % 4
+    counter = (
+        torch.arange(row, row + rows, device=device)[:, None],
+        torch.arange(first, first + (skip + q + 3) // 4, device=device),
+        torch.arange(input.shape[:-2].numel(), device=device)[:, None, None],
+        torch.zeros((), dtype=torch.int64, device=device),
+    )
+    words = philox(counter, seed)
+    entries = torch.stack((signs if rademacher else normals)(words), -1).flatten(-2)[..., skip : skip + q]
+    entries = entries.to(torch.float32 if input.dtype is torch.float64 else input.dtype)
+    return entries.to(torch.promote_types(input.dtype, torch.float32)).reshape(*input.shape[:-2], rows, q)
+
+
+def sketch(
+    input: Tensor,
+    q: int,
+    *,
+    seed: int,
+    transpose: bool = False,
+    rademacher: bool = False,
+    row: int = 0,
+    column: int = 0,
+) -> Tensor:
+    """``input @ Ω`` or ``inputᵀ @ Ω``, in fp32 for a half-precision input; see :func:`sculpt_ops.sketch`."""
+    omega = test_matrix(input, q, seed=seed, transpose=transpose, rademacher=rademacher, row=row, column=column)
+    return (input.mT if transpose else input).to(omega.dtype) @ omega
+
+
+def _at_least_float32(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def orthonormalize(input: Tensor) -> Tensor:
+    """The Q of Householder QR, signs such that the diagonal of R is positive; see :func:`sculpt_ops.orthonormalize`."""
+    Q, R = torch.linalg.qr(_at_least_float32(input))
+    return torch.where(R.diagonal(dim1=-2, dim2=-1).unsqueeze(-2) < 0, -Q, Q)
+
+
+def rsvd(
+    matrix: Tensor,
+    rank: int,
+    *,
+    oversample: int = 16,
+    n_iter: int = 2,
+    seed: int = 0,
+    start: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Halko, Martinsson and Tropp, algorithms 4.4 and 5.1, sketched from the right; see :func:`sculpt_ops.rsvd`."""
+    width = min(rank + oversample, *matrix.shape[-2:])
+    omega = test_matrix(matrix, width, seed=seed)
+    if start is not None:
+        omega = torch.cat((start[..., :width], omega[..., start.shape[-1] :]), dim=-1)
+    matrix = _at_least_float32(matrix)
+    basis = orthonormalize(matrix @ omega)
+    for _ in range(n_iter):
+        basis = orthonormalize(matrix @ orthonormalize(matrix.mT @ basis))
+    # matrix ≈ basis (basisᵀ matrix); the triangular factor of the wide part keeps the digits of small singular values.
+    wide, triangle = torch.linalg.qr(matrix.mT @ basis)
+    left, S, right = torch.linalg.svd(triangle.mT, full_matrices=False)
+    U, V = (basis @ left)[..., :rank], (wide @ right.mT)[..., :rank]
+    sign = U.gather(-2, U.abs().argmax(dim=-2, keepdim=True)).sgn()
+    return U * sign, S[..., :rank].contiguous(), V * sign

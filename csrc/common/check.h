@@ -51,6 +51,18 @@ inline void check_basis(const char* op, const char* name, const Tensor& t, const
                   " orthonormal columns of length ", rows, ", given shape ", shape(t));
 }
 
+// A test matrix: its rows and columns // 4 are words of Philox's counter.
+inline void check_sketch(const char* op, const Tensor& input, int64_t q, bool transpose, int64_t row, int64_t column) {
+  check_matrix(op, "input", input);
+  constexpr int64_t words = int64_t(1) << 32;
+  const int64_t rows = input.size(input.dim() - (transpose ? 2 : 1));
+  STD_TORCH_CHECK(q >= 0, op, ": q: wanted 0 or more columns, given ", q);
+  STD_TORCH_CHECK(row >= 0 && row <= words - rows, op, ": row: wanted 0 to 2^32 - ", rows, ", the rows drawn, given ",
+                  row);
+  STD_TORCH_CHECK(column >= 0 && column <= 4 * words - q, op, ": column: wanted 0 to 2^34 - ", q,
+                  ", the columns drawn, given ", column);
+}
+
 // The bytes that a tensor spans, [begin, end).
 struct Extent {
   uintptr_t begin = 0, end = 0;

@@ -2,7 +2,19 @@
 
 from . import cuda as _cuda  # noqa: F401  (registers the CUDA kernels)
 from . import products as _products  # noqa: F401  (registers the fakes, gradients and CUDA kernels)
+from .orthonormalize import orthonormalize
 from .project import foreach_project_, project, project_
 from .restore import restore_
+from .rsvd import rsvd
+from .sketch import sketch, test_matrix
 
-__all__ = ["foreach_project_", "project", "project_", "restore_"]
+__all__ = [
+    "foreach_project_",
+    "orthonormalize",
+    "project",
+    "project_",
+    "restore_",
+    "rsvd",
+    "sketch",
+    "test_matrix",
+]

@@ -11,7 +11,17 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["check_apart", "check_foreach", "check_foreach_apart", "check_project", "check_restore", "check_written"]
+__all__ = [
+    "check_apart",
+    "check_foreach",
+    "check_foreach_apart",
+    "check_orthonormalize",
+    "check_project",
+    "check_restore",
+    "check_rsvd",
+    "check_sketch",
+    "check_written",
+]
 
 _HALF = (torch.bfloat16, torch.float16)
 _DTYPES = (torch.float32, torch.float64, *_HALF)
@@ -157,6 +167,50 @@ def check_restore(
         _check_thin(op, "reference", reference, weight, m, n)
         if reference.dtype is not weight.dtype:
             raise TypeError(f"{op}: reference: given dtype {_name(reference.dtype)}, wanted {_name(weight.dtype)}")
+
+
+def check_sketch(op: str, input: Tensor, q: int, transpose: bool, row: int, column: int) -> None:
+    """A matrix, and a test matrix whose rows and columns // 4 are 32-bit words of the counter; under tracing too."""
+    _check_matrix(op, "input", input)
+    if q < 0:
+        raise ValueError(f"{op}: q: given {q}, wanted 0 or more columns")
+    rows = input.shape[-2 if transpose else -1]
+    if row < 0 or row + rows > 2**32:
+        raise ValueError(f"{op}: row: given {row}, wanted 0 to 2^32 - {rows}, the rows drawn")
+    if column < 0 or column + q > 2**34:
+        raise ValueError(f"{op}: column: given {column}, wanted 0 to 2^34 - {q}, the columns drawn")
+
+
+def check_orthonormalize(input: Tensor) -> None:
+    """A matrix with at least as many rows as columns; under tracing too."""
+    _check_matrix("orthonormalize", "input", input)
+    m, q = input.shape[-2:]
+    if q > m:
+        raise ValueError(f"orthonormalize: input: given shape {_shape(input)}, wanted (..., m, q) with q at most m")
+
+
+def check_rsvd(name: str, matrix: Tensor, rank: int, start: Tensor | None, oversample: int, n_iter: int) -> None:
+    """A matrix, a rank that it has, and columns to start from that fit it; under tracing too."""
+    _check_matrix("rsvd", name, matrix)
+    smaller = min(matrix.shape[-2:])
+    if not 1 <= rank <= smaller:
+        raise ValueError(f"rsvd: rank: given {rank}, wanted 1 to {smaller} for a matrix of shape {_shape(matrix)}")
+    for argument, value in (("oversample", oversample), ("n_iter", n_iter)):
+        if value < 0:
+            raise ValueError(f"rsvd: {argument}: given {value}, wanted 0 or more")
+    if start is None:
+        return
+    lead = (*matrix.shape[:-2], matrix.shape[-1])
+    if start.dim() < 2 or start.shape[:-1] != lead:
+        wanted = ", ".join(map(str, (*lead, "j")))
+        raise ValueError(
+            f"rsvd: start: given shape {_shape(start)}, wanted ({wanted}) for a matrix of shape {_shape(matrix)}"
+        )
+    dtype = torch.promote_types(matrix.dtype, torch.float32)
+    if start.dtype is not dtype:
+        raise TypeError(f"rsvd: start: given dtype {_name(start.dtype)}, wanted {_name(dtype)}")
+    if start.device != matrix.device:
+        raise ValueError(f"rsvd: start: given device {start.device}, wanted the matrix's, {matrix.device}")
 
 
 def _extent(tensor: Tensor) -> tuple[int, int]:

@@ -18,11 +18,11 @@ from .checks import check_apart, check_foreach, check_foreach_apart, check_proje
 from .heuristics import choose, forced_backend
 from .library import LIBRARY
 
-__all__ = ["project_cublas", "project_into", "project_triton"]
+__all__ = ["project_cublas", "project_into", "project_triton", "triton_missing"]
 
 
 @cache
-def _triton_missing() -> str | None:
+def triton_missing() -> str | None:
     try:
         import triton  # noqa: F401
     except ImportError as error:
@@ -82,7 +82,7 @@ def project_triton(
     grad: Tensor, left: Tensor | None, right: Tensor | None, out: Tensor, keep_left: bool, keep_right: bool, block: bool
 ) -> str | None:
     """Run the Triton kernels; a string says why they cannot, and then nothing has been written."""
-    missing = _triton_missing()
+    missing = triton_missing()
     if missing:
         return missing
     from ..triton_kernels.project_block import project_block, why_not_block

@@ -13,10 +13,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 from triton.runtime import interpreter
 
-from sculpt_ops import reference
+from sculpt_ops import ops, philox, reference
+from sculpt_ops.ops.sketch import test_matrix_cuda as draw
 from sculpt_ops.triton_kernels import launch, panels
 from sculpt_ops.triton_kernels.project_block import project_block
 from sculpt_ops.triton_kernels.project_both import project_both
@@ -285,3 +288,66 @@ def test_out_that_overlaps_is_refused(op: str) -> None:
     with pytest.raises(ValueError, match="every element at its own address"):
         OPS[op][0](memory[:20], left, right, torch.ones(1, 30, device=DEVICE).expand(20, 30))
     assert (memory == 1).all()
+
+
+@triton.jit
+def words_kernel(out_ptr, seed, c0, c1, c2, c3):
+    zeros = tl.zeros((16,), tl.uint32)
+    a, b, c, d = tl.philox(
+        tl.cast(seed, tl.int64),
+        zeros + tl.cast(c0, tl.uint32) + tl.arange(0, 16).to(tl.uint32),
+        zeros + tl.cast(c1, tl.uint32),
+        zeros + tl.cast(c2, tl.uint32),
+        zeros + tl.cast(c3, tl.uint32),
+    )
+    at = out_ptr + 4 * tl.arange(0, 16)
+    tl.store(at, a.to(tl.int64))
+    tl.store(at + 1, b.to(tl.int64))
+    tl.store(at + 2, c.to(tl.int64))
+    tl.store(at + 3, d.to(tl.int64))
+
+
+@pytest.mark.parametrize("seed", [0, -1, 2**40 + 5, -(2**63)])
+@pytest.mark.parametrize("counter", [(0, 0, 0, 0), (2**32 - 16, 2**32 - 1, 7, 2**31)])
+def test_philox_words(seed: int, counter: tuple[int, int, int, int]) -> None:
+    words_kernel[(1,)](out := torch.empty(16, 4, dtype=torch.int64, device=DEVICE), seed, *counter)
+    a, b, c, d = (torch.tensor(word) for word in counter)
+    assert torch.equal(out.cpu(), torch.stack(philox.philox((a + torch.arange(16), b, c, d), seed), -1))
+
+
+@pytest.mark.parametrize("dtype", [F32, torch.float64, BF16, F16], ids=str)
+@pytest.mark.parametrize("flags", [{}, {"rademacher": True}, {"transpose": True}], ids=str)
+@pytest.mark.parametrize(
+    ("shape", "q", "row", "column"),
+    [((70, 90), 18, 0, 0), ((2, 3, 5, 70), 21, 2**31, 3), ((1, 66), 5, 2**32 - 66, 2**34 - 5)],
+    ids=str,
+)
+def test_test_matrix_is_the_twin_to_the_bit(
+    dtype: torch.dtype, flags: dict[str, bool], shape: tuple[int, ...], q: int, row: int, column: int
+) -> None:
+    for seed in (1, -(2**63)):
+        keywords: dict[str, Any] = {"seed": seed, "row": row, "column": column, **flags}
+        twin = reference.test_matrix(torch.empty(shape, dtype=dtype), q, **keywords)
+        out = draw(torch.empty(shape, dtype=dtype, device=DEVICE), q, **keywords)
+        assert out.dtype is twin.dtype
+        assert torch.equal(out.cpu(), twin)
+
+
+@pytest.mark.parametrize("shape", [(5, 0), (0, 4, 5), (3, 0)])
+def test_empty_test_matrices(shape: tuple[int, ...]) -> None:
+    assert draw(torch.empty(shape, device=DEVICE), 3, seed=0).shape == (*shape[:-2], shape[-1], 3)
+    assert draw(torch.empty(4, 6, device=DEVICE), 0, seed=0).shape == (6, 0)
+
+
+@pytest.mark.skipif(launch.INTERPRET, reason="needs a GPU")
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
+def test_sketch_in_a_cuda_graph(dtype: torch.dtype) -> None:
+    matrix = gradient(200, 300, dtype=dtype)
+    wanted = ops.sketch(matrix, 24, seed=3)
+    torch.testing.assert_close(wanted.cpu(), reference.sketch(matrix.cpu(), 24, seed=3), rtol=0, atol=1e-3)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = ops.sketch(matrix, 24, seed=3)
+    matrix.mul_(2)
+    graph.replay()
+    assert torch.equal(out, 2 * wanted)

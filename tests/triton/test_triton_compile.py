@@ -24,6 +24,7 @@ from triton.compiler import ASTSource  # noqa: E402
 
 from sculpt_ops.triton_kernels import (  # noqa: E402
     launch,
+    philox,
     project_block,
     project_both,
     project_left,
@@ -36,7 +37,7 @@ from sculpt_ops.triton_kernels.panels import Device, max_rank  # noqa: E402
 pytestmark = pytest.mark.skipif(launch.INTERPRET, reason="TRITON_INTERPRET is set: nothing is compiled")
 
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
-POINTERS = {BF16: "*bf16", F16: "*fp16", F32: "*fp32"}
+POINTERS = {BF16: "*bf16", F16: "*fp16", F32: "*fp32", torch.float64: "*fp64"}
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 KERNELS = (project_left.project_one_side_kernel, thin_products.thin_products_kernel, rank_update.rank_update_kernel)
 
@@ -97,7 +98,7 @@ def recording(device: Device) -> Iterator[list[Launch]]:
         patch.setattr(launch, "device_of", lambda index: device)
         for module in (project_left, project_right, project_both, project_block):
             patch.setattr(module, "check_operands", lambda *args, **kwargs: None)
-        for kernel in KERNELS:
+        for kernel in (*KERNELS, philox.test_matrix_kernel):
 
             def record(*args: Any, kernel: Any = kernel, grid: Any, warmup: bool, **options: Any) -> None:
                 launches.append(specialise(kernel, args, options))
@@ -217,3 +218,22 @@ def test_offsets_have_64_bits() -> None:
         ir = compiled(entry, TARGETS["sm_90"].gpu).ir
         assert "tt.addptr" in ir
         assert not re.findall(r"tt\.addptr.*(?:xi32>|, i32) loc", ir), entry
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("rounding", [None, BF16])
+def test_test_matrix_compiles_without_fused_multiply_adds(target: str, rounding: torch.dtype | None) -> None:
+    """With them the normals would not be those of the other devices to the bit."""
+    with recording(TARGETS[target].device) as launches:
+        for dtype, rademacher in ((F32, False), (F32, True), (torch.float64, False)):
+            out = torch.empty(2, 4096, 144, dtype=dtype, device="meta")
+            philox.fill_test_matrix(out, -5, 2**31, 3, rademacher=rademacher, rounding=rounding)
+    assert len(launches) == 3
+    for entry in launches:
+        binary = assert_fits(entry, target, spill_bytes=0)
+        fused = re.findall(r"\b(?:v_)?(?:pk_)?fma\w*[._]\S*f(?:32|64)", binary.assembly)
+        roots = re.findall(r"\b(?:v_sqrt_f32|sqrt\.rn\.f32)", binary.assembly)
+        assert bool(roots) != dict(entry.constants)["RADEMACHER"]
+        # AMDGCN spells out the two that round a root correctly.
+        assert len(fused) == (2 * len(roots) if target == "gfx942" else 0)
+        assert not re.findall(r"tt\.addptr.*(?:xi32>|, i32) loc", binary.ir)
