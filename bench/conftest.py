@@ -7,11 +7,18 @@ import json
 import os
 import platform
 import subprocess
+import sys
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from tables import Row, Table
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -27,7 +34,14 @@ def processor() -> str:
     return platform.processor()
 
 
-def machine() -> dict[str, Any]:
+def installed(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def machine(packages: Sequence[str], arguments: Sequence[str]) -> dict[str, Any]:
     def git(*words: str) -> str:
         return subprocess.run(("git", *words), cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
 
@@ -41,37 +55,32 @@ def machine() -> dict[str, Any]:
         "instruction_set": os.environ.get("SCULPT_CPU", "chosen at run time"),
         "torch": torch.__version__,
         "python": platform.python_version(),
-        "command": "make bench",
+        **{package: installed(package) for package in packages},
+        "command": " ".join(("python -m pytest", *arguments)),
     }
 
 
-ROWS = pytest.StashKey[list[dict[str, Any]]]()
+TABLES = pytest.StashKey[dict[Table, list[Row]]]()
 
 
 @pytest.fixture
-def rows(request: pytest.FixtureRequest) -> list[dict[str, Any]]:
-    """What the benchmarks of this run measured so far; printed, and written where --results says, at the end."""
-    return request.config.stash.setdefault(ROWS, [])
+def rows(request: pytest.FixtureRequest) -> list[Row]:
+    """The rows of the test file's TABLE so far; printed, and written where --results says, at the end."""
+    return request.config.stash.setdefault(TABLES, {}).setdefault(request.module.TABLE, [])
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
-    measured = config.stash.get(ROWS, [])
-    if not measured:
-        return
     write = terminalreporter.write_line
-    write(f"{'shape':>14} {'rank':>5} {'dtype':>9} {'side':>6} {'torch ms':>9} {'ours ms':>9} {'torch / ours':>20}")
-    for row in measured:
-        shape = "{} x {}".format(*row["shape"])
-        times = f"{row['torch_ms']:9.3f} {row['ours_ms']:9.3f}"
-        ratio = f"{row['ratio']:6.2f} [{row['ratio_low']:.2f}, {row['ratio_high']:.2f}]"
-        lost = "  slower" if row["ratio"] < 1 else ""
-        write(f"{shape:>14} {row['rank']:>5} {row['dtype']:>9} {row['side']:>6} {times} {ratio:>20}{lost}")
-    folder = config.getoption("--results")
-    if folder:
-        facts = machine()
-        path = Path(folder) / f"cpu-{facts['date']}.json"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text(json.dumps({"machine": facts, "rows": measured}, indent=1) + "\n")
-        temporary.replace(path)
-        write(f"written: {path}")
+    for table, measured in config.stash.get(TABLES, {}).items():
+        write(table.heading)
+        for row in measured:
+            for line in table.show(row):
+                write(line)
+        if folder := config.getoption("--results"):
+            facts = machine(table.packages, config.invocation_params.args)
+            path = Path(folder) / f"{table.file}-{facts['date']}.json"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            temporary = path.with_suffix(".tmp")
+            temporary.write_text(json.dumps({"machine": facts, "rows": measured}, indent=1) + "\n")
+            temporary.replace(path)
+            write(f"written: {path}")

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from tables import Row, Table
 from torch import Tensor
 
 import sculpt_ops
@@ -33,6 +34,21 @@ CASES = [
 ]
 
 
+def show(row: Row) -> list[str]:
+    shape = "{} x {}".format(*row["shape"])
+    times = f"{row['torch_ms']:9.3f} {row['ours_ms']:9.3f}"
+    ratio = f"{row['ratio']:6.2f} [{row['ratio_low']:.2f}, {row['ratio_high']:.2f}]"
+    lost = "  slower" if row["ratio"] < 1 else ""
+    return [f"{shape:>14} {row['rank']:>5} {row['dtype']:>9} {row['side']:>6} {times} {ratio:>20}{lost}"]
+
+
+TABLE = Table(
+    file="cpu",
+    heading=f"{'shape':>14} {'rank':>5} {'dtype':>9} {'side':>6} {'torch ms':>9} {'ours ms':>9} {'torch / ours':>20}",
+    show=show,
+)
+
+
 def library(grad: Tensor, basis: Tensor, side: str) -> None:
     if side == "left":
         grad.addmm_(basis, basis.T @ grad, alpha=-1)
@@ -40,9 +56,7 @@ def library(grad: Tensor, basis: Tensor, side: str) -> None:
         grad.addmm_(grad @ basis, basis.T, alpha=-1)
 
 
-def measure(
-    benchmark: Any, rows: list[dict[str, Any]], torch_call: Any, our_call: Any, rounds: int, **row: Any
-) -> None:
+def measure(benchmark: Any, rows: list[Row], torch_call: Any, our_call: Any, rounds: int, **row: Any) -> None:
     """Time both, round by round in turn; pytest-benchmark times ours, its untimed setup times the library's."""
     theirs: list[float] = []
 
@@ -70,7 +84,7 @@ def measure(
 
 @pytest.mark.parametrize(("shape", "rank", "dtype", "side"), CASES)
 def test_project(
-    benchmark: Any, rows: list[dict[str, Any]], shape: tuple[int, int], rank: int, dtype: torch.dtype, side: str
+    benchmark: Any, rows: list[Row], shape: tuple[int, int], rank: int, dtype: torch.dtype, side: str
 ) -> None:
     m, n = shape
     grad = torch.randn(m, n).to(dtype)
@@ -90,7 +104,7 @@ def test_project(
         )
 
 
-def test_eager_overhead(benchmark: Any, rows: list[dict[str, Any]]) -> None:
+def test_eager_overhead(benchmark: Any, rows: list[Row]) -> None:
     """A 64 x 64 matrix of rank 8, where the call itself is what costs: at most 15 us more than the library's."""
     grad, basis = torch.randn(64, 64), torch.linalg.qr(torch.randn(64, 8))[0]
     facts = {"shape": [64, 64], "rank": 8, "dtype": "float32", "side": "left"}
@@ -105,7 +119,7 @@ def test_eager_overhead(benchmark: Any, rows: list[dict[str, Any]]) -> None:
         )
 
 
-def test_grouped_call_over_a_model(benchmark: Any, rows: list[dict[str, Any]]) -> None:
+def test_grouped_call_over_a_model(benchmark: Any, rows: list[Row]) -> None:
     """One `foreach_project_` over SmolLM2-135M's 210 matrices, both sides at half rank, against the library in turn."""
     shapes = [(576, 576), (192, 576), (192, 576), (576, 576), (1536, 576), (1536, 576), (576, 1536)] * 30
     grads = [torch.randn(s) for s in shapes]
