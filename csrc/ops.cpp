@@ -18,15 +18,16 @@ STABLE_TORCH_LIBRARY(sculpt, m) {
       "Tensor? core=None, Tensor? reference=None, bool keep_left=False, bool keep_right=False, bool block=False) "
       "-> ()");
   // `input` m x n; with `transpose` its transpose takes part. Half-precision input gives float32.
+  // SymInt: with int, torch.compile would compile anew for every seed.
   m.def(
-      "test_matrix(Tensor input, int q, *, int seed, bool transpose=False, bool rademacher=False, int row=0, "
-      "int column=0) -> Tensor");
+      "test_matrix(Tensor input, SymInt q, *, SymInt seed, bool transpose=False, bool rademacher=False, SymInt row=0, "
+      "SymInt column=0) -> Tensor");
   m.def(
-      "sketch(Tensor input, int q, *, int seed, bool transpose=False, bool rademacher=False, int row=0, "
-      "int column=0) -> Tensor");
+      "sketch(Tensor input, SymInt q, *, SymInt seed, bool transpose=False, bool rademacher=False, SymInt row=0, "
+      "SymInt column=0) -> Tensor");
   m.def("orthonormalize(Tensor input) -> Tensor");
   m.def(
-      "rsvd(Tensor input, int rank, Tensor? start=None, *, int oversample=16, int n_iter=2, int seed=0) "
+      "rsvd(Tensor input, int rank, Tensor? start=None, *, int oversample=16, int n_iter=2, SymInt seed=0) "
       "-> (Tensor U, Tensor S, Tensor V)");
   // Building blocks of the two, private: input @ factor, input^T @ input, and the eigendecomposition of a batch.
   m.def("_product(Tensor input, Tensor factor, *, bool transpose=False) -> Tensor");

@@ -1,17 +1,21 @@
-"""Full fine-tuning in protected subspaces: fused projection ops, protecting bases, an optimizer that keeps to them.
+"""Full fine-tuning in protected subspaces: projection and decomposition ops, protecting bases, an optimizer that keeps
+to them.
 
 The low-level ops are ``torch.ops.sculpt.*``; importing this package registers them.
 """
 
-from .ops import foreach_project_, orthonormalize, project, project_, restore_, rsvd
+from .decompose import top_subspace
+from .ops import foreach_project_, orthonormalize, project, project_, restore_, rsvd, sketch
 from .optim import AdamW
-from .ranks import Energy, Rank
+from .ranks import Energy, Importance, Rank, Schedule
 from .subspaces import Subspaces
 
 __all__ = [
     "AdamW",
     "Energy",
+    "Importance",
     "Rank",
+    "Schedule",
     "Subspaces",
     "foreach_project_",
     "orthonormalize",
@@ -19,5 +23,7 @@ __all__ = [
     "project_",
     "restore_",
     "rsvd",
+    "sketch",
+    "top_subspace",
 ]
 __version__ = "0.1.0"

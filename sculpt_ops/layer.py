@@ -9,7 +9,7 @@ from typing import Literal, cast, get_args
 import torch
 from torch import Tensor
 
-from .linalg import Spectrum
+from .bases import TopSubspace
 from .ops import foreach_project_, project
 
 __all__ = ["LayerSubspace", "Sides", "check_sides", "project_each_"]
@@ -46,25 +46,23 @@ class LayerSubspace:
     block: bool = False
 
     @classmethod
-    def from_spectrum(cls, spectrum: Spectrum, rank: int, sides: Sides, dtype: torch.dtype) -> LayerSubspace:
-        """Protect the first `rank` singular directions of `spectrum`, bases stored as `dtype`.
+    def from_top_subspace(cls, top: TopSubspace, sides: Sides) -> LayerSubspace:
+        """Protect the directions of `top`.
 
         Where the free space is the narrower one its basis is stored and the keep flag set, except for sides="block".
         """
-        m, n = spectrum.matrix.shape
+        m, n = top.matrix.shape
         with_left, with_right = sides != "right", sides != "left"
-        keep_left = with_left and sides != "block" and m - rank < rank
-        keep_right = with_right and sides != "block" and n - rank < rank
-
-        def stored(basis: Tensor) -> Tensor:
-            return basis.to(dtype).contiguous()
-
+        keep_left = with_left and sides != "block" and m - top.rank < top.rank
+        keep_right = with_right and sides != "block" and n - top.rank < top.rank
+        left = (top.free_left if keep_left else top.left) if with_left else None
+        right = (top.free_right if keep_right else top.right) if with_right else None
         return cls(
             shape=(m, n),
-            rank=rank,
-            energy=spectrum.energy(rank),
-            left=stored(spectrum.left(rank, free=keep_left)) if with_left else None,
-            right=stored(spectrum.right(rank, free=keep_right)) if with_right else None,
+            rank=top.rank,
+            energy=top.energy,
+            left=None if left is None else left.contiguous(),
+            right=None if right is None else right.contiguous(),
             keep_left=keep_left,
             keep_right=keep_right,
             block=sides == "block",

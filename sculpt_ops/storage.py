@@ -43,7 +43,7 @@ def save_subspaces(subspaces: Subspaces, sketches: Mapping[str, Tensor], path: P
             if tensor is not None:
                 tensors[f"{name}:{part}"] = tensor.contiguous()
     unprotected = [asdict(group) for group in subspaces.unprotected]
-    header = {"version": _VERSION, "layers": layers, "unprotected": unprotected}
+    header = {"version": _VERSION, "layers": layers, "unprotected": unprotected, "importance": subspaces.importance}
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         safetensors.torch.save_file(tensors, temporary, metadata={_KEY: json.dumps(header)})
@@ -52,8 +52,11 @@ def save_subspaces(subspaces: Subspaces, sketches: Mapping[str, Tensor], path: P
         temporary.unlink(missing_ok=True)
 
 
-def load_subspaces(path: Path) -> tuple[dict[str, LayerSubspace], dict[str, Tensor], list[Unprotected]]:
-    """Read what `save_subspaces` wrote; ValueError for a truncated or foreign file, OSError if it cannot be read."""
+def load_subspaces(
+    path: Path,
+) -> tuple[dict[str, LayerSubspace], dict[str, Tensor], list[Unprotected], dict[str, float]]:
+    """Read what `save_subspaces` wrote, as the arguments of `Subspaces`; ValueError for a truncated or foreign file,
+    OSError if it cannot be read."""
     from .subspaces import Unprotected
 
     safetensors = _safetensors("loading")
@@ -71,7 +74,9 @@ def load_subspaces(path: Path) -> tuple[dict[str, LayerSubspace], dict[str, Tens
         raise ValueError(f"{path} has format version {header['version']}, this release reads version {_VERSION}")
     layers = {name: _layer(path, name, fields, tensors) for name, fields in header["layers"].items()}
     sketches = {name: tensors[f"{name}:sketch"] for name in layers if f"{name}:sketch" in tensors}
-    return layers, sketches, [Unprotected(**group) for group in header["unprotected"]]
+    unprotected = [Unprotected(**group) for group in header["unprotected"]]
+    # Files written before there was any have no importance.
+    return layers, sketches, unprotected, header.get("importance", {})
 
 
 def _layer(path: Path, name: str, fields: dict[str, Any], tensors: dict[str, Tensor]) -> LayerSubspace:

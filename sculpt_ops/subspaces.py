@@ -13,12 +13,14 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from .binding import bind_to_optimizer, unwrap_optimizer
+from .decompose import Choice
+from .derive import derive_layers, progress_bar
 from .guard import guard_optimizer
+from .importance import layer_importance
 from .layer import LayerSubspace, Sides, check_sides, project_each_
-from .leak import LayerLeak, measure_exact, measure_sketched, sketch_weight
-from .linalg import LinAlgError, Spectrum
+from .leak import LayerLeak, measure_exact, measure_sketched
 from .names import canonical_name, canonical_parameters, group_names, list_names
-from .ranks import RankPolicy, as_policy
+from .ranks import Energy, Importance, RankPolicy, SizePolicy, as_policy
 from .targets import resolve_targets
 
 __all__ = ["Subspaces", "Unprotected"]
@@ -45,29 +47,37 @@ class Subspaces(Mapping[str, LayerSubspace]):
         layers: Mapping[str, LayerSubspace],
         sketches: Mapping[str, Tensor],
         unprotected: Sequence[Unprotected] = (),
+        importance: Mapping[str, float] | None = None,
     ) -> None:
-        """What `from_model` and `load` build on; `sketches` are those of `leak.sketch_weight` at the start."""
+        """What `from_model` and `load` build on; `sketches` are those of `leak.sketch_weight` at the start.
+
+        importance: what `Importance` chose the ranks by; None for any other policy.
+        """
         self._layers = dict(layers)
         self._sketches = dict(sketches)
         self.unprotected = tuple(unprotected)
+        self.importance = dict(importance or {})
         self._parameters: dict[str, weakref.ref[Tensor]] = {}
 
     @classmethod
     def from_model(
         cls,
         model: nn.Module,
-        protect: float | RankPolicy | None = None,
+        protect: float | RankPolicy | Importance | None = None,
         *,
         sides: Sides = "both",
         targets: str | Sequence[str] | None = None,
         others: Literal["train", "freeze"] = "train",
         unfreeze_rank_ratio: float | None = None,
+        batches: Iterable[Mapping[str, Any] | Tensor] | None = None,
+        previous: Mapping[str, LayerSubspace] | None = None,
         progress: bool = False,
     ) -> Subspaces:
         """Protect the top singular directions of a model's matrices as they stand, layer by layer.
 
-        protect: the PROTECTED share of min(m, n), a float from 0.0 to 1.0, rounded down; or `Rank(64)`, or
-            `Energy(0.9)`. Default 0.5. 0.0 protects nothing.
+        protect: the PROTECTED share of min(m, n), a float from 0.0 to 1.0, rounded down; or `Rank(64)`,
+            `Energy(0.9)`, `Importance(mrr=0.1, trr=0.8)`, `Schedule(task=2, n_tasks=5)`, or a `RankPolicy` of one's
+            own. Default 0.5. 0.0 protects nothing.
         unfreeze_rank_ratio: the same as the FREE share, in place of `protect`.
         sides: of a parameter W (m, n) AS STORED, "left" protects span(U) (its columns live in R^m), "right" span(V),
             "both" the two, "block" only the product of the two. A `torch.nn.Linear` stores (out, in): left is the
@@ -76,26 +86,41 @@ class Subspaces(Mapping[str, LayerSubspace]):
             architecture. See `sculpt_ops.targets.resolve_targets`.
         others: "freeze" sets requires_grad to False on every parameter without a basis, once all else has succeeded;
             "train" leaves them as they are, unprotected.
+        batches: model inputs (mappings of keyword arguments, or tensors) that `Importance` measures the layers on; see
+            `importance.layer_importance`. No other policy looks at them.
+        previous: the subspaces of these weights before their last training. A matrix of 1024 or more either way, with
+            at most a quarter of its directions protected, is searched from there on: up to 5 times faster, with at
+            least 0.999 of the energy that can be held, as without. No other matrix takes notice of it.
         progress: show a bar, if rich is installed.
 
-        Needs a few matrices of extra float64 memory at a time, on the parameter's device. Raises ValueError or
-        TypeError for an argument it cannot use or a parameter it cannot protect, torch.linalg.LinAlgError for one that
-        holds NaN or Inf; the model is then unchanged.
+        Needs a few matrices of extra memory at a time, on the parameter's device. Raises ValueError or TypeError for an
+        argument it cannot use or a parameter it cannot protect, torch.linalg.LinAlgError for one that holds NaN or Inf;
+        the model is then unchanged.
         """
         policy = as_policy(protect, unfreeze_rank_ratio)
         check_sides(sides)
         if others not in ("train", "freeze"):
             raise ValueError(f"others must be 'train' or 'freeze', got {others!r}")
         found = resolve_targets(model, targets)
-        layers: dict[str, LayerSubspace] = {}
-        sketches: dict[str, Tensor] = {}
-        for name in _track(list(found), progress):
-            layers[name], sketches[name] = _derive(name, found[name], policy, sides)
+        importance: dict[str, float] = {}
+        wanted: Mapping[str, Choice] | float
+        if isinstance(policy, Importance):
+            importance = layer_importance(model, found, batches)
+            wanted = {name: policy.rank_of(min(found[name].shape), share) for name, share in importance.items()}
+        elif isinstance(policy, SizePolicy):
+            sizes = {name: min(matrix.shape) for name, matrix in found.items()}
+            wanted = {name: min(max(policy.rank_of(size), 0), size) for name, size in sizes.items()}
+        elif isinstance(policy, Energy) and policy.share > 0:
+            wanted = float(policy.share)
+        else:
+            wanted = dict.fromkeys(found, policy.choose)
+        with progress_bar(len(found), progress) as advance:
+            layers, sketches = derive_layers(found, wanted, sides, previous or {}, advance)
         rest = {name: parameter for name, parameter in canonical_parameters(model)[0].items() if name not in found}
         if others == "freeze":
             for parameter in rest.values():
                 parameter.requires_grad_(False)
-        subspaces = cls(layers, sketches, _summarise(rest))
+        subspaces = cls(layers, sketches, _summarise(rest), importance)
         subspaces._parameters = {name: weakref.ref(parameter) for name, parameter in found.items()}
         return subspaces
 
@@ -203,8 +228,8 @@ class Subspaces(Mapping[str, LayerSubspace]):
         """
         from .storage import load_subspaces
 
-        layers, sketches, unprotected = load_subspaces(Path(path))
-        subspaces = cls(layers, sketches, unprotected)
+        layers, sketches, unprotected, importance = load_subspaces(Path(path))
+        subspaces = cls(layers, sketches, unprotected, importance)
         if model is not None:
             subspaces.bind(model)
             for name, parameter in subspaces._bound():
@@ -225,30 +250,9 @@ class Subspaces(Mapping[str, LayerSubspace]):
         return [(name, parameter) for name, parameter in bound if parameter is not None]
 
 
-def _derive(name: str, parameter: Tensor, policy: RankPolicy, sides: Sides) -> tuple[LayerSubspace, Tensor]:
-    try:
-        spectrum = Spectrum.of(parameter)
-    except LinAlgError as error:
-        raise LinAlgError(f"{name} cannot be decomposed: {error}") from error
-    rank = min(max(policy.choose(spectrum.squares), 0), len(spectrum.squares))
-    dtype = torch.float64 if parameter.dtype == torch.float64 else torch.float32
-    layer = LayerSubspace.from_spectrum(spectrum, rank, sides, dtype)
-    return layer, sketch_weight(layer, parameter, name)
-
-
 def _summarise(rest: Mapping[str, Tensor]) -> list[Unprotected]:
     return [
         Unprotected(pattern, len(names), sum(rest[name].numel() for name in names), trained)
         for trained in (True, False)
         for pattern, names in group_names(n for n, p in rest.items() if p.requires_grad == trained).items()
     ]
-
-
-def _track(names: list[str], progress: bool) -> Iterable[str]:
-    if not progress:
-        return names
-    try:
-        from rich.progress import track
-    except ImportError:
-        return names
-    return track(names, description="Decomposing")

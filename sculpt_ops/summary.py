@@ -19,7 +19,10 @@ def summarise(subspaces: Subspaces) -> str:
     """Every layer of `subspaces`, then every group of parameters that it does not protect."""
     header = ("layer", "shape", "rank", "energy", "left", "right")
     rows = [header, *(_row(name, layer) for name, layer in subspaces.items())]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(header))]
+    if subspaces.importance:
+        cells = ["importance", *(f"{subspaces.importance[name]:.2f}" for name in subspaces)]
+        rows = [(*row, cell) for row, cell in zip(rows, cells, strict=True)]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     lines.append(f"{len(subspaces)} matrices, {subspaces.memory() / 2**20:.1f} MiB of bases and sketches")
     if empty := [name for name, layer in subspaces.items() if not layer.rank]:

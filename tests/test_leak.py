@@ -7,10 +7,9 @@ from torch import Tensor, nn
 
 from sculpt_ops.layer import LayerSubspace
 from sculpt_ops.leak import LayerLeak, measure_exact, measure_sketched, sketch_weight
-from sculpt_ops.linalg import Spectrum
 from sculpt_ops.subspaces import Subspaces
 
-from .training import SHAPES, Shapes, assert_kept, start_of, train
+from .training import SHAPES, Shapes, assert_kept, layer_of, start_of, train
 
 SIDES = ("both", "left", "right", "block")
 
@@ -35,7 +34,7 @@ def parts(layer: LayerSubspace, change: Tensor) -> tuple[Tensor, Tensor, Tensor]
 def test_exact_leak_against_full_projectors(sides: str, rank: int) -> None:
     start = torch.randn(24, 40)
     weight = start + 0.1 * torch.randn(24, 40)
-    layer = LayerSubspace.from_spectrum(Spectrum.of(start), rank, sides, torch.float32)  # type: ignore[arg-type]
+    layer = layer_of(start, rank, sides)  # type: ignore[arg-type]
     leak = measure_exact(layer, weight, start)
     change = weight.double() - start.double()
     left, right, total = (float(part.norm()) for part in parts(layer, change))
@@ -58,7 +57,7 @@ def test_exact_leak_against_full_projectors(sides: str, rank: int) -> None:
 def test_sketched_leak_is_near_the_exact_one(sides: str, rank: int) -> None:
     start = torch.randn(24, 40)
     weight = start + 0.1 * torch.randn(24, 40)
-    layer = LayerSubspace.from_spectrum(Spectrum.of(start), rank, sides, torch.float32)  # type: ignore[arg-type]
+    layer = layer_of(start, rank, sides)  # type: ignore[arg-type]
     exact = measure_exact(layer, weight, start)
     ratios = []
     for seed in range(50):
@@ -73,7 +72,7 @@ def test_sketched_leak_is_near_the_exact_one(sides: str, rank: int) -> None:
 
 def test_no_change_is_no_leak() -> None:
     start = torch.randn(8, 8)
-    layer = LayerSubspace.from_spectrum(Spectrum.of(start), 4, "both", torch.float32)
+    layer = layer_of(start, 4)
     assert measure_exact(layer, start, start) == LayerLeak(0.0, 0.0, 0.0, 0.0)
     assert measure_exact(layer, start, start).total == 0.0
     assert measure_sketched(layer, start, sketch_weight(layer, start, "w"), "w").total == 0.0

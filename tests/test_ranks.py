@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sculpt_ops.ranks import Energy, Fraction, Rank, as_policy
+from sculpt_ops.ranks import Energy, Fraction, Importance, Rank, RankPolicy, Schedule, SizePolicy, as_policy
 
 SPECTRA = st.lists(st.floats(0, 1e6), min_size=1, max_size=40).map(
     lambda values: torch.tensor(sorted(values, reverse=True), dtype=torch.float64)
@@ -27,6 +27,32 @@ def test_unfreeze_rank_ratio_is_the_complement(percent: int, size: int) -> None:
 @given(st.integers(0, 100), SPECTRA)
 def test_rank_is_capped_at_the_smaller_side(rank: int, squares: torch.Tensor) -> None:
     assert Rank(rank).choose(squares) == min(rank, len(squares))
+
+
+@given(st.integers(1, 20), st.integers(1, 500))
+def test_schedule_grows_from_nothing_by_equal_parts(n_tasks: int, size: int) -> None:
+    ranks = [Schedule(task, n_tasks).choose(torch.ones(size)) for task in range(1, n_tasks + 1)]
+    assert ranks == [part * size // n_tasks for part in range(n_tasks)]
+
+
+@pytest.mark.parametrize(
+    ("importance", "size", "rank"),
+    # mrr 0.1 and trr 0.8: an average layer keeps 0.8; 10 * (0.1 + 0.7 / 7) is 2 exactly, 100 * 0.29 rounds below 29.
+    [
+        *((1.0, 100, 80), (0.0, 100, 10), (0.5, 64, 28), (1 / 7, 10, 2), (0.19 / 0.7, 100, 29)),
+        *((2.0, 100, 100), (-3.0, 100, 1), (-1 / 7, 8, 1), (0.0, 3, 1), (1.0, 0, 0)),
+    ],
+)
+def test_importance_lies_between_one_direction_and_all(importance: float, size: int, rank: int) -> None:
+    assert Importance().rank_of(size, importance) == rank
+
+
+def test_only_energy_needs_the_spectrum() -> None:
+    for policy in (Fraction(0.5), Rank(3), Schedule(2, 5)):
+        assert isinstance(policy, SizePolicy)
+        assert isinstance(policy, RankPolicy)
+    assert not isinstance(Energy(0.5), SizePolicy)
+    assert isinstance(Energy(0.5), RankPolicy)
 
 
 @given(st.floats(0, 1), SPECTRA)
@@ -66,8 +92,22 @@ def test_unusable_arguments_are_refused() -> None:
             Rank(bad)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match=r"protect=Rank\(64\)"):
         as_policy(64)
-    for bad in ("half", Rank):
-        with pytest.raises(TypeError, match=r"protect must be a float, Rank\(\.\.\.\) or Energy"):
+    for bad in ("half", Rank, Importance):
+        with pytest.raises(TypeError, match=r"protect must be a float, Rank\(\.\.\.\), Energy\(\.\.\.\), Importance"):
             as_policy(bad)  # type: ignore[arg-type]
+    for task, n_tasks in ((0, 3), (4, 3), (1, 0)):
+        with pytest.raises(ValueError, match=f"task must lie between 1 and n_tasks={n_tasks}, got {task}"):
+            Schedule(task, n_tasks)
+    for bad in (2.0, True):
+        with pytest.raises(TypeError, match="task must be an int"):
+            Schedule(bad, 4)  # type: ignore[arg-type]
+        with pytest.raises(TypeError, match="n_tasks must be an int"):
+            Schedule(1, bad)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"mrr must not exceed trr=0\.1, got 0\.8"):
+        Importance(0.8, 0.1)
+    with pytest.raises(ValueError, match=r"trr must lie between 0 and 1, got 1\.5"):
+        Importance(0.1, 1.5)
+    with pytest.raises(TypeError, match="mrr must be a number"):
+        Importance("a")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="not both"):
         as_policy(0.5, unfreeze_rank_ratio=0.5)

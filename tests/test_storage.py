@@ -29,6 +29,17 @@ def test_save_and_load(tmp_path: Path, sides: str) -> None:
     assert Subspaces.load(path).parameter("square") is None
 
 
+def test_importance_is_saved(tmp_path: Path) -> None:
+    subspaces = Subspaces.from_model(Shapes(), targets=list(SHAPES))
+    assert subspaces.importance == {}
+    subspaces.importance = {"square": 1.25, "wide": 0.75, "tall": -0.5}
+    subspaces.save(tmp_path / "bases.safetensors")
+    loaded = Subspaces.load(tmp_path / "bases.safetensors")
+    assert loaded.importance == subspaces.importance
+    assert loaded.summary() == subspaces.summary()
+    assert [line.split()[-1] for line in loaded.summary().splitlines()[:4]] == ["importance", "1.25", "0.75", "-0.50"]
+
+
 def test_load_refuses_other_files(tmp_path: Path) -> None:
     from safetensors import safe_open
     from safetensors.torch import save_file

@@ -7,12 +7,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from sculpt_ops import decompose, derive
 from sculpt_ops.layer import LayerSubspace
-from sculpt_ops.linalg import Spectrum, complement
-from sculpt_ops.ranks import Energy, Rank
+from sculpt_ops.linalg import complement
+from sculpt_ops.ranks import Energy, Rank, Schedule, SizePolicy
 from sculpt_ops.subspaces import Subspaces
 
-from .training import SHAPES, Shapes, start_of
+from .training import SHAPES, Shapes, layer_of, start_of
 
 
 def projector(layer: LayerSubspace, side: str) -> Tensor:
@@ -21,6 +22,31 @@ def projector(layer: LayerSubspace, side: str) -> Tensor:
     assert basis is not None
     inside = basis.double() @ basis.double().mT
     return torch.eye(len(inside), dtype=torch.float64) - inside if keep else inside
+
+
+class Matrices(nn.Module):
+    """One matrix for each of `shapes`, with the decay of a weight matrix's spectrum."""
+
+    def __init__(self, *shapes: tuple[int, int]) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(4)
+        self.weights = nn.ParameterList(
+            torch.randn(shape, generator=generator) * torch.arange(1, shape[1] + 1) ** -0.5 for shape in shapes
+        )
+
+
+@pytest.fixture
+def search_small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As for large matrices: few directions are found by a search."""
+    monkeypatch.setattr(decompose, "_KRYLOV_SIZE", 128)
+
+
+def assert_same(ours: Subspaces, theirs: Subspaces) -> None:
+    assert list(ours) == list(theirs)
+    for name, layer in ours.items():
+        assert layer.rank == theirs[name].rank
+        for side in ("left", "right"):
+            assert torch.allclose(projector(layer, side), projector(theirs[name], side), rtol=0, atol=1e-5)
 
 
 def assert_orthonormal(basis: Tensor) -> None:
@@ -59,7 +85,7 @@ def test_rank_deficient_weights_have_orthonormal_bases(m: int, n: int, inner: in
     generator = torch.Generator().manual_seed(seed)
     weight = torch.randn(m, inner, generator=generator) @ torch.randn(inner, n, generator=generator)
     rank = min(rank, m, n)
-    layer = LayerSubspace.from_spectrum(Spectrum.of(weight), rank, "both", torch.float32)
+    layer = layer_of(weight, rank)
     for side, width in (("left", m), ("right", n)):
         basis = layer.left if side == "left" else layer.right
         assert basis is not None
@@ -75,11 +101,11 @@ def test_ill_conditioned_weight_has_orthonormal_bases() -> None:
     u, v = (torch.linalg.qr(torch.randn(32, 20, dtype=torch.float64)).Q for _ in range(2))
     weight = u @ torch.diag(10.0 ** -torch.arange(20, dtype=torch.float64)) @ v.mT
     for rank in (4, 10, 19, 25):
-        layer = LayerSubspace.from_spectrum(Spectrum.of(weight), rank, "both", torch.float32)
+        layer = layer_of(weight.float(), rank)
         for basis in (layer.left, layer.right):
             assert basis is not None
             assert_orthonormal(basis)
-    layer = LayerSubspace.from_spectrum(Spectrum.of(weight), 4, "both", torch.float64)
+    layer = layer_of(weight, 4)
     assert torch.allclose(projector(layer, "right"), v[:, :4] @ v[:, :4].mT, rtol=0, atol=1e-6)
 
 
@@ -106,6 +132,127 @@ def test_rank_policies_reach_every_layer() -> None:
     assert [layer.rank for layer in quarter.values()] == [8, 6, 6]
     for layer in Subspaces.from_model(model, Energy(0.9), targets=targets).values():
         assert layer.energy >= 0.9
+
+
+class Third(SizePolicy):
+    def rank_of(self, size: int) -> int:
+        return size // 3 if size < 32 else 1000
+
+
+class AboveAverage:
+    """A policy of one's own: it gets the whole spectrum."""
+
+    def choose(self, squares: Tensor) -> int:
+        assert squares.dtype == torch.float64
+        assert bool((squares.diff() <= 0).all())
+        return int((squares > squares.mean()).sum())
+
+
+def test_policies_of_ones_own() -> None:
+    model = Shapes()
+    ranks = {name: layer.rank for name, layer in Subspaces.from_model(model, Third(), targets=list(SHAPES)).items()}
+    assert ranks == {"square": 32, "wide": 8, "tall": 8}
+    for name, layer in Subspaces.from_model(model, AboveAverage(), targets=list(SHAPES)).items():
+        squares = torch.linalg.svdvals(getattr(model, name).detach().double()).square()
+        assert layer.rank == int((squares > squares.mean()).sum())
+
+
+@pytest.mark.usefixtures("search_small")
+def test_energy_finds_the_smallest_rank_that_holds_it() -> None:
+    model = Matrices((40, 70), (96, 40), (140, 130))
+    for share in (0.3, 0.9):
+        for name, layer in Subspaces.from_model(model, Energy(share), targets="*").items():
+            squares = torch.linalg.svdvals(model.get_parameter(name).detach().double()).square()
+            held = squares.cumsum(0) / squares.sum()
+            smallest = int((held < share).sum()) + 1
+            assert smallest <= layer.rank <= 1.01 * smallest + 1
+            assert layer.energy == pytest.approx(float(held[layer.rank - 1]), abs=1e-3)
+            assert held[layer.rank - 1] >= share
+    model.weights[0].data.zero_()
+    assert Subspaces.from_model(model, Energy(0.9), targets="weights.0")["weights.0"].rank == 0
+    assert Subspaces.from_model(model, Energy(0.0), targets="weights.1")["weights.1"].rank == 0
+
+
+def test_nothing_is_protected_at_the_first_task_of_a_schedule() -> None:
+    model = Shapes()
+    ranks = [
+        [layer.rank for layer in Subspaces.from_model(model, Schedule(task, 4), targets=list(SHAPES)).values()]
+        for task in (1, 2, 4)
+    ]
+    assert ranks == [[0, 0, 0], [8, 6, 6], [24, 18, 18]]
+
+
+def test_equal_shapes_are_decomposed_together_a_few_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    shapes = [(40, 30), (24, 36), (40, 30), (24, 36), (40, 30), (40, 30)]
+    model = Matrices(*shapes)
+    whole = Subspaces.from_model(model, 0.4, targets="*")
+    assert [layer.shape for layer in whole.values()] == shapes
+    calls: list[list[torch.Size]] = []
+    together = derive.top_subspaces
+
+    def spy(matrices: list[Tensor], *args: object, **kwargs: object) -> object:
+        calls.append([matrix.shape for matrix in matrices])
+        return together(matrices, *args, **kwargs)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(derive, "top_subspaces", spy)
+    monkeypatch.setattr(derive, "CHUNK", 3 * 40 * 30)
+    done: list[None] = []
+    targets = dict(model.named_parameters())
+    layers, _ = derive.derive_layers(targets, dict.fromkeys(targets, 12), "both", {}, lambda: done.append(None))
+    assert calls == [[(40, 30)] * 3, [(40, 30)], [(24, 36)] * 2]
+    assert len(done) == 6
+    monkeypatch.setattr(derive, "CHUNK", 1)
+    alone = Subspaces.from_model(model, 0.4, targets="*")
+    assert [len(call) for call in calls[3:]] == [1] * 6
+    assert_same(alone, whole)
+    assert list(layers) == list(whole)
+
+
+@pytest.mark.usefixtures("search_small")
+@pytest.mark.parametrize("policy", [Rank(10), Energy(0.3), 0.5])
+def test_previous_subspaces_change_the_way_not_the_result(policy: Rank | Energy | float) -> None:
+    model = Matrices((140, 130), (48, 40))
+    earlier = Subspaces.from_model(model, policy, targets="*")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.01 * parameter.norm() * torch.randn(parameter.shape) / parameter.numel() ** 0.5
+    ranks = {name: layer.rank for name, layer in Subspaces.from_model(model, policy, targets="*").items()}
+    later = Subspaces.from_model(model, policy, targets="*", previous=earlier)
+    for name, layer in later.items():
+        weight = model.get_parameter(name).detach().double()
+        best = float(torch.linalg.svdvals(weight)[: layer.rank].square().sum())
+        assert abs(layer.rank - ranks[name]) <= 0.01 * ranks[name] + 1
+        for side, held in (("left", projector(layer, "left") @ weight), ("right", weight @ projector(layer, "right"))):
+            assert float(held.square().sum()) >= (1 - 2e-4) * best, side
+
+
+@pytest.mark.usefixtures("search_small")
+def test_only_thin_subspaces_are_a_start() -> None:
+    model = Matrices((140, 130), (48, 40))
+    thin, none, half = (Subspaces.from_model(model, Rank(rank), targets="*") for rank in (10, 0, 65))
+    starts = derive.search_starts(thin)
+    assert list(starts) == ["weights.0"]
+    assert starts["weights.0"] is thin["weights.0"]
+    assert derive.search_starts(none) == derive.search_starts(half) == {}
+    given: list[list[Tensor | None]] = []
+    together = derive.top_subspaces
+
+    def spy(*args: object, starts: list[Tensor | None], **kwargs: object) -> object:
+        given.append(starts)
+        return together(*args, starts=starts, **kwargs)  # type: ignore[arg-type]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(derive, "top_subspaces", spy)
+        Subspaces.from_model(model.bfloat16(), Rank(10), targets="*", previous=thin)
+    assert given == [[thin["weights.0"].right], [None]]
+
+
+@pytest.mark.usefixtures("search_small")
+def test_previous_subspaces_of_other_shapes_are_passed_over() -> None:
+    other = Subspaces.from_model(Matrices((130, 140), (48, 40)), Rank(12), targets="*")
+    model = Matrices((140, 130))
+    again = Subspaces.from_model(model, Rank(12), targets="*", previous=other)
+    assert_same(again, Subspaces.from_model(model, Rank(12), targets="*"))
 
 
 def test_project_gradients() -> None:
@@ -152,7 +299,7 @@ def _poison(model: Shapes) -> None:
         ({"others": "drop"}, None, ValueError, "others must be 'train' or 'freeze', got 'drop'"),
         ({"protect": 0.5, "unfreeze_rank_ratio": 0.5}, None, ValueError, "not both"),
         ({"targets": "nothing.*"}, None, ValueError, "nothing"),
-        ({}, _poison, torch.linalg.LinAlgError, "tall cannot be decomposed: the matrix holds NaN or Inf"),
+        ({}, _poison, torch.linalg.LinAlgError, "from_model: tall: given NaN or Inf, wanted finite"),
     ],
 )
 def test_failed_calls_change_nothing(
@@ -223,5 +370,8 @@ def test_summary_tells_what_is_not_protected() -> None:
 
 def test_progress_bar_changes_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     quiet = Subspaces.from_model(Shapes(), targets=list(SHAPES))
+    assert capsys.readouterr() == ("", "")
     shown = Subspaces.from_model(Shapes(), targets=list(SHAPES), progress=True)
     assert shown.summary() == quiet.summary()
+    # Standard output is the caller's own.
+    assert capsys.readouterr().out == ""

@@ -5,6 +5,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
+from sculpt_ops.decompose import top_subspaces
+from sculpt_ops.layer import LayerSubspace, Sides
 from sculpt_ops.subspaces import Subspaces
 
 SHAPES = {"square": (32, 32), "wide": (24, 56), "tall": (56, 24)}
@@ -21,6 +23,11 @@ class Shapes(nn.Module):
             weight = torch.randn(shape, generator=generator) / shape[1] ** 0.5
             self.register_parameter(name, nn.Parameter(weight.to(dtype)))
         self.bias = nn.Parameter(torch.randn(7, generator=generator).to(dtype))
+
+
+def layer_of(weight: Tensor, rank: int, sides: Sides = "both") -> LayerSubspace:
+    """The subspace of one matrix, rank 0 included."""
+    return LayerSubspace.from_top_subspace(top_subspaces([weight], rank)[0], sides)
 
 
 def gradients(model: nn.Module, steps: int) -> Iterator[None]:

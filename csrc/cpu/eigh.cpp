@@ -30,7 +30,8 @@ std::tuple<Tensor, Tensor> eigh(const Tensor& input) {
   for (int64_t i = 0; i < d - 1; ++i) sizes.push_back(input.size(i));
   for (int64_t i = 0; i < d - 2; ++i) batch *= input.size(i);
   if (batch <= 1 || input.size(d - 1) == 0) {
-    auto [w, v] = one(input);
+    Tensor w, v;
+    aten::serially(true, [&] { std::tie(w, v) = one(input); });
     return {w, torch::stable::contiguous(v)};
   }
   const Tensor values = torch::stable::empty(sizes, type), vectors = torch::stable::empty(input.sizes(), type);

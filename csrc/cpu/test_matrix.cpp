@@ -1,6 +1,6 @@
 // The test matrix of the randomized range finder on the CPU.
 //
-// 2.4 ns a number on one core of an AMD Zen 5, most of it the ten rounds of Philox: 4096 x 144 takes a twentieth of the
+// 2.5 ns a number on one core of an AMD Zen 5, most of it the ten rounds of Philox: 4096 x 144 takes a twentieth of the
 // product with it. So it is drawn once and stored; a product that drew its own numbers would do so once per panel.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -17,7 +17,7 @@
 #include "common/philox.h"
 
 // One copy of the loop for each instruction set, chosen when the library is loaded; the numbers are the same in all.
-#if defined(__x86_64__) && defined(__linux__)
+#if defined(__x86_64__) && defined(__gnu_linux__)
 #define SCULPT_CLONES __attribute__((target_clones("avx512f", "avx2", "default")))
 #else
 #define SCULPT_CLONES

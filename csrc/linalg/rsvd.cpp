@@ -81,8 +81,12 @@ std::tuple<Tensor, Tensor, Tensor> rsvd(const Tensor& input, int64_t rank, Optio
   const bool whole = q == thin;
   const Tensor tall = flip ? torch::stable::transpose(input, d - 2, d - 1) : input;
   const Tensor image = whole ? tall : product(input, basis, !flip), p = orthonormal(image);
-  auto [a, s, bt] = aten::call<Tensor, Tensor, Tensor>("aten::linalg_svd", "", core(p, image), false,
-                                                       std::optional<std::string>());
+  const Tensor small = core(p, image);
+  Tensor a, s, bt;
+  aten::serially(input.is_cpu(), [&] {
+    std::tie(a, s, bt) = aten::call<Tensor, Tensor, Tensor>("aten::linalg_svd", "", small, false,
+                                                            std::optional<std::string>());
+  });
   const Tensor b = columns(torch::stable::transpose(bt, d - 2, d - 1), rank);
   Tensor short_side = product(p, columns(a, rank), false);
   Tensor long_side = whole ? b : product(basis, b, false);

@@ -10,6 +10,7 @@ from typing import Annotated, get_args
 import typer
 
 from ..layer import Sides, check_sides
+from ..ranks import Importance
 from .config import DTYPES, OTHERS, TrainConfig, parse_protect
 
 app = typer.Typer(
@@ -22,7 +23,13 @@ app = typer.Typer(
 )
 
 Model = Annotated[str, typer.Argument(help="Model folder (or hub name) that from_pretrained opens.")]
-Protect = Annotated[str, typer.Option(help="A share such as 0.5, or rank:64, energy:0.9; none is plain fine-tuning.")]
+Protect = Annotated[
+    str,
+    typer.Option(
+        help="A share such as 0.5, or rank:64, energy:0.9, importance:0.1:0.8 (mrr and trr), schedule ((i - 1) / n at "
+        "task i of n); none is plain fine-tuning."
+    ),
+]
 SideNames = Annotated[str, typer.Option(help=f"Sides to protect: {', '.join(get_args(Sides))}.")]
 Targets = Annotated[list[str] | None, typer.Option(help="Glob pattern of weights to protect; may be given repeatedly.")]
 RemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run model code that comes with the checkpoint.")]
@@ -144,6 +151,8 @@ def inspect(
         share = parse_protect(protect)
         if share is None:
             raise ValueError("protect: got none, there is nothing to inspect")
+        if isinstance(share, str | Importance):
+            raise ValueError(f"protect: got {protect}, which depends on tasks; wanted a share, or such as schedule:2:5")
         opened, _ = open_model(model, trust_remote_code=trust_remote_code)
         typer.echo(Subspaces.from_model(opened, protect=share, sides=check_sides(sides), targets=targets).summary())
 

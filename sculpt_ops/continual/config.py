@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from ..layer import check_sides
-from ..ranks import Energy, Rank, RankPolicy, as_policy
+from ..ranks import Energy, Fraction, Importance, Rank, RankPolicy, Schedule, as_policy
 from .tasks import Task
+
+# What to protect in a sequence of tasks: "schedule" is `Schedule(i, n)` at task i of n, None nothing.
+Protect = float | RankPolicy | Importance | Literal["schedule"] | None
 
 OTHERS = ("train", "freeze")
 DTYPES = ("float32", "bfloat16", "float16")
@@ -22,8 +25,9 @@ class TrainConfig:
     model: folder (or hub name) that `from_pretrained` opens, decoder-only or encoder-decoder.
     tasks: in training order; each entry a `Task`, a task folder, or a folder of task folders (taken by name).
     output: folder to make; it gets model/, run.json and predictions.jsonl.
-    protect: share of the singular directions to protect (a float, `Rank` or `Energy`); None is plain fine-tuning with
-        the same optimizer.
+    protect: share of the singular directions to protect: a float, `Rank`, `Energy`, `Importance` (measured on training
+        rows of the task before, at the first task on its own) or "schedule", `Schedule(i, n)` at task i of n; None is
+        plain fine-tuning with the same optimizer.
     sides, targets, others: as in `Subspaces.from_model`; without effect where protect is None.
     order: task names in the order wanted, a selection of those in `tasks`; None takes them as they come.
     name: what the report calls this run; None makes one up from protect and sides.
@@ -43,7 +47,7 @@ class TrainConfig:
     model: str | Path
     tasks: Sequence[Task | str | Path]
     output: str | Path
-    protect: float | RankPolicy | None = 0.5
+    protect: Protect = 0.5
     sides: str = "both"
     targets: str | Sequence[str] | None = None
     others: str = "train"
@@ -83,7 +87,7 @@ class TrainConfig:
         for name in ("weight_decay", "warmup_steps", "max_grad_norm"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}: got {getattr(self, name)}, wanted 0 or more")
-        if self.protect is not None:
+        if self.protect is not None and self.protect != "schedule":
             as_policy(self.protect)
         if not self.tasks:
             raise ValueError("tasks: got none, wanted at least one task or task folder")
@@ -111,27 +115,41 @@ class TrainConfig:
         return settings
 
 
-def parse_protect(text: str) -> float | RankPolicy | None:
-    """Read a protected share: "0.5", "rank:64", "energy:0.9" or "none"."""
-    kind, _, number = text.rpartition(":")
-    readers: dict[str, Callable[[str], float | RankPolicy]] = {
-        "": float,
-        "rank": lambda digits: Rank(int(digits)),
-        "energy": lambda digits: Energy(float(digits)),
-    }
-    if text == "none":
-        return None
+def parse_protect(text: str) -> Protect:
+    """Read a protected share: "0.5", "rank:64", "energy:0.9", "importance" or "importance:0.1:0.8", "none".
+
+    "schedule" follows the run's tasks, "schedule:2:5" stands for task 2 of 5 throughout.
+    """
+    kind, *numbers = text.split(":")
     try:
-        return readers[kind](number)
-    except (KeyError, ValueError) as error:
-        raise ValueError(f"protect: got {text!r}, wanted a share as 0.5, or rank:64, energy:0.9, none") from error
+        match kind, numbers:
+            case "none", []:
+                return None
+            case "schedule", []:
+                return "schedule"
+            case "schedule", [task, n_tasks]:
+                return Schedule(int(task), int(n_tasks))
+            case "rank", [rank]:
+                return Rank(int(rank))
+            case "energy", [share]:
+                return Energy(float(share))
+            case "importance", [] | [_, _]:
+                return Importance(*map(float, numbers))
+        return float(text)
+    except ValueError as error:
+        raise ValueError(
+            f"protect: got {text!r}, wanted a share as 0.5, or rank:64, energy:0.9, importance:0.1:0.8, schedule, none"
+        ) from error
 
 
-def format_protect(protect: float | RankPolicy | None) -> str:
+def format_protect(protect: Protect) -> str:
     """The inverse of `parse_protect`."""
-    if protect is None:
-        return "none"
-    if isinstance(protect, float):
-        return f"{protect:g}"
+    match protect:
+        case None:
+            return "none"
+        case str():
+            return protect
+        case float() | Fraction():
+            return f"{protect if isinstance(protect, float) else protect.share:g}"
     values: list[float] = [getattr(protect, field.name) for field in fields(protect)] if is_dataclass(protect) else []
     return ":".join([type(protect).__name__.lower(), *(f"{value:g}" for value in values)])

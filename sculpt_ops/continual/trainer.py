@@ -11,13 +11,15 @@ import random
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..layer import check_sides
+from ..derive import search_starts
+from ..layer import LayerSubspace, check_sides
+from ..ranks import Importance, Schedule
 from ..subspaces import Subspaces
 from ..targets import resolve_targets
 from .benchmark import benchmark_note
@@ -38,6 +40,9 @@ __all__ = ["train"]
 
 # The same for every run, whatever its seed, so that runs are compared on the same items.
 SELECTION_SEED = 0
+# Rows of a task that the importance of layers is measured on. Measured on SmolLM2-135M, 32 rows of two different tasks
+# give cosines that correlate to 0.93 and more: what is left to gain from more rows is small.
+IMPORTANCE_ROWS = 32
 # What has to agree for one run's zero-shot answers to be another's.
 ZERO_SHOT_SETTINGS = ("model", "max_length", "dtype", "bf16")
 
@@ -70,6 +75,8 @@ def train(config: TrainConfig, *, zero_shot: RunResult | None = None, quiet: boo
 
 @dataclass(frozen=True)
 class _Run:
+    """starts: of the last task's subspaces, what the search for the next task's may start from."""
+
     config: TrainConfig
     progress: Progress
     tasks: Sequence[Task]
@@ -77,6 +84,7 @@ class _Run:
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     result: RunResult
+    starts: dict[str, LayerSubspace] = field(default_factory=dict)
 
 
 def _prepare(config: TrainConfig, progress: Progress) -> _Run:
@@ -131,7 +139,7 @@ def _learn(run: _Run, index: int) -> LearnedTask:
     memory = PeakMemory(model.device)
     memory.reset()
     start = time.perf_counter()
-    subspaces = _derive(run, label)
+    subspaces = _derive(run, index, label)
     derived = time.perf_counter()
     use_cache = model.config.use_cache
     rows = run.encoded[index].train
@@ -174,19 +182,35 @@ def _learn(run: _Run, index: int) -> LearnedTask:
     )
 
 
-def _derive(run: _Run, label: str) -> Subspaces | None:
+def _derive(run: _Run, index: int, label: str) -> Subspaces | None:
     config = run.config
     if config.protect is None:
         return None
     run.progress.say(f"{label}: deriving protected subspaces")
-    return Subspaces.from_model(
+    subspaces = Subspaces.from_model(
         run.model,
-        protect=config.protect,
+        protect=Schedule(index + 1, len(run.tasks)) if config.protect == "schedule" else config.protect,
+        batches=_importance_batches(run, index) if isinstance(config.protect, Importance) else None,
+        previous=run.starts,
         sides=check_sides(config.sides),
         targets=config.targets,
         others="freeze" if config.others == "freeze" else "train",
         progress=run.progress.on_terminal,
     )
+    run.starts.clear()
+    run.starts.update(search_starts(subspaces))
+    return subspaces
+
+
+def _importance_batches(run: _Run, index: int) -> list[dict[str, Any]]:
+    """Training rows of the task before the `index`-th, whose layers are to be kept; before the first, of its own.
+
+    One row a batch: nothing is padded, in a decoder neither.
+    """
+    rows = run.encoded[max(index - 1, 0)].train
+    chosen = random.Random(SELECTION_SEED).sample(range(len(rows)), min(IMPORTANCE_ROWS, len(rows)))
+    collate = Collator(run.model, run.tokenizer)
+    return [collate([rows[row]]) for row in sorted(chosen)]
 
 
 def _steps(config: TrainConfig, rows: int) -> int:

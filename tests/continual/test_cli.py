@@ -65,7 +65,7 @@ def test_train_and_report(model_folder: Path, tasks: Path, tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("options", "complaint"),
     [
-        (["--protect", "lots"], "protect: got 'lots', wanted a share as 0.5, or rank:64, energy:0.9, none"),
+        (["--protect", "lots"], "protect: got 'lots', wanted a share as 0.5, or rank:64, energy:0.9, importance"),
         (["--protect", "1.5"], "protect must lie between 0"),
         (["--sides", "top"], "sides must be one of both, left, right, block"),
         (["--lr", "0"], "lr: got 0.0, wanted more than 0"),
@@ -110,6 +110,9 @@ def test_inspect_shows_what_would_be_protected(model_folder: Path) -> None:
     assert "32 x 64" in result.stdout
     assert "NOT protected" in result.stdout
     assert "nothing to inspect" in refused(sculpt("inspect", model_folder, "--protect", "none"))
+    for text in ("importance", "schedule"):
+        assert f"got {text}, which depends on tasks" in refused(sculpt("inspect", model_folder, "--protect", text))
+    assert sculpt("inspect", model_folder, "--protect", "schedule:2:5").exit_code == 0
 
 
 def test_doctor_names_versions_and_ops() -> None:

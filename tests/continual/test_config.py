@@ -11,6 +11,7 @@ import pytest
 
 from sculpt_ops.continual import TrainConfig, train
 from sculpt_ops.continual.config import format_protect, parse_protect
+from sculpt_ops.ranks import Fraction
 
 
 def test_an_output_that_is_not_empty_is_refused(short: dict[str, Any], tmp_path: Path) -> None:
@@ -61,12 +62,29 @@ def test_several_processes_are_refused(short: dict[str, Any], tmp_path: Path, mo
         train(TrainConfig(**short, output=tmp_path / "out"), quiet=True)
 
 
-@pytest.mark.parametrize("text", ["0.5", "rank:64", "energy:0.9", "none"])
+@pytest.mark.parametrize(
+    "text", ["0.5", "rank:64", "energy:0.9", "importance:0.2:0.7", "schedule", "schedule:2:5", "none"]
+)
 def test_what_to_protect_is_read_as_it_is_written(text: str) -> None:
     assert format_protect(parse_protect(text)) == text
+    TrainConfig("model", ["task"], "output", protect=parse_protect(text))
 
 
-@pytest.mark.parametrize("text", ["half", "rank:0.5", "rank:", "energies:0.9", "energy:2", ""])
+def test_importance_alone_takes_the_published_ratios() -> None:
+    assert parse_protect("importance") == parse_protect("importance:0.1:0.8")
+
+
+def test_every_kind_of_policy_has_a_name() -> None:
+    assert format_protect(Fraction(0.25)) == format_protect(0.25) == "0.25"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("half", "rank:0.5", "rank:", "energies:0.9", "energy:2", "", "none:1"),
+        *("importance:0.1", "importance:0.8:0.1", "schedule:2", "schedule:3:2", "schedule:1:2:3"),
+    ],
+)
 def test_what_to_protect_is_refused_in_one_line(text: str) -> None:
     with pytest.raises(ValueError, match="protect: got"):
         parse_protect(text)

@@ -12,6 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.library import opcheck
 
 from sculpt_ops import _host, ops, philox, reference
@@ -309,3 +310,17 @@ def test_compile_and_export() -> None:
     (gradient,) = torch.autograd.grad(compiled(leaf)[0].square().sum(), leaf)
     (wanted,) = torch.autograd.grad(both(leaf)[0].square().sum(), leaf)
     torch.testing.assert_close(gradient, wanted)
+
+
+def test_another_seed_or_width_is_not_compiled_anew() -> None:
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(lambda x, q, seed: ops.sketch(x, q, seed=seed), fullgraph=True, backend=counter)
+    matrix, leaf = gaussian(12, 20, dtype=F32), gaussian(12, 20, dtype=F32, seed=2).requires_grad_()
+    for q, seed in ((6, 3), (7, 4), (8, -5), (9, 2**40), (10, -(2**50))):
+        assert torch.equal(compiled(matrix, q, seed), ops.sketch(matrix, q, seed=seed))
+    assert counter.frame_count <= 2
+    for q, seed in ((6, 3), (7, 4)):
+        (gradient,) = torch.autograd.grad(compiled(leaf, q, seed).square().sum(), leaf)
+        (wanted,) = torch.autograd.grad(ops.sketch(leaf, q, seed=seed).square().sum(), leaf)
+        torch.testing.assert_close(gradient, wanted)
+    assert counter.frame_count <= 3
