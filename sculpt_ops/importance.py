@@ -34,9 +34,9 @@ def layer_importance(
         that mask's shape, or flattened; the former is tried first. Other layers count all that they see.
     A matrix that several modules share, or that is used several times, is measured on all of its calls.
 
-    Where the mean is not above 0, dividing by it means nothing (on SmolLM2-135M half of the 210 cosines are negative and
-    the mean is -0.0003 to -0.001). Negative cosines then count as 0, with a warning; the published code divides all the
-    same, which reverses the order of the layers.
+    Where the mean is not above 0, dividing by it means nothing (on SmolLM2-135M half of the 210 cosines are negative
+    and the mean is -0.0003 to -0.001). Negative cosines then count as 0, with a warning; the published code divides
+    all the same, which reverses the order of the layers.
 
     Raises TypeError for batches of another type. Raises ValueError if there are none, for a matrix whose module does
     not run on them or is no linear map, for activations that are not finite, and if no cosine is above 0.

@@ -126,9 +126,9 @@ class Importance:
     section 3.2, after AdaSVD, arXiv 2502.01403; for m != n of the first min(m, n) entries of both, as in the published
     code). mrr is the minimum, trr the target retention ratio; a layer whose cosine is negative falls below mrr.
 
-    Near 0 the mean makes nearly every layer end at 1 or at min(m, n), and where it is not above 0 negative cosines count
-    as 0: so on SmolLM2-135M, where it is -0.0003 to -0.001 on 32 rows of AG News, DBpedia or Yelp. A fraction or `Energy`
-    depends on no such accident.
+    A mean near 0 makes nearly every layer end at 1 or at min(m, n), and where it is not above 0 negative cosines count
+    as 0: so on SmolLM2-135M, where it is -0.0003 to -0.001 on 32 rows of AG News, DBpedia or Yelp. A fraction or
+    `Energy` depends on no such accident.
 
     Raises TypeError unless both are numbers, ValueError unless 0 <= mrr <= trr <= 1.
     """
