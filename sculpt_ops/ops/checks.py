@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 __all__ = [
     "check_apart",
@@ -21,10 +22,22 @@ __all__ = [
     "check_rsvd",
     "check_sketch",
     "check_written",
+    "refuse_forward_mode",
 ]
 
 _HALF = (torch.bfloat16, torch.float16)
 _DTYPES = (torch.float32, torch.float64, *_HALF)
+
+
+def refuse_forward_mode(op: str, *tensors: Tensor | None) -> None:
+    """An op with a registered backward formula drops forward-mode tangents without a word; say so instead."""
+    if forward_ad._current_level < 0:
+        return
+    if any(tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors):
+        raise NotImplementedError(
+            f"{op}: given a tensor with a forward-mode tangent, wanted one without: only sketch has forward-mode "
+            "derivatives; the twins in sculpt_ops.reference have them too"
+        )
 
 
 def _shape(tensor: Tensor) -> str:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .checks import check_orthonormalize
+from .checks import check_orthonormalize, refuse_forward_mode
 from .finite import check_finite
 from .library import LIBRARY  # noqa: F401  (the op exists once the library is loaded)
 
@@ -38,6 +38,7 @@ def orthonormalize(input: Tensor) -> Tensor:
             captured.
     """
     check_orthonormalize(input)
+    refuse_forward_mode("orthonormalize", input)
     check_finite("orthonormalize", "input", input)
     basis: Tensor = _ORTHONORMALIZE(input)
     return basis

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .checks import check_foreach, check_project
+from .checks import check_foreach, check_project, refuse_forward_mode
 from .library import AFTER_AUTOGRAD, LIBRARY
 
 __all__ = ["foreach_project_", "project", "project_"]
@@ -51,6 +51,7 @@ def project(
     Raises:
         ValueError, TypeError: naming the argument, what was given and what was wanted; nothing has been written.
     """
+    refuse_forward_mode("project", grad, left, right)
     out: Tensor = _PROJECT(grad, left, right, keep_left=keep_left, keep_right=keep_right, block=block)
     return out
 
@@ -206,6 +207,7 @@ def _project_autograd_(
     block: bool = False,
 ) -> None:
     check_project("project_", grad, left, right, keep_left, keep_right, block)
+    refuse_forward_mode("project_", grad, left, right)
     if torch.is_grad_enabled():
         _refuse_basis_grad("project_", left=left, right=right)
         if grad.requires_grad:
@@ -230,6 +232,7 @@ def _foreach_autograd_(
     block: bool = False,
 ) -> None:
     check_foreach("foreach_project_", grads, lefts, rights, keep_lefts, keep_rights, block)
+    refuse_forward_mode("foreach_project_", *grads, *lefts, *rights)
     if torch.is_grad_enabled():
         for i, (grad, left, right) in enumerate(zip(grads, lefts, rights, strict=True)):
             _refuse_basis_grad("foreach_project_", **{f"lefts[{i}]": left, f"rights[{i}]": right})

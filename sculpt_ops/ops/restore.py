@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .checks import check_restore
+from .checks import check_restore, refuse_forward_mode
 from .library import AFTER_AUTOGRAD, LIBRARY
 
 __all__ = ["restore_"]
@@ -101,6 +101,7 @@ def _restore_autograd_(
 ) -> None:
     thin = (left, left_image, right, right_image, core, reference)
     check_restore("restore_", weight, *thin, keep_left, keep_right, block)
+    refuse_forward_mode("restore_", weight, *thin)
     if torch.is_grad_enabled():
         names = ("weight", "left", "left_image", "right", "right_image", "core", "reference")
         for name, tensor in zip(names, (weight, *thin), strict=True):

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .checks import check_rsvd
+from .checks import check_rsvd, refuse_forward_mode
 from .finite import capturing, check_finite
 from .library import LIBRARY  # noqa: F401  (the op exists once the library is loaded)
 from .svd_gradient import svd_gradient
@@ -71,6 +71,7 @@ def rsvd(
             "rsvd: matrix: given during CUDA graph capture, wanted a call outside it: the library's decompositions "
             "synchronise; sketch and orthonormalize can be captured"
         )
+    refuse_forward_mode("rsvd", matrix, start)
     check_finite("rsvd", "matrix", matrix)
     if start is not None:
         check_finite("rsvd", "start", start)

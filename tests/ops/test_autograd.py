@@ -185,3 +185,18 @@ def test_vmap() -> None:
     torch.testing.assert_close(work, expected)
     nested = torch.vmap(torch.vmap(sculpt_ops.project, in_dims=(0, None)), in_dims=(0, None))(batched, left)
     torch.testing.assert_close(nested, sculpt_ops.project(batched, left))
+
+
+@pytest.mark.parametrize("op", ["project", "project_", "orthonormalize", "rsvd"])
+def test_forward_mode_is_refused_and_not_dropped(op: str) -> None:
+    grad, left, _ = inputs()
+    calls = {
+        "project": lambda x: sculpt_ops.project(x, left),
+        "project_": lambda x: sculpt_ops.project_(x.clone(), left),
+        "orthonormalize": lambda x: sculpt_ops.orthonormalize(x.mT),
+        "rsvd": lambda x: sculpt_ops.rsvd(x, 2)[1],
+    }
+    with pytest.raises(NotImplementedError, match=f"{op}: given a tensor with a forward-mode tangent"):
+        torch.func.jvp(calls[op], (grad,), (torch.ones_like(grad),))
+    with torch.autograd.forward_ad.dual_level():
+        calls[op](grad)  # a plain tensor is welcome inside
