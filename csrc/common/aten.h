@@ -32,8 +32,8 @@ auto call(const char* name, const char* overload, const In&... in) {
 }
 
 // Runs `f` on the calling thread with library calls inside it kept to one thread. LAPACK on factors of some hundred
-// columns gains nothing from a second one and synchronises with it dozens of times: on a machine with one other busy
-// process a Cholesky factorization of 144 x 144 took 112 ms so, and 0.1 ms on one thread.
+// columns gains little from a second one and waits for it dozens of times: beside one other busy process a Cholesky
+// factorization of 144 x 144 took 112 ms so, and 0.1 ms on one thread.
 template <class F>
 void serially(bool on_cpu, const F& f) {
   if (!on_cpu || torch::stable::get_num_threads() == 1) return f();
