@@ -8,6 +8,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+# Threads of a library go on spinning after its call (OpenBLAS, behind scikit-learn and scipy, for some 30 ms) and would
+# take the next one's cores.
+PAUSE = 0.05
+
 
 @dataclass
 class Competitor:
@@ -46,6 +50,7 @@ class Competitor:
 
     def timed(self) -> None:
         arguments = self.arguments()
+        time.sleep(PAUSE)
         begin = time.perf_counter()
         self.run(*arguments)
         self.seconds.append(time.perf_counter() - begin)
@@ -67,7 +72,9 @@ def interleave(benchmark: Any, ours: Competitor, others: Sequence[Competitor], r
         for other in others:
             if not other.note and len(other.seconds) < (other.rounds or rounds):
                 other.attempt(other.timed)
-        return ours.arguments(), {}
+        arguments = ours.arguments()
+        time.sleep(PAUSE)
+        return arguments, {}
 
     benchmark.pedantic(ours.run, setup=before, rounds=rounds)
     ours.seconds = list(benchmark.stats.stats.data)

@@ -25,6 +25,9 @@ __all__ = ["Choice", "choose_method", "top_subspace", "top_subspaces"]
 
 Choice = int | Callable[[Tensor], int]
 
+# Norms of half-precision matrices overflow in their own dtype.
+_ARITHMETIC = {torch.bfloat16: torch.float32, torch.float16: torch.float32}
+
 # Up to here a float64 SVD takes as long as the calls around it.
 _TINY = 32
 # Below this size the eigenvectors of the Gram matrix cost less than the steps of a Krylov space; above it they do where
@@ -150,6 +153,9 @@ class _Task(NamedTuple):
 
 def _scaled(matrix: Tensor) -> tuple[Tensor, float]:
     """The matrix and 1.0, or where its squares could leave the range of the arithmetic a multiple near 1."""
+    # Of 1024 x 4096 the norm takes 0.5 ms and the extremes 2; it shows that almost every matrix is in range.
+    if 2.0**-20 <= float(torch.linalg.vector_norm(matrix, dtype=_ARITHMETIC.get(matrix.dtype))) < 2.0**40:
+        return matrix, 1.0
     low, high = (float(extreme) for extreme in matrix.aminmax())
     peak = max(-low, high)
     if not math.isfinite(peak):
