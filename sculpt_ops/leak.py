@@ -64,7 +64,8 @@ def sketch_weight(layer: LayerSubspace, weight: Tensor, name: str) -> Tensor:
     omega = _signs(name, layer.shape[1]).to(weight.device) / SKETCH_COLUMNS**0.5
     if layer.right is not None:
         omega = torch.cat([omega, layer.protected_right(omega)], dim=1)
-    return torch.mm(weight.detach().double(), omega)
+    sketch: Tensor = torch.ops.sculpt._product(weight.detach(), omega)
+    return sketch
 
 
 def measure_sketched(layer: LayerSubspace, weight: Tensor, start_sketch: Tensor, name: str) -> LayerLeak:

@@ -30,21 +30,20 @@ std::tuple<Tensor, Tensor> eigh(const Tensor& input) {
   std::vector<int64_t> sizes;
   for (int64_t i = 0; i < d - 1; ++i) sizes.push_back(input.size(i));
   for (int64_t i = 0; i < d - 2; ++i) batch *= input.size(i);
-  if (batch <= 1 || input.size(d - 1) == 0) {
-    auto [w, v] = one(input);
-    return {w, torch::stable::contiguous(v)};
-  }
-  const Tensor values = torch::stable::empty(sizes, type), vectors = torch::stable::empty(input.sizes(), type);
-  const Tensor from = flat(torch::stable::contiguous(input), 2), to_values = flat(values, 1), to = flat(vectors, 2);
+  if (batch <= 1 || input.size(d - 1) == 0) return one(input);
+  // Vector after vector in memory, as LAPACK leaves them: a plain copy instead of a transposing one.
+  const Tensor values = torch::stable::empty(sizes, type), rows = torch::stable::empty(input.sizes(), type);
+  const Tensor from = flat(torch::stable::contiguous(input), 2), to_values = flat(values, 1), to = flat(rows, 2);
   torch::stable::parallel_for(0, batch, 1, [&](int64_t begin, int64_t end) {
     for (int64_t b = begin; b < end; ++b) {
       auto [w, v] = one(torch::stable::select(from, 0, b));
-      Tensor w_out = torch::stable::select(to_values, 0, b), v_out = torch::stable::select(to, 0, b);
+      Tensor w_out = torch::stable::select(to_values, 0, b);
+      Tensor v_out = torch::stable::transpose(torch::stable::select(to, 0, b), 0, 1);
       torch::stable::copy_(w_out, w);
       torch::stable::copy_(v_out, v);
     }
   });
-  return {values, vectors};
+  return {values, torch::stable::transpose(rows, d - 2, d - 1)};
 }
 
 }  // namespace sculpt::cpu

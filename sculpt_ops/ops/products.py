@@ -2,7 +2,7 @@
 
 ``_product(input, factor)``: ``input @ factor`` (or ``inputᵀ @ factor``) of a matrix in any float dtype and a float32 or
 float64 factor, summed and returned in the factor's dtype. ``_gram(input)``: ``inputᵀ input`` in float32
-or float64. ``_eigh(input)``: eigenvalues, ascending, and vectors of symmetric matrices.
+or float64. ``_eigh(input)``: eigenvalues, ascending, and vectors of symmetric matrices, vector after vector in memory.
 
 On the CPU they are kernels (csrc/cpu/matmul.h, eigh.cpp); here is what stands for them on CUDA, where none of it has
 run yet, and under tracing.
@@ -51,7 +51,7 @@ def _gram_cuda(input: Tensor, *, transpose: bool = False, double: bool = False) 
 
 def _eigh_cuda(input: Tensor) -> tuple[Tensor, Tensor]:
     values, vectors = torch.linalg.eigh(input)
-    return values, vectors.contiguous()
+    return values, vectors
 
 
 LIBRARY.impl("_product", product_library, "CUDA")
@@ -74,7 +74,7 @@ def _gram_fake(input: Tensor, *, transpose: bool = False, double: bool = False) 
 
 @torch.library.register_fake("sculpt::_eigh")
 def _eigh_fake(input: Tensor) -> tuple[Tensor, Tensor]:
-    return input.new_empty(input.shape[:-1]), torch.empty_like(input)
+    return input.new_empty(input.shape[:-1]), input.new_empty(input.shape).mT
 
 
 def _product_setup(ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[str, Any], output: Tensor) -> None:
