@@ -3,15 +3,11 @@
 #include <torch/csrc/stable/ops.h>
 
 #include "common/check.h"
-#include "cpu/arena.h"
-#include "cpu/kernels.h"
+#include "cpu/run.h"
 #include "cpu/views.h"
 
 namespace sculpt::cpu {
 namespace {
-
-// Work below this (4 m n r operations) is done by the calling thread: waking a second one costs about 5 us.
-constexpr double kSerialWork = 1 << 20;
 
 void run(const OneSided& s) {
   if (s.m == 0 || s.n == 0) return;
@@ -19,25 +15,11 @@ void run(const OneSided& s) {
   if (s.basis.cols == 0 && !s.keep && s.in == s.out) return;
   const Kernels& k = kernels();
   const double work = 4.0 * double(s.m) * double(s.n) * double(s.basis.cols);
-  const int64_t threads = work < kSerialWork ? 1 : int64_t(torch::stable::get_num_threads());
+  const int64_t threads = threads_for(work);
   const Plan plan = k.plan(s, threads);
-  void* shared = shared_arena.reserve(plan.shared_bytes);
-  const auto pack = [&](int64_t begin, int64_t end) {
-    for (int64_t task = begin; task < end; ++task) k.pack(s, plan, shared, task);
-  };
-  const auto panels = [&](int64_t begin, int64_t end) {
-    void* scratch = scratch_arena.reserve(plan.scratch_bytes);
-    for (int64_t index = begin; index < end; ++index) k.panel(s, plan, shared, scratch, index);
-    scratch_arena.trim();
-  };
-  if (threads == 1) {
-    pack(0, plan.pack_tasks);
-    panels(0, plan.panels);
-  } else {
-    torch::stable::parallel_for(0, plan.pack_tasks, 1, pack);
-    torch::stable::parallel_for(0, plan.panels, 1, panels);
-  }
-  shared_arena.trim();
+  run_panels(
+      plan, threads, [&](void* shared, int64_t task) { k.pack(s, plan, shared, task); },
+      [&](const void* shared, void* scratch, int64_t index) { k.panel(s, plan, shared, scratch, index); });
 }
 
 // Everything one call needs of one matrix (one batch entry), in either orientation.
