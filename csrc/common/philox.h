@@ -20,7 +20,7 @@
 #endif
 
 // No option of nvcc changes the intrinsics. On the host, a file that asks for normals forbids the compiler to fuse (see
-// cpu/sketch.cpp).
+// cpu/test_matrix.cpp).
 #if defined(__CUDA_ARCH__)
 #define SCULPT_MUL(a, b) __fmul_rn(a, b)
 #define SCULPT_ADD(a, b) __fadd_rn(a, b)

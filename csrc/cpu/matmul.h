@@ -2,7 +2,8 @@
 // matrices. 2 M N K operations, half of that where the result is symmetric. The matrix is read once, in its own dtype;
 // the shared operand is packed once (a copy of its size, in the dtype of the sum).
 //
-// Why not the library: at 4096 x 4096 times 144 columns in fp32 it reached 150 GF/s on an AMD Zen 5, these tiles 330.
+// Why not the library: at 4096 x 4096 times 144 columns in fp32 it reached 190 GF/s on an AMD EPYC (2 threads), these
+// tiles 370 (bench/results/decompose-cpu-2026-11-23.json, the floors of six products).
 //
 // Included by panel.h.
 
