@@ -8,6 +8,8 @@ from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
+from .linalg import smallest_rank
+
 __all__ = ["Energy", "Fraction", "Importance", "Rank", "RankPolicy", "Schedule", "SizePolicy", "as_policy"]
 
 # 1 - 0.9 is 0.09999999999999998 and 0.29 * 100 is 28.999999999999996: without this slack the floor loses a direction.
@@ -110,11 +112,10 @@ class Energy:
         _check_share("share", self.share)
 
     def choose(self, squares: Tensor) -> int:
-        held = squares.double().cumsum(0)
-        if self.share == 0 or len(held) == 0 or held[-1] == 0:
+        total = float(squares.double().sum())
+        if self.share == 0 or total == 0:
             return 0
-        # The sum carries rounding of its own; asking for all of it must not run into the noise of a low-rank matrix.
-        return int((held < held[-1] * self.share * (1 - 1e-12)).sum()) + 1
+        return smallest_rank(squares, self.share, total) or len(squares)
 
 
 @dataclass(frozen=True)

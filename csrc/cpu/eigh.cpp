@@ -5,6 +5,7 @@
 // beside one other busy process cost half as much again.
 #include "common/aten.h"
 #include "common/check.h"
+#include "common/shapes.h"
 
 namespace sculpt::cpu {
 namespace {
@@ -26,10 +27,9 @@ std::tuple<Tensor, Tensor> eigh(const Tensor& input) {
   const auto one = [](const Tensor& matrix) {
     return aten::call<Tensor, Tensor>("aten::linalg_eigh", "", matrix, std::string("L"));
   };
-  int64_t batch = 1;
+  const int64_t batch = batch_of(input);
   std::vector<int64_t> sizes;
   for (int64_t i = 0; i < d - 1; ++i) sizes.push_back(input.size(i));
-  for (int64_t i = 0; i < d - 2; ++i) batch *= input.size(i);
   if (batch <= 1 || input.size(d - 1) == 0) return one(input);
   // Vector after vector in memory, as LAPACK leaves them: a plain copy instead of a transposing one.
   const Tensor values = torch::stable::empty(sizes, type), rows = torch::stable::empty(input.sizes(), type);

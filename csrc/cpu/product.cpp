@@ -2,6 +2,7 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
+#include "common/shapes.h"
 #include "cpu/run.h"
 #include "cpu/views.h"
 
@@ -32,12 +33,6 @@ void mirror(T* g, int64_t n, bool lower) {
   });
 }
 
-int64_t batch_of(const Tensor& t) {
-  int64_t batch = 1;
-  for (int64_t i = 0; i < t.dim() - 2; ++i) batch *= t.size(i);
-  return batch;
-}
-
 // The kernels read the matrix along a unit stride.
 Tensor strided_well(const Tensor& t) {
   const int64_t d = t.dim();
@@ -46,11 +41,7 @@ Tensor strided_well(const Tensor& t) {
 }
 
 Tensor result(const Tensor& like, int64_t rows, int64_t cols, bool wide) {
-  std::vector<int64_t> sizes;
-  for (int64_t i = 0; i < like.dim() - 2; ++i) sizes.push_back(like.size(i));
-  sizes.push_back(rows);
-  sizes.push_back(cols);
-  return torch::stable::empty(sizes, wide ? ScalarType::Double : ScalarType::Float);
+  return torch::stable::empty(batch_sizes(like, rows, cols), wide ? ScalarType::Double : ScalarType::Float);
 }
 
 void multiply(View matrix, View factor, View out, bool wide) {

@@ -3,6 +3,7 @@
 #include <torch/csrc/stable/ops.h>
 
 #include "common/check.h"
+#include "common/shapes.h"
 #include "cpu/run.h"
 #include "cpu/views.h"
 
@@ -106,8 +107,7 @@ void execute(const Tensor& in, Tensor out, const Arguments& a) {
     if (in.get() != out.get()) torch::stable::copy_(out, in);
     return;
   }
-  int64_t batch = 1;
-  for (int64_t i = 0; i < in.dim() - 2; ++i) batch *= in.size(i);
+  const int64_t batch = batch_of(in);
   for (int64_t b = 0; b < batch; ++b) {
     Problem p{entry(in, in, b),         entry(out, in, b),        entry(a.left, in, b), entry(a.right, in, b),
               entry(a.left_image, in, b), entry(a.right_image, in, b), entry(a.core, in, b), entry(a.reference, in, b),

@@ -5,6 +5,7 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
+#include "common/shapes.h"
 #include "cpu/views.h"
 
 // The normals are the same to the bit everywhere only if no product and sum are fused.
@@ -133,16 +134,9 @@ Tensor test_matrix(const Tensor& input, int64_t q, int64_t seed, bool transpose,
                    int64_t column) {
   check_sketch("test_matrix", input, q, transpose, row, column);
   const int64_t d = input.dim(), rows = input.size(transpose ? d - 2 : d - 1);
-  std::vector<int64_t> sizes;
-  int64_t batch = 1;
-  for (int64_t i = 0; i < d - 2; ++i) {
-    sizes.push_back(input.size(i));
-    batch *= input.size(i);
-  }
-  sizes.push_back(rows);
-  sizes.push_back(q);
+  const int64_t batch = batch_of(input);
   const bool wide = input.scalar_type() == ScalarType::Double;
-  Tensor out = torch::stable::empty(sizes, wide ? ScalarType::Double : ScalarType::Float);
+  Tensor out = torch::stable::empty(batch_sizes(input, rows, q), wide ? ScalarType::Double : ScalarType::Float);
   if (out.numel() == 0) return out;
   const Draw how{Key::of(seed), rademacher, type_of(input)};
   void* data = out.mutable_data_ptr();

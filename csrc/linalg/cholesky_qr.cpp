@@ -23,6 +23,8 @@
 
 #include "common/aten.h"
 #include "common/check.h"
+#include "common/shapes.h"
+#include "linalg/products.h"
 
 namespace sculpt::linalg {
 namespace {
@@ -38,11 +40,6 @@ constexpr double kEnough = 1e-8;
 constexpr int64_t kSeed = 1;
 double noise_for(bool wide) { return std::ldexp(1, wide ? -50 : -24); }
 
-Tensor mul(const Tensor& a, const Tensor& b) { return aten::call<Tensor>("aten::mul", "Tensor", a, b); }
-Tensor transposed(const Tensor& t) { return torch::stable::transpose(t, t.dim() - 2, t.dim() - 1); }
-Tensor product(const Tensor& input, const Tensor& factor, bool transpose = false) {
-  return aten::call<Tensor>("sculpt::_product", "", input, factor, transpose);
-}
 Tensor filled(const Tensor& like, double value) {
   Tensor t = torch::stable::empty_like(like);
   torch::stable::fill_(t, value);
@@ -56,10 +53,10 @@ Tensor diagonal(const Tensor& t) {
 struct Factor {
   Tensor scale;    // (..., q)
   Tensor r;        // (..., q, q) upper triangular
-  Tensor inverse;  // of r
+  Tensor inverse;  // of r, where asked for
 };
 
-Factor factor(const Tensor& y, double shift) {
+Factor factor(const Tensor& y, double shift, bool inverted = true) {
   const Tensor gram = aten::call<Tensor>("sculpt::_gram", "", y, false, true);
   const Tensor squares = torch::stable::contiguous(diagonal(gram));
   // A column of zeros is scaled by one and leaves only the shift on the diagonal.
@@ -70,13 +67,14 @@ Factor factor(const Tensor& y, double shift) {
   Tensor on_diagonal = diagonal(scaled);
   torch::stable::copy_(on_diagonal, aten::call<Tensor>("aten::where", "self", some, filled(squares, 1 + shift),
                                                        filled(squares, shift)));
-  const Tensor identity = filled(gram, 0);
-  Tensor ones = diagonal(identity);
-  torch::stable::fill_(ones, 1);
   Tensor r, inverse;
   aten::serially(y.is_cpu(), [&] {
     const auto [lower, info] = aten::call<Tensor, Tensor>("aten::linalg_cholesky_ex", "", scaled, false, false);
     r = transposed(lower);
+    if (!inverted) return;
+    const Tensor identity = filled(gram, 0);
+    Tensor ones = diagonal(identity);
+    torch::stable::fill_(ones, 1);
     inverse = aten::call<Tensor>("aten::linalg_solve_triangular", "", r, identity, true, true, false);
   });
   return {scale, r, inverse};
@@ -103,11 +101,7 @@ Tensor random_rows(const Tensor& like, int64_t m, int64_t q) {
   const Tensor scaled = mul(normals, filled(normals, 1 / std::sqrt(double(m))));
   Tensor rows = aten::call<Tensor>("aten::unfold", "", torch::stable::view(scaled, {m + q}), int64_t(0), m, int64_t(1));
   rows = torch::stable::narrow(rows, 0, 0, q);
-  std::vector<int64_t> sizes;
-  for (int64_t i = 0; i < like.dim() - 2; ++i) sizes.push_back(like.size(i));
-  sizes.push_back(q);
-  sizes.push_back(m);
-  return aten::call<Tensor>("aten::expand", "", rows, sizes, false);
+  return aten::call<Tensor>("aten::expand", "", rows, batch_sizes(like, q, m), false);
 }
 
 // (y diag(scale) + Z diag(noise)) R^-1 as two products; the second one adds zeros unless a column is dependent, and on
@@ -126,7 +120,7 @@ Tensor pass(const Tensor& y, double shift, double* error) {
 
 // The same in float64, where an explicit inverse would leave 7e-12 of the input outside the span.
 Tensor wide_pass(const Tensor& y, double shift) {
-  const Factor f = factor(y, shift);
+  const Factor f = factor(y, shift, false);
   Tensor scaled = mul(y, torch::stable::unsqueeze(f.scale, -2));
   if (shift > 0) {
     const Tensor noise = torch::stable::unsqueeze(noise_of(f.r, shift, true), -2);

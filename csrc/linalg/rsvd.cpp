@@ -8,15 +8,12 @@
 #include "common/aten.h"
 #include "common/check.h"
 #include "linalg/cholesky_qr.h"
+#include "linalg/products.h"
 
 namespace sculpt::linalg {
 namespace {
 
 using Optional = std::optional<Tensor>;
-
-Tensor product(const Tensor& input, const Tensor& factor, bool transpose) {
-  return aten::call<Tensor>("sculpt::_product", "", input, factor, transpose);
-}
 
 Tensor columns(Tensor t, int64_t count) { return torch::stable::narrow(t, -1, 0, count); }
 
@@ -33,14 +30,13 @@ void fix_signs(Tensor& u, Tensor& v) {
   const Tensor size = aten::call<Tensor>("aten::abs", "", u);
   const Tensor at = aten::call<Tensor>("aten::argmax", "", size, std::optional<int64_t>(-2), true);
   const Tensor sign = aten::call<Tensor>("aten::sgn", "", aten::call<Tensor>("aten::gather", "", u, int64_t(-2), at, false));
-  u = aten::call<Tensor>("aten::mul", "Tensor", u, sign);
-  v = aten::call<Tensor>("aten::mul", "Tensor", v, sign);
+  u = mul(u, sign);
+  v = mul(v, sign);
 }
 
 // The triangular factor P^T image, summed in the precision of the products.
 Tensor core(const Tensor& p, const Tensor& image) {
-  const int64_t d = p.dim();
-  return torch::stable::contiguous(torch::stable::transpose(product(image, p, true), d - 2, d - 1));
+  return torch::stable::contiguous(transposed(product(image, p, true)));
 }
 
 }  // namespace
@@ -79,7 +75,7 @@ std::tuple<Tensor, Tensor, Tensor> rsvd(const Tensor& input, int64_t rank, Optio
   }
   // X ~ basis core^T P^T with P core = X^T basis. Where the sketch would be as wide as X: X = P core, without an error.
   const bool whole = q == thin;
-  const Tensor tall = flip ? torch::stable::transpose(input, d - 2, d - 1) : input;
+  const Tensor tall = flip ? transposed(input) : input;
   const Tensor image = whole ? tall : product(input, basis, !flip), p = orthonormal(image);
   const Tensor small = core(p, image);
   Tensor a, s, bt;
@@ -87,7 +83,7 @@ std::tuple<Tensor, Tensor, Tensor> rsvd(const Tensor& input, int64_t rank, Optio
     std::tie(a, s, bt) = aten::call<Tensor, Tensor, Tensor>("aten::linalg_svd", "", small, false,
                                                             std::optional<std::string>());
   });
-  const Tensor b = columns(torch::stable::transpose(bt, d - 2, d - 1), rank);
+  const Tensor b = columns(transposed(bt), rank);
   Tensor short_side = product(p, columns(a, rank), false);
   Tensor long_side = whole ? b : product(basis, b, false);
   if (whole) std::swap(short_side, long_side);

@@ -4,6 +4,7 @@
 
 #include "common/aten.h"
 #include "common/check.h"
+#include "linalg/products.h"
 
 namespace sculpt::linalg {
 
@@ -12,7 +13,7 @@ Tensor sketch(const Tensor& input, int64_t q, int64_t seed, bool transpose, bool
   check_sketch("sketch", input, q, transpose, row, column);
   const Tensor omega =
       aten::call<Tensor>("sculpt::test_matrix", "", input, q, seed, transpose, rademacher, row, column);
-  return aten::call<Tensor>("sculpt::_product", "", input, omega, transpose);
+  return product(input, omega, transpose);
 }
 
 }  // namespace sculpt::linalg
