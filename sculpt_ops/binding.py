@@ -80,9 +80,10 @@ def _check_fits(name: str, layer: LayerSubspace, parameter: Tensor) -> None:
         raise ValueError(f"{name} is sharded over devices, which subspaces do not support yet")
     if tuple(parameter.shape) != layer.shape:
         raise ValueError(f"the basis of {name} is for shape {layer.shape}, the parameter has {tuple(parameter.shape)}")
-    for basis in (layer.left, layer.right):
-        if basis is None:
+    for stored in (layer.left_basis, layer.right_basis):
+        if stored is None:
             continue
+        basis = stored.columns
         if basis.device != parameter.device:
             raise ValueError(
                 f"the basis of {name} is on {basis.device}, the parameter on {parameter.device}: "

@@ -30,6 +30,7 @@ def derive_layers(
     sides: Sides,
     previous: Mapping[str, LayerSubspace],
     advance: Callable[[], None],
+    basis_dtype: torch.dtype | None = None,
 ) -> tuple[dict[str, LayerSubspace], dict[str, Tensor]]:
     """The subspace of every matrix of `targets` and its sketch (`leak.sketch_weight`), in their order.
 
@@ -37,6 +38,7 @@ def derive_layers(
         energy to hold.
     previous: earlier subspaces of these names; see `search_starts`.
     advance: called for every matrix that is done.
+    basis_dtype: what the bases are stored in, see `Basis.store`.
     Raises torch.linalg.LinAlgError, naming the matrix, for one that holds NaN or Inf.
     """
     for name, matrix in targets.items():
@@ -48,7 +50,7 @@ def derive_layers(
         ranks, energy = (None, wanted) if isinstance(wanted, float) else ([wanted[name] for name in names], None)
         starts = [_start(previous.get(name), targets[name]) for name in names]
         for name, top in zip(names, top_subspaces(chunk, ranks, energy=energy, starts=starts), strict=True):
-            layers[name] = LayerSubspace.from_top_subspace(top, sides)
+            layers[name] = LayerSubspace.from_top_subspace(top, sides, basis_dtype)
             sketches[name] = sketch_weight(layers[name], targets[name], name)
             advance()
     return {name: layers[name] for name in targets}, {name: sketches[name] for name in targets}
@@ -61,16 +63,19 @@ def search_starts(layers: Mapping[str, LayerSubspace]) -> dict[str, LayerSubspac
 
 
 def _searched(layer: LayerSubspace) -> bool:
-    basis, rank = layer.right, layer.rank
-    if basis is None or layer.keep_right or not rank:
+    basis, rank = layer.right_basis, layer.rank
+    if basis is None or basis.keep or not rank:
         return False
-    return choose_method(*layer.shape, rank, basis.dtype, basis.device.type, columns=rank) == "rsvd"
+    stored = basis.columns
+    dtype = torch.promote_types(stored.dtype, torch.float32)
+    return choose_method(*layer.shape, rank, dtype, stored.device.type, columns=rank) == "rsvd"
 
 
 def _start(layer: LayerSubspace | None, matrix: Tensor) -> Tensor | None:
-    if layer is None or layer.right is None or layer.shape != tuple(matrix.shape) or not _searched(layer):
+    if layer is None or layer.shape != tuple(matrix.shape) or not _searched(layer):
         return None
-    return layer.right.to(matrix.device, torch.promote_types(matrix.dtype, torch.float32))
+    right = layer.right
+    return None if right is None else right.to(matrix.device, torch.promote_types(matrix.dtype, torch.float32))
 
 
 def _chunks(targets: Mapping[str, Tensor]) -> Iterator[list[str]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, cast, get_args
 
@@ -10,11 +10,17 @@ import torch
 from torch import Tensor
 
 from .bases import TopSubspace
-from .ops import foreach_project_, project
+from .basis import Basis
+from .ops import foreach_project_, project, project_
 
 __all__ = ["LayerSubspace", "Sides", "check_sides", "project_each_"]
 
 Sides = Literal["both", "left", "right", "block"]
+
+# Of bases that exist for one grouped call only: 16-bit ones in float32, protected ones out of reflectors.
+_MADE_BYTES = 64 * 2**20
+
+_PRODUCT = torch.ops.sculpt._product.default
 
 
 def check_sides(sides: str) -> Sides:
@@ -26,91 +32,172 @@ def check_sides(sides: str) -> Sides:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class LayerSubspace:
-    """Bases of what is protected in one parameter of `shape` (m, n), as stored.
+    """What is protected in one parameter of `shape` (m, n), and the free space that is left.
 
-    left: (m, r), right: (n, s), columns orthonormal to 3e-7, fp32 (float64 for a float64 parameter); None on a side
-        that is not protected. With `keep_left` or `keep_right` that basis spans the free space instead of the
-        protected one.
-    block: only the product of the two spaces is protected, P_left W P_right.
     rank: number of protected singular directions, whatever is stored.
     energy: share of the squared singular values that they hold.
+    left_basis, right_basis: what is stored of R^m and R^n; None on a side that is not protected.
+    block: only the product of the two protected spaces is protected, P_left W P_right.
     """
 
     shape: tuple[int, int]
     rank: int
     energy: float
-    left: Tensor | None = None
-    right: Tensor | None = None
-    keep_left: bool = False
-    keep_right: bool = False
+    left_basis: Basis | None = None
+    right_basis: Basis | None = None
     block: bool = False
 
     @classmethod
-    def from_top_subspace(cls, top: TopSubspace, sides: Sides) -> LayerSubspace:
+    def from_top_subspace(cls, top: TopSubspace, sides: Sides, basis_dtype: torch.dtype | None = None) -> LayerSubspace:
         """Protect the directions of `top`.
 
-        Where the free space is the narrower one its basis is stored and the keep flag set, except for sides="block".
+        Where the free space is the narrower one its basis is stored, except for sides="block".
         """
         m, n = top.matrix.shape
-        with_left, with_right = sides != "right", sides != "left"
-        keep_left = with_left and sides != "block" and m - top.rank < top.rank
-        keep_right = with_right and sides != "block" and n - top.rank < top.rank
-        left = (top.free_left if keep_left else top.left) if with_left else None
-        right = (top.free_right if keep_right else top.right) if with_right else None
-        return cls(
-            shape=(m, n),
-            rank=top.rank,
-            energy=top.energy,
-            left=None if left is None else left.contiguous(),
-            right=None if right is None else right.contiguous(),
-            keep_left=keep_left,
-            keep_right=keep_right,
-            block=sides == "block",
-        )
+        left = right = None
+        if sides != "right":
+            keep = sides != "block" and m - top.rank < top.rank
+            left = Basis.store(top.free_left if keep else top.left, "free" if keep else "protected", basis_dtype)
+        if sides != "left":
+            keep = sides != "block" and n - top.rank < top.rank
+            right = Basis.store(top.free_right if keep else top.right, "free" if keep else "protected", basis_dtype)
+        return cls((m, n), top.rank, top.energy, left, right, sides == "block")
+
+    @property
+    def left(self) -> Tensor | None:
+        """(m, r), columns orthonormal to 3e-7, float32 (float64 for a float64 parameter): of the protected space, with
+        `keep_left` of the free one. Made anew at each access unless stored so."""
+        return None if self.left_basis is None else self.left_basis.span()
+
+    @property
+    def right(self) -> Tensor | None:
+        """(n, s), the same of the right side."""
+        return None if self.right_basis is None else self.right_basis.span()
+
+    @property
+    def keep_left(self) -> bool:
+        """Whether `left` spans the free space."""
+        return self.left_basis is not None and self.left_basis.keep
+
+    @property
+    def keep_right(self) -> bool:
+        """Whether `right` spans the free space."""
+        return self.right_basis is not None and self.right_basis.keep
+
+    @property
+    def free_shape(self) -> tuple[int, int]:
+        """Shape of the coordinates: the dimensions of the free spaces, of a side without a basis its length."""
+        m, n = self.shape
+        left, right = self.left_basis, self.right_basis
+        return (m if left is None else left.free, n if right is None else right.free)
+
+    def to_coordinates(self, matrix: Tensor) -> Tensor:
+        """L_freeᵀ matrix R_free of `matrix` (m, n), in float32 (float64 for float64): (m - k, n - k) for both sides.
+
+        With `from_coordinates` an isometry of the free part of `matrix`. Not for a block.
+        """
+        assert not self.block
+        out = matrix
+        # The bases that make the matrix smaller come first.
+        if self.keep_left and self.left_basis is not None:
+            out = _PRODUCT(out, self.left_basis.matrix(), transpose=True).mT
+        if self.keep_right and self.right_basis is not None:
+            out = _PRODUCT(out, self.right_basis.matrix())
+        left, right = _reflector(self.left_basis), _reflector(self.right_basis)
+        if left is not None or right is not None:
+            # In float32: half precision would round what the reflector has mixed, 2^-9 of it.
+            out = project(out.to(torch.promote_types(out.dtype, torch.float32)), left, right)
+            out = out[0 if left is None else left.shape[1] :, 0 if right is None else right.shape[1] :]
+        return out.to(torch.promote_types(out.dtype, torch.float32)).contiguous()
+
+    def from_coordinates(self, coordinates: Tensor) -> Tensor:
+        """L_free coordinates R_freeᵀ (m, n) of `coordinates` of `free_shape`, in their dtype."""
+        assert not self.block
+        out = coordinates
+        left, right = _reflector(self.left_basis), _reflector(self.right_basis)
+        if left is not None or right is not None:
+            above = 0 if left is None else left.shape[1]
+            before = 0 if right is None else right.shape[1]
+            out = torch.nn.functional.pad(out, (before, 0, above, 0))
+            project_(out, left, right)
+        if self.keep_right and self.right_basis is not None:
+            out = out @ self.right_basis.matrix().mT
+        if self.keep_left and self.left_basis is not None:
+            out = self.left_basis.matrix() @ out
+        return out
 
     def protected_left(self, matrix: Tensor) -> Tensor:
         """P_left @ matrix (m, c), in the dtype of `matrix`. Needs a left basis."""
-        assert self.left is not None
-        return project(matrix, self.left.to(matrix.dtype), keep_left=not self.keep_left)
+        assert self.left_basis is not None
+        return self.left_basis.protected(matrix)
 
     def protected_right(self, matrix: Tensor) -> Tensor:
         """P_right @ matrix (n, c), in the dtype of `matrix`. Needs a right basis."""
-        assert self.right is not None
-        return project(matrix, self.right.to(matrix.dtype), keep_left=not self.keep_right)
+        assert self.right_basis is not None
+        return self.right_basis.protected(matrix)
+
+    def with_reflectors(self) -> LayerSubspace:
+        """The same subspace in the form that `to_coordinates` needs, where it is another."""
+        left, right = (None if b is None else b.reflector() for b in (self.left_basis, self.right_basis))
+        return replace(self, left_basis=left, right_basis=right)
 
     def to(self, device: torch.device | str) -> LayerSubspace:
         """The same subspace with its bases on `device`."""
-        moved = (None if basis is None else basis.to(device) for basis in (self.left, self.right))
-        left, right = moved
-        return replace(self, left=left, right=right)
+        left, right = (None if b is None else b.to(device) for b in (self.left_basis, self.right_basis))
+        return replace(self, left_basis=left, right_basis=right)
 
     @property
     def nbytes(self) -> int:
         """Bytes of the stored bases."""
-        return sum(basis.nbytes for basis in (self.left, self.right) if basis is not None)
+        return sum(basis.nbytes for basis in (self.left_basis, self.right_basis) if basis is not None)
 
     def __repr__(self) -> str:
         sides = [
-            f"{side}={tuple(basis.shape)}{' (free space kept)' if keep else ''}"
-            for side, basis, keep in (("left", self.left, self.keep_left), ("right", self.right, self.keep_right))
+            f"{side}={basis!r}"
+            for side, basis in (("left", self.left_basis), ("right", self.right_basis))
             if basis is not None
         ]
         block = ", block" if self.block else ""
         return f"LayerSubspace({self.shape}, rank={self.rank}, energy={self.energy:.3f}, {', '.join(sides)}{block})"
 
 
+def _reflector(basis: Basis | None) -> Tensor | None:
+    if basis is None or basis.keep:
+        return None
+    assert basis.form == "reflector"
+    return basis.matrix()
+
+
 def project_each_(pairs: Iterable[tuple[Tensor, LayerSubspace]]) -> None:
-    """Project every matrix in place onto the free space of its layer, in one grouped call a device and dtype."""
+    """Project every matrix in place onto the free space of its layer, in one grouped call a device and dtype; in
+    several where bases have to be made for it."""
     groups: dict[tuple[torch.device, torch.dtype, bool], list[tuple[Tensor, LayerSubspace]]] = {}
     for matrix, layer in pairs:
         groups.setdefault((matrix.device, matrix.dtype, layer.block), []).append((matrix, layer))
     for (_, _, block), group in groups.items():
-        layers = [layer for _, layer in group]
-        foreach_project_(
-            [matrix for matrix, _ in group],
-            [layer.left for layer in layers],
-            [layer.right for layer in layers],
-            keep_lefts=[] if block else [layer.keep_left for layer in layers],
-            keep_rights=[] if block else [layer.keep_right for layer in layers],
-            block=block,
-        )
+        for part in _parts(group):
+            layers = [layer for _, layer in part]
+            foreach_project_(
+                [matrix for matrix, _ in part],
+                [layer.left for layer in layers],
+                [layer.right for layer in layers],
+                keep_lefts=[] if block else [layer.keep_left for layer in layers],
+                keep_rights=[] if block else [layer.keep_right for layer in layers],
+                block=block,
+            )
+
+
+def _parts(group: Sequence[tuple[Tensor, LayerSubspace]]) -> Iterator[list[tuple[Tensor, LayerSubspace]]]:
+    """As many as make at most `_MADE_BYTES` of bases for the call, and at least one."""
+    part: list[tuple[Tensor, LayerSubspace]] = []
+    size = 0
+    for matrix, layer in group:
+        bases = (basis for basis in (layer.left_basis, layer.right_basis) if basis is not None and not basis.is_span)
+        made = sum(4 * basis.columns.numel() for basis in bases)
+        if part and size + made > _MADE_BYTES:
+            yield part
+            part, size = [], 0
+        part.append((matrix, layer))
+        size += made
+    if part:
+        yield part

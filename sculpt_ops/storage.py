@@ -7,10 +7,11 @@ import os
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 from torch import Tensor
 
+from .basis import Basis, Form
 from .layer import LayerSubspace
 
 if TYPE_CHECKING:
@@ -19,8 +20,9 @@ if TYPE_CHECKING:
 __all__ = ["load_subspaces", "save_subspaces"]
 
 _KEY = "sculpt_ops.subspaces"
-_VERSION = 1
-_FIELDS = ("rank", "energy", "keep_left", "keep_right", "block")
+_VERSION = 2
+_FIELDS = ("rank", "energy", "block")
+_FORMS = get_args(Form)
 
 
 def _safetensors(action: str) -> Any:
@@ -39,9 +41,14 @@ def save_subspaces(subspaces: Subspaces, sketches: Mapping[str, Tensor], path: P
     layers: dict[str, Any] = {}
     for name, layer in subspaces.items():
         layers[name] = {"shape": list(layer.shape)} | {field: getattr(layer, field) for field in _FIELDS}
-        for part, tensor in (("left", layer.left), ("right", layer.right), ("sketch", sketches.get(name))):
-            if tensor is not None:
-                tensors[f"{name}:{part}"] = tensor.contiguous()
+        for side, basis in (("left", layer.left_basis), ("right", layer.right_basis)):
+            if basis is not None:
+                layers[name][side] = basis.form
+                tensors[f"{name}:{side}"] = basis.columns.contiguous()
+                if basis.correction is not None:
+                    tensors[f"{name}:{side}:correction"] = basis.correction
+        if name in sketches:
+            tensors[f"{name}:sketch"] = sketches[name].contiguous()
     unprotected = [asdict(group) for group in subspaces.unprotected]
     header = {"version": _VERSION, "layers": layers, "unprotected": unprotected, "importance": subspaces.importance}
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
@@ -80,19 +87,30 @@ def load_subspaces(
 
 
 def _layer(path: Path, name: str, fields: dict[str, Any], tensors: dict[str, Tensor]) -> LayerSubspace:
-    layer = LayerSubspace(
-        shape=(fields["shape"][0], fields["shape"][1]),
-        left=tensors.get(f"{name}:left"),
-        right=tensors.get(f"{name}:right"),
-        **{field: fields[field] for field in _FIELDS},
-    )
-    for side, basis, rows, keep in (
-        ("left", layer.left, layer.shape[0], layer.keep_left),
-        ("right", layer.right, layer.shape[1], layer.keep_right),
-    ):
-        wanted = (rows, rows - layer.rank if keep else layer.rank)
-        if basis is not None and tuple(basis.shape) != wanted:
-            raise ValueError(f"{path}: the {side} basis of {name} has shape {tuple(basis.shape)}, wanted {wanted}")
-    if layer.left is None and layer.right is None:
+    m, n = fields["shape"]
+    left, right = (_basis(path, name, side, d, fields, tensors) for side, d in (("left", m), ("right", n)))
+    if left is None and right is None:
         raise ValueError(f"{path}: {name} has no basis")
-    return layer
+    return LayerSubspace(
+        shape=(m, n), left_basis=left, right_basis=right, **{field: fields[field] for field in _FIELDS}
+    )
+
+
+def _basis(
+    path: Path, name: str, side: str, length: int, fields: dict[str, Any], tensors: dict[str, Tensor]
+) -> Basis | None:
+    form, columns = fields.get(side), tensors.get(f"{name}:{side}")
+    if form is None:
+        return None
+    if form not in _FORMS:
+        raise ValueError(f"{path}: the {side} basis of {name} has the form {form!r}, wanted one of {', '.join(_FORMS)}")
+    width = length - fields["rank"] if form == "free" else fields["rank"]
+    given = None if columns is None else tuple(columns.shape)
+    if columns is None or given != (length, width):
+        raise ValueError(f"{path}: the {side} basis of {name} has shape {given}, wanted {(length, width)}")
+    correction = tensors.get(f"{name}:{side}:correction")
+    given = None if correction is None else tuple(correction.shape)
+    wanted = (width, width) if columns.element_size() == 2 else None
+    if given != wanted:
+        raise ValueError(f"{path}: the correction of the {side} basis of {name} has shape {given}, wanted {wanted}")
+    return Basis(columns, form, correction)

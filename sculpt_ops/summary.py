@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from torch import Tensor
-
 from .names import list_names
 
 if TYPE_CHECKING:
+    from .basis import Basis
     from .layer import LayerSubspace
     from .subspaces import Subspaces
 
@@ -40,11 +39,11 @@ def summarise(subspaces: Subspaces) -> str:
 
 def _row(name: str, layer: LayerSubspace) -> tuple[str, ...]:
     m, n = layer.shape
-    sides = (_side(layer.left, layer.keep_left, layer.block), _side(layer.right, layer.keep_right, layer.block))
+    sides = (_side(layer.left_basis, layer.block), _side(layer.right_basis, layer.block))
     return (name, f"{m} x {n}", str(layer.rank), f"{layer.energy:.1%}", *sides)
 
 
-def _side(basis: Tensor | None, keep: bool, block: bool) -> str:
+def _side(basis: Basis | None, block: bool) -> str:
     if basis is None:
         return "-"
-    return f"{basis.shape[1]} {'block' if block else 'free' if keep else 'protected'}"
+    return f"{basis.columns.shape[1]} {'block' if block else 'free' if basis.keep else 'protected'}"

@@ -5,6 +5,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from sculpt_ops.basis import Basis
 from sculpt_ops.layer import LayerSubspace
 from sculpt_ops.leak import LayerLeak, measure_exact, measure_sketched, sketch_weight
 from sculpt_ops.subspaces import Subspaces
@@ -80,7 +81,7 @@ def test_no_change_is_no_leak() -> None:
 
 def test_sketch_of_a_name_is_fixed() -> None:
     # A saved sketch must be readable by later releases: these signs may never change.
-    layer = LayerSubspace((4, 3), 0, 0.0, left=torch.zeros(4, 0))
+    layer = LayerSubspace((4, 3), 0, 0.0, Basis(torch.zeros(4, 0), "protected"))
     signs = sketch_weight(layer, torch.eye(4, 3), "model.layers.0.self_attn.q_proj.weight") * 4
     rows = ["".join("+" if x > 0 else "-" for x in row) for row in signs[:3].tolist()]
     assert rows == ["++--+---+-++++++", "---+++--+++----+", "-+++-+++++++-+++"]

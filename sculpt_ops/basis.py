@@ -1,0 +1,149 @@
+"""One side's basis as it is stored: of the protected space, of the free one, or a reflector; in 32 or 16 bit."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from .linalg import orthonormal
+from .ops.project import project
+
+__all__ = ["BASIS_DTYPES", "Basis", "Form"]
+
+Form = Literal["protected", "free", "reflector"]
+
+BASIS_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+# The entries of N - I are about 2^-9 / sqrt(d) for bfloat16, below the normal numbers of float16 (6e-5) from d = 1024
+# on. Multiplied by this they are rounded to 2^-11 of themselves: an error of N of less than 1e-7.
+_CORRECTION_SCALE = 256.0
+# Below this squared cosine between the protected space and the first coordinates the polar factor from the
+# eigenvectors of L1ᵀ L1 would be orthogonal to less than 1e-8.
+_SMALLEST_SQUARE = 1e-8
+
+
+def _product(matrix: Tensor, factor: Tensor) -> Tensor:
+    out: Tensor = torch.ops.sculpt._product(matrix, factor)
+    return out
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Basis:
+    """Splits R^d into a protected space of k dimensions and a free one of d - k.
+
+    columns: (d, k) for the forms "protected" and "reflector", (d, d - k) for "free"; float32 or float64, or 16-bit.
+    form: "protected" and "free" are orthonormal bases of that space. A "reflector" is B with BᵀB = 2 I, so that
+        Q = I - B Bᵀ is symmetric and orthogonal; it takes the protected space to the first k coordinates, the free one
+        to the others (Schreiber and Parlett, "Block reflectors", SIAM J. Numer. Anal. 25, 1988). `project` with B
+        applies it, and (d - k) coordinates of the free space cost k stored columns.
+    correction: with 16-bit columns C the (r, r) float16 matrix 256 (N - I), N = (CᵀC)^(-1/2) (for a reflector
+        (CᵀC / 2)^(-1/2)). C N is orthonormal to 3e-7: what is protected is the span of the ROUNDED columns, which is
+        2e-3 (float16: 3e-4) away from the one they were rounded from, and protects as well.
+    """
+
+    columns: Tensor
+    form: Form
+    correction: Tensor | None = None
+
+    @classmethod
+    def store(cls, basis: Tensor, form: Literal["protected", "free"], dtype: torch.dtype | None = None) -> Basis:
+        """`basis` (d, r), orthonormal, in `dtype`. A protected one becomes a reflector in 16 bit: rounded again later,
+        it would be another space."""
+        stored = cls(basis.contiguous(), form)
+        if dtype is None or dtype.itemsize > 2:
+            return stored
+        return stored.reflector()._rounded(dtype)
+
+    @property
+    def keep(self) -> bool:
+        """Whether `span` is the free space."""
+        return self.form == "free"
+
+    @property
+    def length(self) -> int:
+        return self.columns.shape[0]
+
+    @property
+    def free(self) -> int:
+        """Dimensions of the free space."""
+        stored = self.columns.shape[1]
+        return stored if self.form == "free" else self.length - stored
+
+    @property
+    def nbytes(self) -> int:
+        return self.columns.nbytes + (0 if self.correction is None else self.correction.nbytes)
+
+    @property
+    def is_span(self) -> bool:
+        """Whether `span` is what is stored, at no cost."""
+        return self.form != "reflector" and self.correction is None
+
+    def to(self, device: torch.device | str) -> Basis:
+        moved = None if self.correction is None else self.correction.to(device)
+        return replace(self, columns=self.columns.to(device), correction=moved)
+
+    def matrix(self) -> Tensor:
+        """The columns in float32 (float64), orthonormal; those of a reflector times the root of 2."""
+        if self.correction is None:
+            return self.columns
+        columns = self.columns.float()
+        columns += _product(columns, self.correction.float() / _CORRECTION_SCALE)
+        return columns
+
+    def span(self) -> Tensor:
+        """Orthonormal basis (d, r) of the free space if `keep`, otherwise of the protected one."""
+        matrix = self.matrix()
+        if self.form != "reflector":
+            return matrix
+        k = matrix.shape[1]
+        span = _product(matrix, matrix[:k].mT.contiguous()).neg_()
+        span.diagonal().add_(1.0)
+        return span
+
+    def protected(self, x: Tensor) -> Tensor:
+        """P x of x (d, c), P the projector onto the protected space; in the dtype of x."""
+        matrix = self.matrix().to(x.dtype)
+        if self.form != "reflector":
+            return project(x, matrix, keep_left=not self.keep)
+        turned = project(x, matrix)
+        turned[matrix.shape[1] :] = 0.0
+        return project(turned, matrix)
+
+    def reflector(self) -> Basis:
+        """The same split with a protected basis folded into a reflector, others as they are."""
+        if self.form != "protected":
+            return self
+        basis = self.span().double()
+        k = basis.shape[1]
+        # L1 = U H, U orthogonal and H = X σ Xᵀ: V = L + [U; 0] has VᵀV = 2 (I + H), of condition 2 at most, and
+        # I - V (I + H)^-1 Vᵀ takes L to -[U; 0].
+        top = basis[:k]
+        squares, X = torch.ops.sculpt._eigh(top.mT @ top)
+        if k and float(squares[0]) > _SMALLEST_SQUARE:
+            sigma = squares.sqrt()
+            U = (top @ X / sigma) @ X.mT
+        else:
+            P, sigma, Xh = torch.linalg.svd(top)
+            U, X = P @ Xh, Xh.mT
+        V = basis.clone()
+        V[:k] += U
+        columns = orthonormal((V @ X / (2.0 * (1.0 + sigma)).sqrt()) @ X.mT) * 2**0.5
+        return Basis(columns.to(self.columns.dtype), "reflector")
+
+    def _rounded(self, dtype: torch.dtype) -> Basis:
+        columns = self.columns.to(dtype)
+        gram = torch.ops.sculpt._gram(columns, double=True)
+        if self.form == "reflector":
+            gram = gram / 2.0
+        identity = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+        # Newton's iteration for the inverse square root: quadratic, from an error of 1e-2 at most.
+        root = identity
+        for _ in range(4):
+            root = root @ (1.5 * identity - 0.5 * root @ gram @ root)
+        return Basis(columns, self.form, ((root - identity) * _CORRECTION_SCALE).half())
+
+    def __repr__(self) -> str:
+        return f"Basis({tuple(self.columns.shape)}, {self.form}, {self.columns.dtype})"
