@@ -36,6 +36,7 @@ setup(
     packages=[
         "sculpt_ops",
         "sculpt_ops.ops",
+        "sculpt_ops.optim",
         "sculpt_ops.continual",
         "sculpt_ops.triton_kernels",
     ],

@@ -33,4 +33,9 @@ STABLE_TORCH_LIBRARY(sculpt, m) {
   m.def("_product(Tensor input, Tensor factor, *, bool transpose=False) -> Tensor");
   m.def("_gram(Tensor input, *, bool transpose=False, bool double=False) -> Tensor");
   m.def("_eigh(Tensor input) -> (Tensor values, Tensor vectors)");
+  // Master weights of bfloat16 parameters, private: float32 as a bfloat16 and 16 more bits, and stochastic rounding.
+  m.def("_join(Tensor high, Tensor low) -> Tensor");
+  m.def("_split_(Tensor value, Tensor(a!) high, Tensor(b!) low) -> ()");
+  m.def("_add_split_(Tensor(a!) high, Tensor(b!) low, Tensor step) -> ()");
+  m.def("_round_stochastic_(Tensor(a!) out, Tensor value, *, SymInt seed, SymInt offset=0) -> ()");
 }

@@ -6,7 +6,7 @@ The low-level ops are ``torch.ops.sculpt.*``; importing this package registers t
 
 from .decompose import top_subspace
 from .ops import foreach_project_, orthonormalize, project, project_, restore_, rsvd, sketch
-from .optim import AdamW
+from .optim import AdamW, fuse_into_backward
 from .ranks import Energy, Importance, Rank, Schedule
 from .subspaces import Subspaces
 
@@ -18,6 +18,7 @@ __all__ = [
     "Schedule",
     "Subspaces",
     "foreach_project_",
+    "fuse_into_backward",
     "orthonormalize",
     "project",
     "project_",

@@ -103,6 +103,18 @@ class Basis:
         span.diagonal().add_(1.0)
         return span
 
+    def free_columns(self) -> Tensor:
+        """Orthonormal basis (d, free) of the free space: the one whose coordinates `LayerSubspace.to_coordinates`
+        gives. Not for the form "protected", which has none."""
+        matrix = self.matrix()
+        if self.form == "free":
+            return matrix
+        assert self.form == "reflector"
+        k = matrix.shape[1]
+        columns = _product(matrix, matrix[k:].mT.contiguous()).neg_()
+        columns[k:].diagonal().add_(1.0)
+        return columns
+
     def protected(self, x: Tensor) -> Tensor:
         """P x of x (d, c), P the projector onto the protected space; in the dtype of x."""
         matrix = self.matrix().to(x.dtype)

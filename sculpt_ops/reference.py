@@ -14,7 +14,20 @@ from torch import Tensor
 from .philox import normals, philox
 from .philox import rademacher as signs
 
-__all__ = ["foreach_project_", "orthonormalize", "project", "project_", "restore_", "rsvd", "sketch", "test_matrix"]
+__all__ = [
+    "add_split_",
+    "foreach_project_",
+    "join_halves",
+    "orthonormalize",
+    "project",
+    "project_",
+    "restore_",
+    "round_stochastic_",
+    "rsvd",
+    "sketch",
+    "split_",
+    "test_matrix",
+]
 
 
 def _one_side(matrix: Tensor, basis: Tensor | None, *, keep: bool, right: bool) -> Tensor:
@@ -195,3 +208,41 @@ def rsvd(
     U, V = (basis @ left)[..., :rank], (wide @ right.mT)[..., :rank]
     sign = U.gather(-2, U.abs().argmax(dim=-2, keepdim=True)).sgn()
     return U * sign, S[..., :rank].contiguous(), V * sign
+
+
+def join_halves(high: Tensor, low: Tensor) -> Tensor:
+    """float32 of bits ``(high << 16) + low``; see :func:`sculpt_ops.ops.rounding.join_halves`."""
+    bits = (high.view(torch.int16).to(torch.int32) << 16) + low.to(torch.int32)
+    return bits.view(torch.float32).contiguous()
+
+
+def split_(value: Tensor, high: Tensor, low: Tensor) -> None:
+    """Write the halves of ``value``; see :func:`sculpt_ops.ops.rounding.split_`."""
+    bits, nan = value.view(torch.int32), value.isnan()
+    rounded = torch.where(nan, bits >> 16 | 0x40, (bits + 0x8000) >> 16)
+    high.view(torch.int16).copy_(_wrap_int16(rounded))
+    low.copy_(_wrap_int16(bits.masked_fill(nan, 0)))
+
+
+def _wrap_int16(bits: Tensor) -> Tensor:
+    """The low 16 bits; a conversion that overflows is not defined on every device."""
+    return ((bits << 16) >> 16).to(torch.int16)
+
+
+def add_split_(high: Tensor, low: Tensor, step: Tensor) -> None:
+    """Add ``step`` to the number of two halves; see :func:`sculpt_ops.ops.rounding.add_split_`."""
+    split_(join_halves(high, low) + step, high, low)
+
+
+def round_stochastic_(out: Tensor, value: Tensor, *, seed: int, offset: int = 0) -> Tensor:
+    """Round ``value`` to bfloat16 by Philox's bits; see :func:`sculpt_ops.ops.rounding.round_stochastic_`."""
+    group = torch.arange(offset // 8, (offset + value.numel() + 7) // 8, device=value.device)
+    zero = torch.zeros_like(group)
+    words = philox((group & 0xFFFFFFFF, group >> 32, zero, zero + 1), seed)
+    halves = torch.stack([half for word in words for half in (word & 0xFFFF, word >> 16)], -1).flatten()
+    noise = halves[offset % 8 :][: value.numel()].view(value.shape).to(torch.int32)
+    bits = value.view(torch.int32)
+    truncated = torch.where(value.isnan(), bits >> 16 | 0x40, bits >> 16)
+    rounded = torch.where(bits & 0x7FFFFFFF < 0x7F7F0000, (bits + noise) >> 16, truncated)
+    out.view(torch.int16).copy_(rounded)
+    return out

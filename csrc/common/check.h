@@ -51,6 +51,15 @@ inline void check_basis(const char* op, const char* name, const Tensor& t, const
                   " orthonormal columns of length ", rows, ", given shape ", shape(t));
 }
 
+// One tensor of an elementwise op: the dtype it must have, and shape and device of `like`.
+inline void check_elements(const char* op, const char* name, const Tensor& t, ScalarType type, const char* type_name,
+                           const char* like_name, const Tensor& like) {
+  STD_TORCH_CHECK(t.scalar_type() == type, op, ": ", name, ": wanted dtype ", type_name, ", given another");
+  STD_TORCH_CHECK(t.sizes() == like.sizes(), op, ": ", name, ": wanted ", like_name, "'s shape ", shape(like),
+                  ", given ", shape(t));
+  STD_TORCH_CHECK(t.is_cpu() == like.is_cpu(), op, ": ", name, ": wanted ", like_name, "'s device");
+}
+
 // A test matrix: its rows and columns // 4 are words of Philox's counter.
 inline void check_sketch(const char* op, const Tensor& input, int64_t q, bool transpose, int64_t row, int64_t column) {
   check_matrix(op, "input", input);

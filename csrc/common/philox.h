@@ -11,13 +11,8 @@
 #pragma once
 #include <cmath>
 #include <cstdint>
-#include <cstring>
 
-#if defined(__CUDACC__) || defined(__HIPCC__)
-#define SCULPT_HOST_DEVICE __host__ __device__
-#else
-#define SCULPT_HOST_DEVICE
-#endif
+#include "common/bits.h"
 
 // No option of nvcc changes the intrinsics. On the host, a file that asks for normals forbids the compiler to fuse (see
 // cpu/test_matrix.cpp).
@@ -65,13 +60,8 @@ SCULPT_HOST_DEVICE inline float polynomial(float x, float first, Rest... rest) {
 // -2 ln(((word >> 8) + 1) 2^-24): the integer is 2^(exponent + 24) (1 + f) with 1 + f in [sqrt(1/2), sqrt(2)).
 SCULPT_HOST_DEVICE inline float squared_radius(uint32_t word) {
   const float integer = float(int32_t(word >> 8) + 1);
-  uint32_t bits;
-  std::memcpy(&bits, &integer, 4);
-  bits -= 0x3f3504f3u;  // sqrt(1/2)
-  const uint32_t mantissa = (bits & 0x7fffffu) + 0x3f3504f3u;
-  float f;
-  std::memcpy(&f, &mantissa, 4);
-  f = SCULPT_ADD(f, -1.0f);
+  const uint32_t bits = bits_of(integer) - 0x3f3504f3u;  // sqrt(1/2)
+  const float f = SCULPT_ADD(float_of((bits & 0x7fffffu) + 0x3f3504f3u), -1.0f);
   const float exponent = float(int32_t(bits >> 23) - 24);
   const float log1p = SCULPT_MUL(f, polynomial(f, 7.0376836292e-2f, -1.1514610310e-1f, 1.1676998740e-1f,
                                                -1.2420140846e-1f, 1.4249322787e-1f, -1.6668057665e-1f, 2.0000714765e-1f,

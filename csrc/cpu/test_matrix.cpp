@@ -6,6 +6,7 @@
 #include <torch/csrc/stable/ops.h>
 
 #include "common/shapes.h"
+#include "cpu/clones.h"
 #include "cpu/views.h"
 
 // The normals are the same to the bit everywhere only if no product and sum are fused.
@@ -15,14 +16,8 @@
 #pragma GCC push_options
 #pragma GCC optimize("fp-contract=off")
 #endif
+#include "common/bits.h"
 #include "common/philox.h"
-
-// One copy of the loop for each instruction set, chosen when the library is loaded; the numbers are the same in all.
-#if defined(__x86_64__) && defined(__gnu_linux__)
-#define SCULPT_CLONES __attribute__((target_clones("avx512f", "avx2", "default")))
-#else
-#define SCULPT_CLONES
-#endif
 
 namespace sculpt::cpu {
 namespace {
@@ -36,16 +31,6 @@ struct Draw {
   Type rounding;  // bf16 and f16: to values of that type
 };
 
-inline uint32_t bits_of(float x) {
-  uint32_t u;
-  std::memcpy(&u, &x, 4);
-  return u;
-}
-inline float float_of(uint32_t u) {
-  float x;
-  std::memcpy(&x, &u, 4);
-  return x;
-}
 // To nearest even, at `dropped` low bits of the significand.
 inline float round_significand(float x, int dropped) {
   const uint32_t u = bits_of(x);

@@ -1,0 +1,350 @@
+"""AdamW whose whole step, not only its gradient, stays in the free space of the weights."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from ..binding import bind_to_optimizer, check_still_bound
+from ..layer import LayerSubspace, project_each_
+from ..subspaces import Subspaces
+from .options import DecayTo, Options, Project, State
+from .precision import Master, read_weight
+from .rebase import rebase_first, rebase_second
+from .rows import MOMENTS, Row, adam_, step_rows
+
+__all__ = ["AdamW"]
+
+
+class AdamW(torch.optim.AdamW):
+    """`torch.optim.AdamW` that changes protected weights within their free space only.
+
+    state="full": for a parameter with a basis its gradient is projected IN PLACE (`.grad` holds the projected one
+    afterwards), the moments are updated from it, the step (Adam direction and decoupled weight decay together) is
+    projected and then added. A projected gradient alone is not enough, since Adam scales element by element (arXiv
+    2504.07097 as published leaks so).
+
+    state="subspace": the gradient is taken to coordinates of the free space, (m - k, n - k) for sides="both", and the
+    moments and Adam's direction are those of the coordinates: with a share p of a square matrix protected they take
+    (1 - p)^2 of the memory. Adam then scales coordinate by coordinate, which is another, equally good algorithm: a step
+    depends on the basis chosen in the free space. `.grad` is left as it is. Bases that span the protected space are
+    replaced by reflectors in `subspaces` (`Subspaces.use_reflectors`); there is no second copy of them.
+
+    In both, decay shrinks only the free part of W. After t steps in fp32 the protected part P of the change dW obeys
+    ||P dW|| <= 1e-6 ||dW|| + 2^-24 sqrt(t) ||W||, the last term being the rounding of W itself.
+
+    Parameters without a basis get exactly torch's AdamW, unless the options below concern them too. Arguments,
+    defaults, `param_groups` and `state_dict` are those of `torch.optim.AdamW`; with state="full" state dicts load
+    either way. They carry no subspaces: those are saved with `Subspaces.save`. In addition:
+
+    subspaces: bound by parameter identity, or by canonical name if `params` are named; see `set_subspaces`.
+    project: "both"; for comparison "gradient" (the published method) or "update", which leave out the other projection.
+        state="subspace" has no use for it.
+    master: of bfloat16 weights. "none": a step is rounded to the weights, and what is below half a unit in the last
+        place is lost step after step; the rounding is one-sided (100 steps at lr 1e-3: a leak of 29 % of dW) unless
+        `subspaces.guard(optimizer)` holds it to one rounding. "split": 16 more bits a parameter (`low`, int16, in the
+        state), with which the weight is a float32 number to the bit (`master_weight`). "stochastic": rounded up or
+        down by chance, right on average, no memory; every step leaves noise of up to 2^-8 of a weight, in the protected
+        space too.
+    moment_dtype: torch.float32 or torch.bfloat16 (rounded stochastically). None is float32 where `master` is at work,
+        and the parameter's dtype elsewhere, as in torch.
+    decay_to: "zero", or "start": decay toward the weights as they were when the subspaces were set (or at the first
+        step), of which the state then keeps a copy.
+    seed: of stochastic rounding.
+
+    `fused=True` and `differentiable=True` cannot be combined with any of these, stochastic rounding not with
+    `capturable=True`. Raises ValueError for that, for an unknown value, for sides="block" with state="subspace", and
+    for a basis whose parameter the optimizer lacks.
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        amsgrad: bool = False,
+        *,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        capturable: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        subspaces: Subspaces | None = None,
+        project: Project = "both",
+        state: State = "full",
+        master: Master = "none",
+        moment_dtype: torch.dtype | None = None,
+        decay_to: DecayTo = "zero",
+        seed: int = 0,
+    ) -> None:
+        options = Options(project, state, master, moment_dtype, decay_to, seed)
+        super().__init__(
+            params,
+            lr,
+            betas,
+            eps,
+            weight_decay,
+            amsgrad,
+            maximize=maximize,
+            foreach=foreach,
+            capturable=capturable,
+            differentiable=differentiable,
+            fused=fused,
+        )
+        self._options = options
+        self._bound: dict[Tensor, LayerSubspace] = {}
+        # Gradients in free coordinates that wait for the step, and gradients known to be projected already.
+        self._compressed: dict[Tensor, Tensor] = {}
+        self._projected: dict[Tensor, tuple[weakref.ref[Tensor], int]] = {}
+        self._in_backward = False
+        self.set_subspaces(subspaces)
+
+    @torch.no_grad()
+    def set_subspaces(self, subspaces: Subspaces | None) -> None:
+        """Protect with `subspaces` from the next step on, or with none.
+
+        Moments of the full shape are kept as they are. Those in free coordinates are taken to the new ones: the first
+        exactly, of the second what their squares tell (see `optim.rebase`). With decay_to="start" the weights as they
+        are now become the start.
+
+        Raises ValueError, leaving the old binding in place, if the optimizer lacks a parameter that has a basis, or if
+        its shape, device or dtype does not go with the basis; RuntimeError while compressed gradients wait for a step.
+        """
+        if not isinstance(subspaces, Subspaces | None):
+            raise TypeError(f"subspaces must be a Subspaces or None, got {type(subspaces).__name__}")
+        if self._compressed:
+            raise RuntimeError("set_subspaces: gradients wait in the old coordinates; call step() or zero_grad() first")
+        bound = self._bind(subspaces)
+        if self._options.in_coordinates and (blocks := sum(layer.block for layer in bound.values())):
+            raise ValueError(
+                f"state='subspace' needs sides 'both', 'left' or 'right'; {blocks} matrices have 'block', which leaves "
+                "no coordinates fewer than the matrix has entries"
+            )
+        self._options.check_groups(self.param_groups, bool(bound))
+        if self._options.in_coordinates and subspaces is not None:
+            self._check_shapes(self._bound)
+            subspaces.use_reflectors()
+            bound = self._bind(subspaces)
+            for parameter in {**self._bound, **bound}:
+                self._rebase(self.state.get(parameter, {}), self._bound.get(parameter), bound.get(parameter))
+        elif self._options.in_coordinates:
+            for parameter, layer in self._bound.items():
+                self._rebase(self.state.get(parameter, {}), layer, None)
+        for state in self.state.values():
+            state.pop("start", None)
+        self._bound = bound
+
+    def _bind(self, subspaces: Subspaces | None) -> dict[Tensor, LayerSubspace]:
+        bound = {} if subspaces is None else bind_to_optimizer(subspaces, self)
+        return {parameter: layer for parameter, layer in bound.items() if layer.rank}
+
+    @staticmethod
+    def _rebase(state: dict[str, Any], old: LayerSubspace | None, new: LayerSubspace | None) -> None:
+        for name in MOMENTS:
+            if name in state:
+                state[name] = (rebase_first if name == "exp_avg" else rebase_second)(state[name], old, new)
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One step; returns what `closure`, which may re-evaluate the model, returns."""
+        if self._in_backward and getattr(self, "grad_scale", None) is not None:
+            raise RuntimeError(
+                "fuse_into_backward cannot be combined with GradScaler: the weights have been stepped with scaled "
+                "gradients; train in bfloat16, which needs no scaling"
+            )
+        self._options.check_groups(self.param_groups, bool(self._bound))
+        check_still_bound(self, self._bound)
+        self._check_capture()
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self._step(None)
+        return loss
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As torch's; drops compressed gradients too."""
+        self._compressed.clear()
+        super().zero_grad(set_to_none)
+
+    @torch.no_grad()
+    def compress_gradients(self) -> None:
+        """Add the gradient of every parameter with a basis to what waits in free coordinates, and set it to None.
+
+        For state="subspace": between the backward passes of an accumulated step, full gradients then take no memory.
+        The next step uses the sum; `zero_grad` drops it. It is no part of `state_dict`.
+        """
+        if not self._options.in_coordinates:
+            raise RuntimeError("compress_gradients needs state='subspace'")
+        self._compress(self._bound)
+
+    @torch.no_grad()
+    def clip_grad_norm_(
+        self, max_norm: float, norm_type: float = 2.0, error_if_nonfinite: bool = False, foreach: bool | None = None
+    ) -> Tensor:
+        """Scale the gradients of all parameters so that their norm AFTER projection is at most `max_norm`.
+
+        Returns that norm before scaling. With state="full" protected gradients are projected in place, once for the
+        next step too; with state="subspace" they are compressed (`compress_gradients`), and `norm_type` must be 2: only
+        that norm is the same in all coordinates. Arguments as in `torch.nn.utils.clip_grad_norm_`. RuntimeError if the
+        optimizer steps during the backward pass.
+        """
+        if self._in_backward:
+            raise RuntimeError("clip_grad_norm_: the norm is not known while weights are stepped in the backward pass")
+        if self._options.in_coordinates:
+            if norm_type != 2.0:
+                raise ValueError(f"norm_type must be 2 with state='subspace', got {norm_type}")
+            self._compress(self._bound)
+        elif self._options.project != "update":
+            self._project_gradients(self._parameters())
+        held = [p.grad for p in self._parameters() if p.grad is not None] + list(self._compressed.values())
+        norm = torch.nn.utils.get_total_norm(held, norm_type, error_if_nonfinite, foreach)
+        factor = (max_norm / (norm + 1e-6)).clamp_(max=1.0)
+        for grad in held:
+            grad.mul_(factor.to(grad.device))
+        self._projected = {
+            p: (reference, p.grad._version) for p, (reference, _) in self._projected.items() if p.grad is not None
+        }
+        return norm
+
+    @torch.no_grad()
+    def master_weight(self, parameter: Tensor) -> Tensor:
+        """The weight of `parameter` in float32 (float64), with the low bits of master="split"."""
+        return read_weight(parameter, self.state.get(parameter, {}).get("low"))
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As torch's, but tensors keep their dtype.
+
+        torch casts them to the weight's: of a bfloat16 weight float32 moments would be rounded and low bits destroyed.
+        """
+        super().load_state_dict(state_dict)
+        saved = [index for group in state_dict["param_groups"] for index in group["params"]]
+        for index, parameter in zip(saved, self._parameters(), strict=True):
+            for name, value in state_dict["state"].get(index, {}).items():
+                if isinstance(value, Tensor) and name != "step":
+                    self.state[parameter][name] = value.to(parameter.device, copy=True)
+        self._compressed.clear()
+        self._projected.clear()
+
+    @torch.no_grad()
+    def _step(self, selected: set[Tensor] | None) -> None:
+        """Step the parameters that have a gradient, of `selected` if given."""
+        with torch.set_grad_enabled(self.defaults["differentiable"]):
+            work = [(group, *self._split(group, first, selected)) for group, first in self._groups()]
+            if self._options.in_coordinates:
+                self._check_shapes({row.parameter: row.layer for _, _, rows in work for row in rows if row.layer})
+            stepped = [p for _, plain, rows in work for p in (*plain, *(row.parameter for row in rows))]
+            if not self._options.in_coordinates and self._options.project != "update":
+                self._project_gradients(stepped)
+            for group, plain, rows in work:
+                self._plain_step(group, plain)
+                step_rows(self._options, group, rows)
+        for parameter in stepped:
+            self._compressed.pop(parameter, None)
+            self._projected.pop(parameter, None)
+
+    def _groups(self) -> Iterator[tuple[dict[str, Any], int]]:
+        """Every group and the place of its first parameter in the optimizer."""
+        first = 0
+        for group in self.param_groups:
+            yield group, first
+            first += len(group["params"])
+
+    def _parameters(self) -> Iterator[Tensor]:
+        return (parameter for group in self.param_groups for parameter in group["params"])
+
+    def _split(self, group: dict[str, Any], first: int, selected: set[Tensor] | None) -> tuple[list[Tensor], list[Row]]:
+        """Parameters of `group` with a gradient: those that torch's AdamW steps, and those that need more."""
+        plain: list[Tensor] = []
+        rows: list[Row] = []
+        for place, parameter in enumerate(group["params"], start=first):
+            grad, compressed = parameter.grad, self._compressed.get(parameter)
+            if (grad is None and compressed is None) or (selected is not None and parameter not in selected):
+                continue
+            if grad is not None and grad.is_sparse:
+                raise RuntimeError("AdamW does not support sparse gradients, please consider SparseAdam instead")
+            layer = None if self._options.project == "gradient" else self._bound.get(parameter)
+            if layer is None and not self._options.concern(parameter, group["weight_decay"]):
+                plain.append(parameter)
+            else:
+                rows.append(Row(parameter, place, self.state[parameter], layer, compressed))
+        return plain, rows
+
+    def _plain_step(self, group: dict[str, Any], parameters: list[Tensor]) -> None:
+        """torch's own step of `parameters`."""
+        columns: list[list[Any]] = [[], [], [], [], [], []]
+        has_complex = self._init_group({**group, "params": parameters}, *columns)
+        outputs, grads, exp_avgs, exp_avg_sqs, largest, steps = columns
+        if outputs:
+            adam_(
+                group,
+                outputs,
+                grads,
+                (exp_avgs, exp_avg_sqs, largest),
+                steps,
+                weight_decay=group["weight_decay"],
+                fused=group["fused"],
+                has_complex=bool(has_complex),
+                grad_scale=getattr(self, "grad_scale", None),
+                found_inf=getattr(self, "found_inf", None),
+            )
+
+    def _project_gradients(self, parameters: Iterable[Tensor]) -> None:
+        """Project protected gradients in place, but those that still are what an earlier call left."""
+        todo = []
+        for parameter in parameters:
+            layer, grad = self._bound.get(parameter), parameter.grad
+            if layer is None or grad is None:
+                continue
+            reference, version = self._projected.get(parameter, (None, -1))
+            if reference is None or reference() is not grad or version != grad._version:
+                todo.append((parameter, grad, layer))
+        project_each_((grad, layer) for _, grad, layer in todo)
+        for parameter, grad, _ in todo:
+            self._projected[parameter] = (weakref.ref(grad), grad._version)
+
+    def _compress(self, parameters: Iterable[Tensor]) -> None:
+        for parameter in parameters:
+            layer, grad = self._bound.get(parameter), parameter.grad
+            if layer is None or grad is None:
+                continue
+            coordinates = layer.to_coordinates(grad)
+            if parameter in self._compressed:
+                self._compressed[parameter].add_(coordinates)
+            else:
+                self._compressed[parameter] = coordinates
+            parameter.grad = None
+
+    def _check_shapes(self, bound: dict[Tensor, LayerSubspace]) -> None:
+        for parameter, layer in bound.items():
+            state = self.state.get(parameter, {})
+            for name in MOMENTS:
+                if name in state and tuple(state[name].shape) != layer.free_shape:
+                    raise ValueError(
+                        f"the {name} of a parameter of shape {tuple(parameter.shape)} has shape "
+                        f"{tuple(state[name].shape)}, its free coordinates {layer.free_shape}: load a state_dict "
+                        "that was saved with state='subspace' and these subspaces"
+                    )
+
+    def _check_capture(self) -> None:
+        if not (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()):
+            return
+        if not all(group["capturable"] for group in self.param_groups):
+            # The step count, kept on the CPU, would be frozen into the graph.
+            raise RuntimeError("capturing a step in a CUDA graph needs capturable=True in every parameter group")
+
+    def __getstate__(self) -> dict[str, Any]:
+        # torch names what it pickles; without these a copied optimizer would train unprotected.
+        own = ("_bound", "_options", "_compressed")
+        return super().__getstate__() | {name: getattr(self, name) for name in own}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._projected = {}
+        self._in_backward = False

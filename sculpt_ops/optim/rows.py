@@ -1,0 +1,167 @@
+"""One step of AdamW for parameters that torch's own does not serve: projected, in coordinates, with more digits."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.optim.adamw import adamw
+
+from ..layer import LayerSubspace, project_each_
+from .options import Options
+from .precision import add_to_weight_, has_master, read_weight, rounding_seed, wide, write_moment_
+
+__all__ = ["MOMENTS", "Row", "adam_", "step_rows"]
+
+MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
+
+# Steps exist outside the weights before they are applied; with gradients in float32 and the decay the peak is about
+# three times this, or one matrix where it is larger.
+_BUCKET_BYTES = 64 * 2**20
+
+
+class Row(NamedTuple):
+    """A parameter to step.
+
+    place: of the parameter in the optimizer. layer: its subspace, None without one.
+    compressed: an earlier gradient in free coordinates, to which `parameter.grad` is added.
+    """
+
+    parameter: Tensor
+    place: int
+    state: dict[str, Any]
+    layer: LayerSubspace | None
+    compressed: Tensor | None
+
+
+def adam_(
+    group: Mapping[str, Any],
+    outputs: list[Tensor],
+    grads: list[Tensor],
+    moments: Sequence[list[Tensor]],
+    steps: list[Tensor],
+    *,
+    weight_decay: float,
+    fused: bool | None,
+    has_complex: bool = False,
+    grad_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
+) -> None:
+    """torch's AdamW with the hyperparameters of `group`, its step added to `outputs`. `moments`: of all rows the first,
+    the second, and with amsgrad the largest."""
+    beta1, beta2 = group["betas"]
+    exp_avgs, exp_avg_sqs, *largest = moments
+    adamw(
+        outputs,
+        grads,
+        exp_avgs,
+        exp_avg_sqs,
+        largest[0] if largest else [],
+        steps,
+        foreach=group["foreach"],
+        capturable=group["capturable"],
+        differentiable=group["differentiable"],
+        fused=fused,
+        grad_scale=grad_scale,
+        found_inf=found_inf,
+        has_complex=has_complex,
+        amsgrad=group["amsgrad"],
+        beta1=beta1,
+        beta2=beta2,
+        lr=group["lr"],
+        weight_decay=weight_decay,
+        eps=group["eps"],
+        maximize=group["maximize"],
+    )
+
+
+def step_rows(options: Options, group: Mapping[str, Any], rows: Sequence[Row]) -> None:
+    """Step `rows`, whose gradients are projected already where they are to be, a bucket at a time."""
+    for bucket in _buckets(rows):
+        _step_bucket(options, group, bucket)
+
+
+def _step_bucket(options: Options, group: Mapping[str, Any], rows: list[Row]) -> None:
+    grads = [_gradient(options, row) for row in rows]
+    directions = [torch.zeros_like(grad) for grad in grads]
+    held = [_moments(options, group, row, grad.shape) for row, grad in zip(rows, grads, strict=True)]
+    computed = [[moment.to(grad.dtype) for moment in moments] for moments, grad in zip(held, grads, strict=True)]
+    # On CPUs the fused kernel makes one pass where the others make eight.
+    fused = group["foreach"] is None and all(grad.device.type == "cpu" for grad in grads)
+    columns = [list(column) for column in zip(*computed, strict=True)]
+    adam_(group, directions, grads, columns, [r.state["step"] for r in rows], weight_decay=0.0, fused=fused or None)
+    del grads
+    for row, moments, values in zip(rows, held, computed, strict=True):
+        for slot, (moment, value) in enumerate(zip(moments, values, strict=True)):
+            if value is not moment:
+                write_moment_(moment, value, _seed(options, row, slot) if options.stochastic_moments else None)
+    del computed, columns
+    if group["weight_decay"]:
+        decay = group["lr"] * group["weight_decay"]
+        for row, direction in zip(rows, directions, strict=True):
+            scale = decay.squeeze().to(direction.device) if isinstance(decay, Tensor) else decay
+            direction.sub_(_decayed(options, row) * scale)
+    if not options.in_coordinates and options.project != "gradient":
+        project_each_((d, row.layer) for row, d in zip(rows, directions, strict=True) if row.layer is not None)
+    for row, direction in zip(rows, directions, strict=True):
+        step = row.layer.from_coordinates(direction) if options.in_coordinates and row.layer else direction
+        stochastic = options.master == "stochastic" and has_master(row.parameter, options.master)
+        seed = _seed(options, row, len(MOMENTS)) if stochastic else None
+        add_to_weight_(row.parameter, step, row.state.get("low"), seed)
+
+
+def _gradient(options: Options, row: Row) -> Tensor:
+    """What Adam is fed, in `wide` precision: the gradient, or its coordinates."""
+    grad = row.parameter.grad
+    if grad is None:
+        assert row.compressed is not None
+        return row.compressed
+    if row.layer is None or not options.in_coordinates:
+        return grad.to(wide(grad.dtype))
+    coordinates = row.layer.to_coordinates(grad)
+    return coordinates if row.compressed is None else coordinates.add_(row.compressed)
+
+
+def _moments(options: Options, group: Mapping[str, Any], row: Row, shape: torch.Size) -> list[Tensor]:
+    """The row's moments, made with everything else it keeps if this is its first step."""
+    state, parameter = row.state, row.parameter
+    if "step" not in state:
+        device = parameter.device if group["capturable"] else None
+        state["step"] = torch.zeros((), dtype=torch.float32, device=device)
+    names = MOMENTS if group["amsgrad"] else MOMENTS[:2]
+    for name in names:
+        if name not in state:
+            state[name] = torch.zeros(shape, dtype=options.moments_of(parameter), device=parameter.device)
+    if options.master == "split" and has_master(parameter, options.master) and "low" not in state:
+        state["low"] = torch.zeros_like(parameter, dtype=torch.int16, memory_format=torch.contiguous_format)
+    if options.decay_to == "start" and group["weight_decay"] and "start" not in state:
+        state["start"] = parameter.detach().clone()
+    return [state[name] for name in names]
+
+
+def _decayed(options: Options, row: Row) -> Tensor:
+    """What decays: the weight, or its distance from the start; in coordinates where the moments are."""
+    weight = read_weight(row.parameter, row.state.get("low"))
+    if options.decay_to == "start":
+        weight = weight - row.state["start"]
+    return row.layer.to_coordinates(weight) if options.in_coordinates and row.layer else weight
+
+
+def _seed(options: Options, row: Row, slot: int) -> int:
+    return rounding_seed(options.seed, row.state["step"], row.place, slot)
+
+
+def _buckets(rows: Sequence[Row]) -> Iterator[list[Row]]:
+    bucket: list[Row] = []
+    size = 0
+    for row in rows:
+        nbytes = row.parameter.numel() * max(row.parameter.element_size(), 4)
+        if bucket and size + nbytes > _BUCKET_BYTES:
+            yield bucket
+            bucket, size = [], 0
+        bucket.append(row)
+        size += nbytes
+    if bucket:
+        yield bucket
