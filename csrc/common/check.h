@@ -55,7 +55,7 @@ inline void check_basis(const char* op, const char* name, const Tensor& t, const
 inline void check_elements(const char* op, const char* name, const Tensor& t, ScalarType type, const char* type_name,
                            const char* like_name, const Tensor& like) {
   STD_TORCH_CHECK(t.scalar_type() == type, op, ": ", name, ": wanted dtype ", type_name, ", given another");
-  STD_TORCH_CHECK(t.sizes() == like.sizes(), op, ": ", name, ": wanted ", like_name, "'s shape ", shape(like),
+  STD_TORCH_CHECK(t.sizes().equals(like.sizes()), op, ": ", name, ": wanted ", like_name, "'s shape ", shape(like),
                   ", given ", shape(t));
   STD_TORCH_CHECK(t.is_cpu() == like.is_cpu(), op, ": ", name, ": wanted ", like_name, "'s device");
 }

@@ -71,7 +71,7 @@ Tensor row_major(const Tensor& t) { return t.is_contiguous() ? t : contiguous_co
 
 Tensor row_major_like(const Tensor& t) { return torch::stable::empty(t.sizes(), t.scalar_type()); }
 
-// Whether one loop over memory serves both: no gaps in `written`, which holds every element once, and `t` laid out alike.
+// Whether one loop over memory serves both: no gaps in `written`, every element of it once, and `t` laid out alike.
 bool in_step(const Tensor& written, const Tensor& t) {
   const Extent extent(written);
   if (int64_t(extent.end - extent.begin) != written.numel() * int64_t(written.element_size())) return false;

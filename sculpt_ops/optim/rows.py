@@ -135,7 +135,7 @@ def _moments(options: Options, group: Mapping[str, Any], row: Row, shape: torch.
         if name not in state:
             state[name] = torch.zeros(shape, dtype=options.moments_of(parameter), device=parameter.device)
     if options.master == "split" and has_master(parameter, options.master) and "low" not in state:
-        state["low"] = torch.zeros_like(parameter, dtype=torch.int16, memory_format=torch.contiguous_format)
+        state["low"] = torch.zeros_like(parameter, dtype=torch.int16)
     if options.decay_to == "start" and group["weight_decay"] and "start" not in state:
         state["start"] = parameter.detach().clone()
     return [state[name] for name in names]

@@ -19,6 +19,7 @@ from torch import Tensor
 from triton.runtime import interpreter
 
 from sculpt_ops import ops, philox, reference
+from sculpt_ops.ops import rounding
 from sculpt_ops.ops.sketch import test_matrix_cuda as draw
 from sculpt_ops.triton_kernels import launch, panels
 from sculpt_ops.triton_kernels.project_block import project_block
@@ -337,6 +338,49 @@ def test_test_matrix_is_the_twin_to_the_bit(
 def test_empty_test_matrices(shape: tuple[int, ...]) -> None:
     assert draw(torch.empty(shape, device=DEVICE), 3, seed=0).shape == (*shape[:-2], shape[-1], 3)
     assert draw(torch.empty(4, 6, device=DEVICE), 0, seed=0).shape == (6, 0)
+
+
+def any_floats(*shape: int, seed: int = 0) -> Tensor:
+    """Random bits, so NaN, infinities, subnormals and values that bfloat16 cannot hold are among them."""
+    generator = torch.Generator().manual_seed(seed)
+    bits = torch.randint(-(2**31), 2**31, shape, generator=generator).to(torch.int32)
+    bits.flatten()[:6] = torch.tensor([0x7F800001, 0x7FFFFFFF, -1, 0x7F7F8000, 0x7F800000, -(2**31)])
+    return bits.view(F32)
+
+
+def assert_same_bits(out: Tensor, twin: Tensor) -> None:
+    assert torch.equal(out.cpu().view(torch.int16), twin.view(torch.int16))
+
+
+def copies(x: Tensor) -> list[Tensor]:
+    """On the device, in row-major and in column-major order."""
+    return [x.to(DEVICE, copy=True), x.mT.contiguous().to(DEVICE, copy=True).mT]
+
+
+@pytest.mark.parametrize("shape", [(1, 7), (32, 32), (37, 81)], ids=str)
+def test_add_split_is_the_twin_to_the_bit(shape: tuple[int, ...]) -> None:
+    value = any_floats(*shape)
+    high, low = torch.empty(shape, dtype=BF16), torch.empty(shape, dtype=torch.int16)
+    reference.split_(value, high, low)
+    # Finite: the sum of two NaN may have the payload of either.
+    step = value.nan_to_num(0, 0, 0) * gradient(*shape).cpu()
+    halves = list(zip(copies(high), copies(low), strict=True))
+    reference.add_split_(high, low, step)
+    for ours in halves:
+        rounding.add_split_cuda_(*ours, step.to(DEVICE))
+        assert_same_bits(ours[0], high)
+        assert torch.equal(ours[1].cpu(), low)
+
+
+@pytest.mark.parametrize("shape", [(1, 7), (32, 32), (37, 81)], ids=str)
+@pytest.mark.parametrize(("seed", "offset"), [(1, 0), (-5, 3), (-(2**63), 2**35 - 9)])
+def test_round_stochastic_is_the_twin_to_the_bit(shape: tuple[int, ...], seed: int, offset: int) -> None:
+    value = any_floats(*shape)
+    twin = reference.round_stochastic_(torch.empty(shape, dtype=BF16), value, seed=seed, offset=offset)
+    for ours in copies(value):
+        out = torch.empty_like(ours, dtype=BF16)
+        rounding.round_stochastic_cuda_(out, ours, seed=seed, offset=offset)
+        assert_same_bits(out, twin)
 
 
 @pytest.mark.skipif(launch.INTERPRET, reason="needs a GPU")

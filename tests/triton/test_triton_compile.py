@@ -30,6 +30,7 @@ from sculpt_ops.triton_kernels import (  # noqa: E402
     project_left,
     project_right,
     rank_update,
+    rounding,
     thin_products,
 )
 from sculpt_ops.triton_kernels.panels import Device, max_rank  # noqa: E402
@@ -37,9 +38,10 @@ from sculpt_ops.triton_kernels.panels import Device, max_rank  # noqa: E402
 pytestmark = pytest.mark.skipif(launch.INTERPRET, reason="TRITON_INTERPRET is set: nothing is compiled")
 
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
-POINTERS = {BF16: "*bf16", F16: "*fp16", F32: "*fp32", torch.float64: "*fp64"}
+POINTERS = {BF16: "*bf16", F16: "*fp16", F32: "*fp32", torch.float64: "*fp64", torch.int16: "*i16"}
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 KERNELS = (project_left.project_one_side_kernel, thin_products.thin_products_kernel, rank_update.rank_update_kernel)
+ELEMENTWISE = (philox.test_matrix_kernel, rounding.add_split_kernel, rounding.round_stochastic_kernel)
 
 # ptxas gives up a few bytes (8 to 24 were seen) to stay at 64 or 128 registers, where one more program fits.
 SPILL_BYTES = 32
@@ -98,7 +100,7 @@ def recording(device: Device) -> Iterator[list[Launch]]:
         patch.setattr(launch, "device_of", lambda index: device)
         for module in (project_left, project_right, project_both, project_block):
             patch.setattr(module, "check_operands", lambda *args, **kwargs: None)
-        for kernel in (*KERNELS, philox.test_matrix_kernel):
+        for kernel in (*KERNELS, *ELEMENTWISE):
 
             def record(*args: Any, kernel: Any = kernel, grid: Any, warmup: bool, **options: Any) -> None:
                 launches.append(specialise(kernel, args, options))
@@ -237,3 +239,15 @@ def test_test_matrix_compiles_without_fused_multiply_adds(target: str, rounding:
         # AMDGCN spells out those that round a root correctly; fused throughout there would be 36 a root.
         assert len(fused) <= (5 * len(roots) if target == "gfx942" else 0)
         assert not re.findall(r"tt\.addptr.*(?:xi32>|, i32) loc", binary.ir)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("n", [4096 * 4096, 199 * 1127, 2**31 + 16], ids=str)
+def test_rounding_compiles(target: str, n: int) -> None:
+    high, low, value = (torch.empty(n, dtype=dtype, device="meta") for dtype in (BF16, torch.int16, F32))
+    with recording(TARGETS[target].device) as launches:
+        rounding.add_split(high, low, value)
+        rounding.round_stochastic(high, value, -5, 2**35 + 3)
+    assert [entry.kernel for entry in launches] == [rounding.add_split_kernel, rounding.round_stochastic_kernel]
+    for entry in launches:
+        assert not re.findall(r"tt\.addptr.*(?:xi32>|, i32) loc", assert_fits(entry, target, spill_bytes=0).ir)
