@@ -93,6 +93,10 @@ class Basis:
         columns += _product(columns, self.correction.float() / _CORRECTION_SCALE)
         return columns
 
+    def in_full(self) -> Basis:
+        """The same split with the columns that `matrix` gives."""
+        return self if self.correction is None else Basis(self.matrix(), self.form)
+
     def span(self) -> Tensor:
         """Orthonormal basis (d, r) of the free space if `keep`, otherwise of the protected one."""
         matrix = self.matrix()
@@ -136,26 +140,29 @@ class Basis:
         squares, X = torch.ops.sculpt._eigh(top.mT @ top)
         if k and float(squares[0]) > _SMALLEST_SQUARE:
             sigma = squares.sqrt()
-            U = (top @ X / sigma) @ X.mT
+            U = top @ ((X / sigma) @ X.mT)
         else:
             P, sigma, Xh = torch.linalg.svd(top)
             U, X = P @ Xh, Xh.mT
         V = basis.clone()
         V[:k] += U
-        columns = orthonormal((V @ X / (2.0 * (1.0 + sigma)).sqrt()) @ X.mT) * 2**0.5
-        return Basis(columns.to(self.columns.dtype), "reflector")
+        # (I + H)^(-1/2) / sqrt(2), so that the columns are orthonormal as far as those of L are.
+        scale = (X * (2.0 * (1.0 + sigma)).rsqrt()) @ X.mT
+        columns = _product(V, scale).to(self.columns.dtype)
+        columns = (orthonormal(columns) if columns.dtype is torch.float32 else columns) * 2**0.5
+        return Basis(columns, "reflector")
 
     def _rounded(self, dtype: torch.dtype) -> Basis:
         columns = self.columns.to(dtype)
         gram = torch.ops.sculpt._gram(columns, double=True)
         if self.form == "reflector":
             gram = gram / 2.0
-        identity = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
-        # Newton's iteration for the inverse square root: quadratic, from an error of 1e-2 at most.
-        root = identity
-        for _ in range(4):
-            root = root @ (1.5 * identity - 0.5 * root @ gram @ root)
-        return Basis(columns, self.form, ((root - identity) * _CORRECTION_SCALE).half())
+        # (I - E)^(-1/2) - I, cut off below 1e-10: E is 1e-2 at most, so that float32 products lose nothing.
+        error = (torch.eye(len(gram), dtype=gram.dtype, device=gram.device) - gram).float()
+        square = _product(error, error)
+        series = 0.5 * error + 0.375 * square
+        series += _product(square, 0.3125 * error + 0.2734375 * square)
+        return Basis(columns, self.form, (series * _CORRECTION_SCALE).half())
 
     def __repr__(self) -> str:
         return f"Basis({tuple(self.columns.shape)}, {self.form}, {self.columns.dtype})"

@@ -141,6 +141,11 @@ class LayerSubspace:
         left, right = (None if b is None else b.reflector() for b in (self.left_basis, self.right_basis))
         return replace(self, left_basis=left, right_basis=right)
 
+    def in_full(self) -> LayerSubspace:
+        """The same subspace with 16-bit bases made float32, for several uses in a row."""
+        left, right = (None if b is None else b.in_full() for b in (self.left_basis, self.right_basis))
+        return replace(self, left_basis=left, right_basis=right)
+
     def to(self, device: torch.device | str) -> LayerSubspace:
         """The same subspace with its bases on `device`."""
         left, right = (None if b is None else b.to(device) for b in (self.left_basis, self.right_basis))

@@ -80,6 +80,9 @@ def adam_(
 def step_rows(options: Options, group: Mapping[str, Any], rows: Sequence[Row]) -> None:
     """Step `rows`, whose gradients are projected already where they are to be, a bucket at a time."""
     for bucket in _buckets(rows):
+        if options.in_coordinates:
+            # There and back: bases in 16 bit would be made float32 twice.
+            bucket = [row._replace(layer=row.layer.in_full()) if row.layer else row for row in bucket]
         _step_bucket(options, group, bucket)
 
 
