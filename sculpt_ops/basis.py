@@ -20,9 +20,9 @@ BASIS_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # The entries of N - I are about 2^-9 / sqrt(d) for bfloat16, below the normal numbers of float16 (6e-5) from d = 1024
 # on. Multiplied by this they are rounded to 2^-11 of themselves: an error of N of less than 1e-7.
 _CORRECTION_SCALE = 256.0
-# Below this squared cosine between the protected space and the first coordinates the polar factor from the
-# eigenvectors of L1ᵀ L1 would be orthogonal to less than 1e-8.
-_SMALLEST_SQUARE = 1e-8
+# Below this squared singular value of L1 the polar factor from the eigenvectors of L1ᵀ L1 moves the protected space by
+# more than 1e-8, in float64 by more than 1e-13.
+_SMALLEST_SQUARE = {torch.float32: 1e-8, torch.float64: 1e-2}
 
 
 def _product(matrix: Tensor, factor: Tensor) -> Tensor:
@@ -40,8 +40,8 @@ class Basis:
         to the others (Schreiber and Parlett, "Block reflectors", SIAM J. Numer. Anal. 25, 1988). `project` with B
         applies it, and (d - k) coordinates of the free space cost k stored columns.
     correction: with 16-bit columns C the (r, r) float16 matrix 256 (N - I), N = (CᵀC)^(-1/2) (for a reflector
-        (CᵀC / 2)^(-1/2)). C N is orthonormal to 3e-7: what is protected is the span of the ROUNDED columns, which is
-        2e-3 (float16: 3e-4) away from the one they were rounded from, and protects as well.
+        (CᵀC / 2)^(-1/2)). C N is orthonormal to 3e-7 (bfloat16: 6e-7): what is protected is the span of the ROUNDED
+        columns, which is 2e-3 (float16: 3e-4) away from the one they were rounded from, and protects as well.
     """
 
     columns: Tensor
@@ -138,7 +138,7 @@ class Basis:
         # I - V (I + H)^-1 Vᵀ takes L to -[U; 0].
         top = basis[:k]
         squares, X = torch.ops.sculpt._eigh(top.mT @ top)
-        if k and float(squares[0]) > _SMALLEST_SQUARE:
+        if k and float(squares[0]) > _SMALLEST_SQUARE[self.columns.dtype]:
             sigma = squares.sqrt()
             U = top @ ((X / sigma) @ X.mT)
         else:

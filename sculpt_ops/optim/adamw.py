@@ -111,8 +111,8 @@ class AdamW(torch.optim.AdamW):
         """Protect with `subspaces` from the next step on, or with none.
 
         Moments of the full shape are kept as they are. Those in free coordinates are taken to the new ones: the first
-        exactly, of the second what their squares tell (see `optim.rebase`). With decay_to="start" the weights as they
-        are now become the start.
+        exactly, of the second what their squares tell (see `optim.rebase`). Where subspaces are replaced, the weights
+        as they are at the next step become the start of decay_to="start".
 
         Raises ValueError, leaving the old binding in place, if the optimizer lacks a parameter that has a basis, or if
         its shape, device or dtype does not go with the basis; RuntimeError while compressed gradients wait for a step.
@@ -128,17 +128,16 @@ class AdamW(torch.optim.AdamW):
                 "no coordinates fewer than the matrix has entries"
             )
         self._options.check_groups(self.param_groups, bool(bound))
-        if self._options.in_coordinates and subspaces is not None:
-            self._check_shapes(self._bound)
-            subspaces.use_reflectors()
-            bound = self._bind(subspaces)
+        if self._options.in_coordinates:
+            self._check_shapes({**self._bound, **bound})
+            if subspaces is not None:
+                subspaces.use_reflectors()
+                bound = self._bind(subspaces)
             for parameter in {**self._bound, **bound}:
                 self._rebase(self.state.get(parameter, {}), self._bound.get(parameter), bound.get(parameter))
-        elif self._options.in_coordinates:
-            for parameter, layer in self._bound.items():
-                self._rebase(self.state.get(parameter, {}), layer, None)
-        for state in self.state.values():
-            state.pop("start", None)
+        if self._bound:
+            for state in self.state.values():
+                state.pop("start", None)
         self._bound = bound
 
     def _bind(self, subspaces: Subspaces | None) -> dict[Tensor, LayerSubspace]:
@@ -153,7 +152,7 @@ class AdamW(torch.optim.AdamW):
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step; returns what `closure`, which may re-evaluate the model, returns."""
-        if self._in_backward and getattr(self, "grad_scale", None) is not None:
+        if self._in_backward and getattr(self, "found_inf", None) is not None:
             raise RuntimeError(
                 "fuse_into_backward cannot be combined with GradScaler: the weights have been stepped with scaled "
                 "gradients; train in bfloat16, which needs no scaling"
@@ -178,7 +177,7 @@ class AdamW(torch.optim.AdamW):
         """Add the gradient of every parameter with a basis to what waits in free coordinates, and set it to None.
 
         For state="subspace": between the backward passes of an accumulated step, full gradients then take no memory.
-        The next step uses the sum; `zero_grad` drops it. It is no part of `state_dict`.
+        The next step uses the sum; `zero_grad` drops it. It is no part of `state_dict`; a GradScaler does not see it.
         """
         if not self._options.in_coordinates:
             raise RuntimeError("compress_gradients needs state='subspace'")
@@ -219,16 +218,18 @@ class AdamW(torch.optim.AdamW):
         return read_weight(parameter, self.state.get(parameter, {}).get("low"))
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As torch's, but tensors keep their dtype.
+        """As torch's, but moments keep the dtype that the options ask for, everything else the one it has.
 
-        torch casts them to the weight's: of a bfloat16 weight float32 moments would be rounded and low bits destroyed.
+        torch casts all to the weight's: of a bfloat16 weight float32 moments would be rounded and low bits destroyed.
+        With state="subspace" the subspaces must be set first.
         """
         super().load_state_dict(state_dict)
         saved = [index for group in state_dict["param_groups"] for index in group["params"]]
         for index, parameter in zip(saved, self._parameters(), strict=True):
             for name, value in state_dict["state"].get(index, {}).items():
                 if isinstance(value, Tensor) and name != "step":
-                    self.state[parameter][name] = value.to(parameter.device, copy=True)
+                    dtype = self._options.moments_of(parameter) if name in MOMENTS else value.dtype
+                    self.state[parameter][name] = value.to(parameter.device, dtype, copy=True)
         self._compressed.clear()
         self._projected.clear()
 
@@ -237,9 +238,8 @@ class AdamW(torch.optim.AdamW):
         """Step the parameters that have a gradient, of `selected` if given."""
         with torch.set_grad_enabled(self.defaults["differentiable"]):
             work = [(group, *self._split(group, first, selected)) for group, first in self._groups()]
-            if self._options.in_coordinates:
-                self._check_shapes({row.parameter: row.layer for _, _, rows in work for row in rows if row.layer})
             stepped = [p for _, plain, rows in work for p in (*plain, *(row.parameter for row in rows))]
+            self._check_shapes(stepped)
             if not self._options.in_coordinates and self._options.project != "update":
                 self._project_gradients(stepped)
             for group, plain, rows in work:
@@ -264,8 +264,10 @@ class AdamW(torch.optim.AdamW):
         plain: list[Tensor] = []
         rows: list[Row] = []
         for place, parameter in enumerate(group["params"], start=first):
+            if selected is not None and parameter not in selected:
+                continue
             grad, compressed = parameter.grad, self._compressed.get(parameter)
-            if (grad is None and compressed is None) or (selected is not None and parameter not in selected):
+            if grad is None and compressed is None:
                 continue
             if grad is not None and grad.is_sparse:
                 raise RuntimeError("AdamW does not support sparse gradients, please consider SparseAdam instead")
@@ -321,15 +323,18 @@ class AdamW(torch.optim.AdamW):
                 self._compressed[parameter] = coordinates
             parameter.grad = None
 
-    def _check_shapes(self, bound: dict[Tensor, LayerSubspace]) -> None:
-        for parameter, layer in bound.items():
+    def _check_shapes(self, parameters: Iterable[Tensor]) -> None:
+        # torch's fused kernel checks nothing and reads beyond the end of moments that are too small.
+        for parameter in parameters:
             state = self.state.get(parameter, {})
+            layer = self._bound.get(parameter) if self._options.in_coordinates else None
+            wanted = tuple(parameter.shape) if layer is None else layer.free_shape
             for name in MOMENTS:
-                if name in state and tuple(state[name].shape) != layer.free_shape:
+                if name in state and tuple(state[name].shape) != wanted:
                     raise ValueError(
                         f"the {name} of a parameter of shape {tuple(parameter.shape)} has shape "
-                        f"{tuple(state[name].shape)}, its free coordinates {layer.free_shape}: load a state_dict "
-                        "that was saved with state='subspace' and these subspaces"
+                        f"{tuple(state[name].shape)}, wanted {wanted}: load what an optimizer with the same state= and "
+                        "the same subspaces saved, and after set_subspaces"
                     )
 
     def _check_capture(self) -> None:

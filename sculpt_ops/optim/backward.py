@@ -29,6 +29,7 @@ class FusedBackward:
         optimizer._in_backward = True
         # GradScaler then hands its scale to `step`, which refuses it; otherwise it would fail on missing gradients with
         # a bare assertion.
+        self._took_scale = getattr(optimizer, "_step_supports_amp_scaling", False)
         optimizer._step_supports_amp_scaling = True
 
     def remove(self) -> None:
@@ -37,7 +38,7 @@ class FusedBackward:
             handle.remove()
         self._handles.clear()
         self._optimizer._in_backward = False
-        self._optimizer._step_supports_amp_scaling = False
+        self._optimizer._step_supports_amp_scaling = self._took_scale
 
     @torch.no_grad()
     def _take(self, parameter: Tensor) -> None:
@@ -63,8 +64,9 @@ def fuse_into_backward(model: nn.Module, optimizer: Any, *, accumulation_steps: 
     accumulation_steps: backward passes to a step. Gradients of parameters with a basis wait in free coordinates
         (state="subspace" is needed for it), others in `.grad`.
 
-    Clipping by the norm of all gradients is impossible here: `clip_grad_norm_` of the optimizer refuses, and torch's
-    finds no gradients and returns 0. Returns a handle whose `remove()` ends it. Raises TypeError for another optimizer,
+    Activation checkpointing must be the non-reentrant one: the other completes the gradient of a shared parameter in
+    parts. Clipping by the norm of all gradients is impossible here: `clip_grad_norm_` of the optimizer refuses, and
+    torch's finds no gradients and returns 0. Returns a handle whose `remove()` ends it. Raises TypeError for another optimizer,
     ValueError for `accumulation_steps` below 1 or above 1 with state="full", and RuntimeError if it was fused already
     or holds gradients.
     """
