@@ -66,9 +66,11 @@ def fuse_into_backward(model: nn.Module, optimizer: Any, *, accumulation_steps: 
 
     Activation checkpointing must be the non-reentrant one: the other completes the gradient of a shared parameter in
     parts. Clipping by the norm of all gradients is impossible here: `clip_grad_norm_` of the optimizer refuses, and
-    torch's finds no gradients and returns 0. Returns a handle whose `remove()` ends it. Raises TypeError for another optimizer,
-    ValueError for `accumulation_steps` below 1 or above 1 with state="full", and RuntimeError if it was fused already
-    or holds gradients.
+    torch's finds no gradients and returns 0.
+
+    Returns a handle whose `remove()` ends it. Raises TypeError for another optimizer, ValueError for
+    `accumulation_steps` below 1 or above 1 with state="full", and RuntimeError if it was fused already or holds
+    gradients.
     """
     inner = unwrap_optimizer(optimizer)
     if not isinstance(inner, AdamW):
