@@ -20,6 +20,8 @@ $(INSTALLED): pyproject.toml setup.py constraints.txt $(shell find csrc -type f)
 	@$(INSTALL) torch==2.13.0
 	@$(INSTALL) setuptools wheel numpy
 	@$(INSTALL) --no-build-isolation --editable '.[train,dev,demo]'
+# Apart from the rest: transformers imports torchao wherever it finds it, which takes seconds and warns.
+	@$(INSTALL) --no-deps --target $(VENV)/optimizers torchao
 	@touch $@
 
 test: $(INSTALLED)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,8 +11,9 @@ import torch
 from torch import Tensor
 
 from .layer import LayerSubspace
+from .names import canonical_name, list_names
 
-__all__ = ["SKETCH_COLUMNS", "LayerLeak", "measure_exact", "measure_sketched", "sketch_weight"]
+__all__ = ["SKETCH_COLUMNS", "LayerLeak", "check_start_weights", "measure_exact", "measure_sketched", "sketch_weight"]
 
 SKETCH_COLUMNS = 16
 
@@ -50,46 +52,80 @@ class LayerLeak:
         return norm / self.change if self.change > 0 else 0.0
 
 
+def check_start_weights(start: Mapping[str, Tensor], layers: Mapping[str, LayerSubspace]) -> dict[str, Tensor]:
+    """`start` by canonical name; ValueError if it lacks one of `layers` or has another shape."""
+    start = {canonical_name(name): tensor for name, tensor in start.items()}
+    if missing := [name for name in layers if name not in start]:
+        raise ValueError(f"start lacks the weights of {list_names(missing)}")
+    for name, layer in layers.items():
+        if tuple(start[name].shape) != layer.shape:
+            raise ValueError(f"start[{name!r}] has shape {tuple(start[name].shape)}, wanted {layer.shape}")
+    return start
+
+
 def measure_exact(layer: LayerSubspace, weight: Tensor, start: Tensor) -> LayerLeak:
     """The leak of `weight` (m, n) since `start` (m, n), in float64."""
     change = weight.detach().double() - start.detach().to(weight.device).double()
-    inside = None if layer.right is None else layer.protected_right(change.mT).mT
-    return _measure(layer, change, inside)
+    right = None if layer.right_basis is None else layer.protected_right(change.mT).mT
+    left = both = None
+    if layer.left_basis is not None:
+        left = layer.protected_left(change)
+        both = None if right is None else layer.protected_left(right)
+    return _leak(layer, change, left, right, both)
 
 
 def sketch_weight(layer: LayerSubspace, weight: Tensor, name: str) -> Tensor:
-    """[W Omega, W P_R Omega] / 4 in float64, (m, 16) or with a right basis (m, 32): enough to estimate every norm of
-    `LayerLeak` later without W. Omega (n, 16) holds random signs drawn from `name`, so that it need not be stored; then
-    E ||A Omega / 4||^2 = ||A||^2 for any A, with a relative deviation of at most sqrt(2 / 16) of the square."""
-    omega = _signs(name, layer.shape[1]).to(weight.device) / SKETCH_COLUMNS**0.5
-    if layer.right is not None:
-        omega = torch.cat([omega, layer.protected_right(omega)], dim=1)
-    sketch: Tensor = torch.ops.sculpt._product(weight.detach(), omega)
-    return sketch
+    """[W Omega; W Z; Z] in float64, (2 m + n, 16), with Z = P_R Omega; without a right basis W Omega alone, (m, 16):
+    enough to estimate every norm of `LayerLeak` later without W0.
+
+    Omega (n, 16) holds random signs / 4 drawn from `name`, so that it need not be stored; then E ||A Omega||^2 =
+    ||A||^2 for any A, with a relative deviation of at most sqrt(2 / 16) of the square. Z is stored because it must stay
+    the same to the bit: a right basis that was rounded anew, 1e-7 away, would move W Z by more than a leak is large.
+    """
+    omega = _signs(name, layer.shape[1]).to(weight.device)
+    if layer.right_basis is None:
+        return _product(weight, omega)
+    z = layer.protected_right(omega)
+    return torch.cat([*_product(weight, torch.cat([omega, z], dim=1)).split(SKETCH_COLUMNS, dim=1), z])
 
 
 def measure_sketched(layer: LayerSubspace, weight: Tensor, start_sketch: Tensor, name: str) -> LayerLeak:
     """The leak of `weight` (m, n), estimated from the sketch of the start weight."""
-    change = sketch_weight(layer, weight, name) - start_sketch
-    inside = None if layer.right is None else change[:, SKETCH_COLUMNS:]
-    return _measure(layer, change[:, :SKETCH_COLUMNS], inside)
+    m, n = layer.shape
+    omega = _signs(name, n).to(weight.device)
+    if layer.right_basis is None:
+        change = _product(weight, omega) - start_sketch
+        return _leak(layer, change, layer.protected_left(change), None, None)
+    start, start_right, z = start_sketch.split([m, m, n])
+    # Omega and Z side by side: the weight and the left basis are read once.
+    changes = _product(weight, torch.cat([omega, z], dim=1)) - torch.cat([start, start_right], dim=1)
+    change, right = changes.split(SKETCH_COLUMNS, dim=1)
+    if layer.left_basis is None:
+        return _leak(layer, change, None, right, None)
+    left, both = layer.protected_left(changes).split(SKETCH_COLUMNS, dim=1)
+    return _leak(layer, change, left, right, both)
 
 
-def _measure(layer: LayerSubspace, change: Tensor, inside_right: Tensor | None) -> LayerLeak:
-    """From dW and dW P_R, or from the two multiplied by Omega on the right: the norms read the same."""
-    left = None if layer.left is None else layer.protected_left(change)
-    if left is None or inside_right is None:
-        parts = [part for part in (left, inside_right) if part is not None]
-    elif layer.block:
-        parts = [layer.protected_left(inside_right)]
+def _leak(
+    layer: LayerSubspace, change: Tensor, left: Tensor | None, right: Tensor | None, both: Tensor | None
+) -> LayerLeak:
+    """From dW, P_L dW, dW P_R and P_L dW P_R, or from all of them multiplied by Omega: the norms read the same."""
+    if left is None or right is None or both is None:
+        promised = [side for side in (left, right) if side is not None]
     else:
-        parts = [left, inside_right - layer.protected_left(inside_right)]
+        promised = [both] if layer.block else [left, right - both]
     return LayerLeak(
         change=_norm(change),
-        total_norm=float(np.hypot.reduce([_norm(part) for part in parts])),
+        total_norm=float(np.hypot.reduce([_norm(part) for part in promised])),
         left_norm=None if left is None else _norm(left),
-        right_norm=None if inside_right is None else _norm(inside_right),
+        right_norm=None if right is None else _norm(right),
     )
+
+
+def _product(weight: Tensor, factor: Tensor) -> Tensor:
+    """weight @ factor, summed in float64 without a copy of the weight: float32 sums would hide a leak of 1e-6."""
+    product: Tensor = torch.ops.sculpt._product(weight.detach(), factor)
+    return product
 
 
 def _norm(matrix: Tensor) -> float:
@@ -101,4 +137,4 @@ def _signs(name: str, rows: int) -> Tensor:
     # sketch stays readable.
     raw = np.random.Philox(key=zlib.crc32(name.encode())).random_raw(-(-rows * SKETCH_COLUMNS // 64))
     bits = np.unpackbits(raw.astype("<u8").view(np.uint8)).reshape(-1, SKETCH_COLUMNS)[:rows]
-    return torch.from_numpy(bits).double().mul_(2).sub_(1)
+    return torch.from_numpy(bits).double().mul_(2.0 / SKETCH_COLUMNS**0.5).sub_(1.0 / SKETCH_COLUMNS**0.5)

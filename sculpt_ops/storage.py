@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -13,30 +11,20 @@ from torch import Tensor
 
 from .basis import Basis, Form
 from .layer import LayerSubspace
+from .tensor_file import FileFormat
 
 if TYPE_CHECKING:
     from .subspaces import Subspaces, Unprotected
 
 __all__ = ["load_subspaces", "save_subspaces"]
 
-_KEY = "sculpt_ops.subspaces"
-_VERSION = 2
+_FILE = FileFormat("sculpt_ops.subspaces", 2, "subspaces", "Subspaces.save")
 _FIELDS = ("rank", "energy", "block")
 _FORMS = get_args(Form)
 
 
-def _safetensors(action: str) -> Any:
-    """The library, which only saving and loading need."""
-    try:
-        import safetensors.torch
-    except ImportError as error:
-        raise ImportError(f"{action} subspaces needs safetensors: pip install 'sculpt-ops[train]'") from error
-    return safetensors
-
-
 def save_subspaces(subspaces: Subspaces, sketches: Mapping[str, Tensor], path: Path) -> None:
-    """Write to a temporary file beside `path`, then rename it: a crash leaves what was there before."""
-    safetensors = _safetensors("saving")
+    """Write to `path`, which is replaced once the file is whole."""
     tensors: dict[str, Tensor] = {}
     layers: dict[str, Any] = {}
     for name, layer in subspaces.items():
@@ -44,19 +32,14 @@ def save_subspaces(subspaces: Subspaces, sketches: Mapping[str, Tensor], path: P
         for side, basis in (("left", layer.left_basis), ("right", layer.right_basis)):
             if basis is not None:
                 layers[name][side] = basis.form
-                tensors[f"{name}:{side}"] = basis.columns.contiguous()
+                tensors[f"{name}:{side}"] = basis.columns
                 if basis.correction is not None:
                     tensors[f"{name}:{side}:correction"] = basis.correction
         if name in sketches:
-            tensors[f"{name}:sketch"] = sketches[name].contiguous()
+            tensors[f"{name}:sketch"] = sketches[name]
     unprotected = [asdict(group) for group in subspaces.unprotected]
-    header = {"version": _VERSION, "layers": layers, "unprotected": unprotected, "importance": subspaces.importance}
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        safetensors.torch.save_file(tensors, temporary, metadata={_KEY: json.dumps(header)})
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    header = {"layers": layers, "unprotected": unprotected, "importance": subspaces.importance}
+    _FILE.write(path, tensors, header)
 
 
 def load_subspaces(
@@ -66,24 +49,11 @@ def load_subspaces(
     OSError if it cannot be read."""
     from .subspaces import Unprotected
 
-    safetensors = _safetensors("loading")
-
-    try:
-        with safetensors.safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a mapping)
-    except safetensors.SafetensorError as error:
-        raise ValueError(f"{path} is truncated or not a safetensors file: {error}") from error
-    if _KEY not in metadata:
-        raise ValueError(f"{path} was not written by Subspaces.save: its header has no {_KEY!r}")
-    header = json.loads(metadata[_KEY])
-    if header["version"] != _VERSION:
-        raise ValueError(f"{path} has format version {header['version']}, this release reads version {_VERSION}")
+    tensors, header = _FILE.read(path)
     layers = {name: _layer(path, name, fields, tensors) for name, fields in header["layers"].items()}
     sketches = {name: tensors[f"{name}:sketch"] for name in layers if f"{name}:sketch" in tensors}
     unprotected = [Unprotected(**group) for group in header["unprotected"]]
-    # Files written before there was any have no importance.
-    return layers, sketches, unprotected, header.get("importance", {})
+    return layers, sketches, unprotected, header["importance"]
 
 
 def _layer(path: Path, name: str, fields: dict[str, Any], tensors: dict[str, Tensor]) -> LayerSubspace:

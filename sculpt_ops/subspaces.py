@@ -10,17 +10,15 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from .basis import BASIS_DTYPES
-from .binding import bind_to_optimizer, unwrap_optimizer
 from .decompose import Choice
 from .derive import derive_layers, progress_bar
-from .guard import guard_optimizer
+from .guard import Guard, guard_optimizer
 from .importance import layer_importance
 from .layer import LayerSubspace, Sides, check_sides, project_each_
-from .leak import LayerLeak, measure_exact, measure_sketched
-from .names import canonical_name, canonical_parameters, group_names, list_names
+from .leak import LayerLeak, check_start_weights, measure_exact, measure_sketched
+from .names import canonical_parameters, group_names, list_names
 from .ranks import Energy, Importance, RankPolicy, SizePolicy, as_policy
 from .targets import resolve_targets
 
@@ -199,18 +197,30 @@ class Subspaces(Mapping[str, LayerSubspace]):
                 pairs.append((parameter.grad, self[name]))
         project_each_(pairs)
 
-    def guard(self, optimizer: Any) -> RemovableHandle:
-        """After every step of `optimizer`, put the protected part of each weight back to what it is now.
+    def guard(
+        self, optimizer: Any, *, start: Mapping[str, Tensor] | str | Path | None = None, offload: bool = False
+    ) -> Guard:
+        """After every step of `optimizer`, put the protected part of each weight back to what it was at the start.
 
-        For any torch optimizer (or a wrapper that keeps one as `.optimizer`) and whatever it does inside: the promise
-        holds to the rounding of the weights. Keeps images of the weights on their device, r (m + n) numbers a matrix,
-        or a copy of the matrix where the stored basis is that of the free space. Returns a handle whose `remove()`
-        ends it; a copy of the optimizer is not guarded. Raises ValueError if the optimizer lacks a parameter that has
-        a basis.
+        For any torch optimizer (or a wrapper that keeps one as `.optimizer`) and whatever it does inside. In fp32 the
+        leak stays at a few 2^-24 ||W|| (4.9 on SmolLM2-135M) however many steps are taken, in half precision at one
+        rounding of the weights. There a step of less than half a unit in the last place is lost, as without a guard,
+        and so is most of what stochastic rounding would have saved of it: 26 % of the change at lr 1e-4, all of it at
+        1e-5 (256 x 256, bfloat16, 200 steps). Guard fp32 weights under autocast, or use AdamW(master="split"), which
+        needs no guard and is refused.
+
+        Stores for a matrix what is smaller: images in fp32, k (m + n) numbers, or a copy in the weight's dtype; a copy
+        too where the stored basis is that of the free space.
+
+        start: None, the weights as they are now; or the weights that the bases were made from, by name or as the
+            `Guard.save` of an earlier guard wrote them, for a run that is resumed.
+        offload: keep what is stored on the CPU (pinned, for CUDA) and bring it over one matrix at a time.
+
+        Returns a handle whose `remove()` ends it; a copy of the optimizer is not guarded. Raises ValueError if the
+        optimizer lacks a parameter that has a basis, and if `start` is of other matrices, or its protected part not
+        that of the weights the bases were made from.
         """
-        inner = unwrap_optimizer(optimizer)
-        bound = bind_to_optimizer(self, inner)
-        return guard_optimizer(inner, {parameter: layer for parameter, layer in bound.items() if layer.rank})
+        return guard_optimizer(self, self._sketches, optimizer, start, offload)
 
     @torch.no_grad()
     def leak(self, start: Mapping[str, Tensor] | None = None) -> dict[str, LayerLeak]:
@@ -221,12 +231,7 @@ class Subspaces(Mapping[str, LayerSubspace]):
         """
         if start is None:
             return {n: measure_sketched(self[n], p, self._sketches[n], n) for n, p in self._bound()}
-        start = {canonical_name(name): tensor for name, tensor in start.items()}
-        if missing := [name for name in self if name not in start]:
-            raise ValueError(f"start lacks the weights of {list_names(missing)}")
-        for name, layer in self.items():
-            if tuple(start[name].shape) != layer.shape:
-                raise ValueError(f"start[{name!r}] has shape {tuple(start[name].shape)}, wanted {layer.shape}")
+        start = check_start_weights(start, self)
         return {name: measure_exact(self[name], parameter, start[name]) for name, parameter in self._bound()}
 
     def memory(self) -> int:

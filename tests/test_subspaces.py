@@ -346,7 +346,7 @@ def test_bind_refuses_another_model() -> None:
 def test_memory_counts_what_is_stored() -> None:
     subspaces = Subspaces.from_model(Shapes(), 0.75, targets=["square", "wide"])
     bases = 4 * (32 * 8 * 2 + 24 * 6 + 56 * 18)
-    sketches = 8 * 32 * (32 + 24)
+    sketches = 8 * 16 * (2 * 32 + 32 + 2 * 24 + 56)
     assert subspaces.memory() == bases + sketches
 
 
