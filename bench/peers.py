@@ -62,14 +62,14 @@ def peft_decompose(matrix: Tensor, rank: int) -> Factors:
 
 
 def mini_trainer_decompose(matrix: Tensor, rank: int) -> Factors:
-    svd = _mini_trainer().create_svd_dict(matrix, rank)
+    svd = import_mini_trainer().create_svd_dict(matrix, rank)
     return Factors(svd["U_high"], svd["S_high"], svd["V_high"].mT)
 
 
-def peft_model(model: nn.Module) -> nn.Module:
+def peft_model(model: nn.Module, protect: float = 0.5) -> nn.Module:
     from peft import OSFConfig, get_peft_model
 
-    return get_peft_model(model, OSFConfig(effective_rank=0.5, target_modules=TARGETS))
+    return get_peft_model(model, OSFConfig(effective_rank=protect, target_modules=TARGETS))
 
 
 def peft_bases(model: nn.Module) -> Iterator[tuple[str, Bases]]:
@@ -79,14 +79,26 @@ def peft_bases(model: nn.Module) -> Iterator[tuple[str, Bases]]:
             yield name.removeprefix("base_model.model.") + ".weight", Bases(low["U_low"], True, low["V_low"].mT, True)
 
 
-def mini_trainer_unset(model: nn.Module) -> nn.Module:
+@torch.no_grad()
+def peft_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """What the adapted layers multiply by, in float64: the weight they were made from, plus the change of U S V."""
+    for name, module in model.named_modules():
+        if hasattr(module, "osf_svd_params"):
+            now = module.osf_svd_params["default"]
+            start = (module._osf_U_low_init, module._osf_S_low_init, module._osf_V_low_init)
+            change = _product(*now.values()) - _product(*(factor["default"] for factor in start))
+            weight = module.get_base_layer().weight.double() + change
+            yield name.removeprefix("base_model.model.") + ".weight", weight
+
+
+def mini_trainer_unset(model: nn.Module, protect: float = 0.5) -> nn.Module:
     """The model in its class for OSFT, before the decomposition."""
-    osft = _mini_trainer()
+    osft = import_mini_trainer()
     made = osft.create_osft_model_class(type(model))(
         copy.deepcopy(model.config), osft_config={}, initialize_osft=False, output_dtype=torch.float32
     )
     made.load_state_dict(model.state_dict())
-    made.osft_config = osft.auto_generate_target_osft_config(made, model_name_or_class="llama", rank_ratio=0.5)
+    made.osft_config = osft.auto_generate_target_osft_config(made, model_name_or_class="llama", rank_ratio=protect)
     return made
 
 
@@ -103,7 +115,27 @@ def mini_trainer_bases(model: nn.Module) -> Iterator[tuple[str, Bases]]:
             yield f"{name}.weight", Bases(low.U_low, True, low.V_low.mT, True)
 
 
-def _mini_trainer() -> Any:
+@torch.no_grad()
+def mini_trainer_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """The products of the factors that stand in for the weights, in float64."""
+    for name, module in model.named_modules():
+        if hasattr(module, "osft_U_high"):
+            low = module.osft_params
+            high = _product(module.osft_U_high, module.osft_S_high, module.osft_V_high)
+            yield f"{name}.weight", high + _product(low.U_low, low.S_low, low.V_low)
+
+
+def mini_trainer_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module) -> torch.optim.Optimizer:
+    """`optimizer` with its step between the projections of gradients and parameters."""
+    wrapped: torch.optim.Optimizer = import_mini_trainer().optim_wrapper(optimizer, model)
+    return wrapped
+
+
+def _product(U: Tensor, S: Tensor, Vh: Tensor) -> Tensor:
+    return (U.double() * S.double()) @ Vh.double()
+
+
+def import_mini_trainer() -> Any:
     """mini_trainer.osft_utils without the package's __init__, which imports the whole trainer, numba with it."""
     if "mini_trainer" not in sys.modules:
         spec = importlib.util.find_spec("mini_trainer")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,7 +12,7 @@ import typer
 
 from ..layer import Sides, check_sides
 from ..ranks import Importance
-from .config import DTYPES, OTHERS, TrainConfig, parse_protect
+from .config import DECAY_TO, DTYPES, MASTERS, MOMENT_DTYPES, OTHERS, STATES, TrainConfig, parse_protect
 
 app = typer.Typer(
     help="Continual full fine-tuning in protected subspaces.",
@@ -54,6 +55,22 @@ def train(
     sides: SideNames = TrainConfig.sides,
     targets: Targets = None,
     others: Annotated[str, typer.Option(help=f"Weights without a basis: {', '.join(OTHERS)}.")] = TrainConfig.others,
+    basis_dtype: Annotated[str, typer.Option(help=f"Of the bases: {', '.join(DTYPES)}.")] = TrainConfig.basis_dtype,
+    state: Annotated[
+        str, typer.Option(help=f"Adam's moments, of the whole weight or of its free space: {', '.join(STATES)}.")
+    ] = TrainConfig.state,
+    master: Annotated[
+        str, typer.Option(help=f"What bfloat16 weights have beside them to lose no small step: {', '.join(MASTERS)}.")
+    ] = TrainConfig.master,
+    moment_dtype: Annotated[
+        str | None, typer.Option(help=f"Of Adam's moments: {', '.join(MOMENT_DTYPES)}; not given, AdamW's own choice.")
+    ] = TrainConfig.moment_dtype,
+    decay_to: Annotated[
+        str, typer.Option(help=f"Where weight decay pulls, to nothing or to a task's start: {', '.join(DECAY_TO)}.")
+    ] = TrainConfig.decay_to,
+    fuse_backward: Annotated[
+        bool, typer.Option("--fuse-backward", help="Step each weight during the backward pass; not with clipping.")
+    ] = False,
     order: Annotated[str | None, typer.Option(help="Names of the tasks to take, in order: a,b,c.")] = None,
     name: Annotated[str | None, typer.Option(help="What the report calls this run.")] = None,
     lr: float = TrainConfig.lr,
@@ -74,6 +91,9 @@ def train(
     dev_items: Annotated[
         int | None, typer.Option(help="Measure on this many held-out training rows per task, not on the test rows.")
     ] = None,
+    leak_every: Annotated[
+        int | None, typer.Option(help="Optimizer steps from one measured leak to the next, 0 only at a task's end.")
+    ] = TrainConfig.leak_every,
     zero_shot: Annotated[
         Path | None, typer.Option(help="Earlier run of the same model and items whose zero-shot answers to take over.")
     ] = None,
@@ -96,6 +116,12 @@ def train(
             sides=sides,
             targets=targets,
             others=others,
+            basis_dtype=basis_dtype,
+            state=state,
+            master=master,
+            moment_dtype=moment_dtype,
+            decay_to=decay_to,
+            fuse_backward=fuse_backward,
             order=None if order is None else [part.strip() for part in order.split(",")],
             name=name,
             lr=lr,
@@ -114,6 +140,7 @@ def train(
             eval_items=eval_items,
             eval_batch_size=eval_batch_size,
             dev_items=dev_items,
+            leak_every=leak_every,
             seed=seed,
             cpu=cpu,
             trust_remote_code=trust_remote_code,
@@ -155,6 +182,53 @@ def inspect(
             raise ValueError(f"protect: got {protect}, which depends on tasks; wanted a share, or such as schedule:2:5")
         opened, _ = open_model(model, trust_remote_code=trust_remote_code)
         typer.echo(Subspaces.from_model(opened, protect=share, sides=check_sides(sides), targets=targets).summary())
+
+
+@app.command()
+def plan(
+    model: Annotated[str, typer.Argument(help="Folder, config.json, hub name, or a known one such as llama-2-7b.")],
+    gpu: Annotated[str | None, typer.Option(help="What it has to fit: 80GB, 24GiB, or a name such as H100.")] = None,
+    tokens: Annotated[int, typer.Option(help="In one forward pass.")] = 4096,
+    batch_size: Annotated[int | None, typer.Option(help="Rows they come in; not given, as few as can be.")] = None,
+    protect: Annotated[
+        list[str] | None, typer.Option(help="A share such as 0.5, or rank:64; may be given repeatedly.")
+    ] = None,
+    sides: SideNames = TrainConfig.sides,
+    targets: Targets = None,
+    others: Annotated[str, typer.Option(help=f"Weights without a basis: {', '.join(OTHERS)}.")] = TrainConfig.others,
+    dtype: Annotated[str | None, typer.Option(help="Of the weights: float32 or bfloat16; not given, both.")] = None,
+    bf16: Annotated[bool, typer.Option("--bf16/--no-bf16", help="bfloat16 autocast over float32 weights.")] = True,
+    moment_dtype: Annotated[
+        str | None, typer.Option(help=f"Of our moments: {', '.join(MOMENT_DTYPES)}; not given, AdamW's own choice.")
+    ] = None,
+    gradient_checkpointing: Annotated[bool, typer.Option("--gradient-checkpointing")] = False,
+    peers: Annotated[bool, typer.Option(help="Compare with PEFT and mini_trainer, for twice the time.")] = True,
+    as_json: Annotated[bool, typer.Option("--json", help="Bytes and seconds as JSON.")] = False,
+    trust_remote_code: RemoteCode = False,
+) -> None:
+    """Show what memory and least time MODEL takes to train, every way there is; needs its config, not its weights."""
+    from .plan import make_plan
+    from .plan_gpus import find_gpu
+    from .plan_table import show_plan
+
+    with _one_line_errors():
+        made = make_plan(
+            model,
+            protect=[parse_protect(share) for share in protect or ["0.5"]],
+            sides=sides,
+            targets=targets,
+            others=others,
+            dtypes=("float32", "bfloat16") if dtype is None else (dtype,),
+            bf16=bf16,
+            moment_dtype=moment_dtype,
+            tokens=tokens,
+            batch_size=batch_size,
+            gradient_checkpointing=gradient_checkpointing,
+            gpu=None if gpu is None else find_gpu(gpu),
+            peers=peers,
+            trust_remote_code=trust_remote_code,
+        )
+        typer.echo(json.dumps(made.to_dict(), indent=1) if as_json else show_plan(made))
 
 
 @app.command()

@@ -16,6 +16,19 @@ Protect = float | RankPolicy | Importance | Literal["schedule"] | None
 
 OTHERS = ("train", "freeze")
 DTYPES = ("float32", "bfloat16", "float16")
+STATES = ("full", "subspace")
+MASTERS = ("none", "split", "stochastic")
+DECAY_TO = ("zero", "start")
+MOMENT_DTYPES = ("float32", "bfloat16")
+CHOICES: dict[str, Sequence[str | None]] = {
+    "others": OTHERS,
+    "dtype": DTYPES,
+    "state": STATES,
+    "master": MASTERS,
+    "moment_dtype": (None, *MOMENT_DTYPES),
+    "basis_dtype": DTYPES,
+    "decay_to": DECAY_TO,
+}
 
 
 @dataclass(frozen=True)
@@ -29,6 +42,12 @@ class TrainConfig:
         rows of the task before, at the first task on its own) or "schedule", `Schedule(i, n)` at task i of n; None is
         plain fine-tuning with the same optimizer.
     sides, targets, others: as in `Subspaces.from_model`; without effect where protect is None.
+    basis_dtype: the bases are stored in; without effect where protect is None.
+    state: as in `AdamW`; without effect where protect is None.
+    master, moment_dtype, decay_to: as in `AdamW`; a master other than "none" needs dtype="bfloat16". The low bits of
+        master="split" last for one task: the next starts from the bfloat16 weights.
+    fuse_backward: step every weight as soon as its gradient is there (`fuse_into_backward`): the gradients never exist
+        together. Needs max_grad_norm=0, and state="subspace" where gradients are accumulated.
     order: task names in the order wanted, a selection of those in `tasks`; None takes them as they come.
     name: what the report calls this run; None makes one up from protect and sides.
     epochs, max_steps: per task; max_steps, where given, wins.
@@ -40,6 +59,8 @@ class TrainConfig:
     eval_items: test rows per task, a selection that is the same for every run; None is all of them.
     dev_items: hold this many training rows per task out and measure on them in place of the test rows, which are then
         not looked at: for choosing a learning rate.
+    leak_every: measure the leak every so many optimizer steps and after the last; None is about ten times a task, 0
+        only after the last step.
     seed: of data order and dropout.
     cpu: leave a GPU that is there alone.
     """
@@ -51,6 +72,12 @@ class TrainConfig:
     sides: str = "both"
     targets: str | Sequence[str] | None = None
     others: str = "train"
+    basis_dtype: str = "float32"
+    state: str = "full"
+    master: str = "none"
+    moment_dtype: str | None = None
+    decay_to: str = "zero"
+    fuse_backward: bool = False
     order: Sequence[str] | None = None
     name: str | None = None
     lr: float = 1e-5
@@ -69,28 +96,50 @@ class TrainConfig:
     eval_items: int | None = None
     eval_batch_size: int = 16
     dev_items: int | None = None
+    leak_every: int | None = None
     seed: int = 0
     cpu: bool = False
     trust_remote_code: bool = False
 
     def __post_init__(self) -> None:
         check_sides(self.sides)
-        for name, allowed in (("others", OTHERS), ("dtype", DTYPES)):
+        for name, allowed in CHOICES.items():
             if getattr(self, name) not in allowed:
-                raise ValueError(f"{name}: got {getattr(self, name)!r}, wanted one of {', '.join(allowed)}")
+                raise ValueError(f"{name}: got {getattr(self, name)!r}, wanted one of {', '.join(map(str, allowed))}")
         for name in ("lr", "epochs", "batch_size", "gradient_accumulation_steps", "max_length", "eval_batch_size"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name}: got {getattr(self, name)}, wanted more than 0")
         for name in ("max_steps", "eval_items", "dev_items"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name}: got {getattr(self, name)}, wanted 1 or more, or None")
-        for name in ("weight_decay", "warmup_steps", "max_grad_norm"):
-            if getattr(self, name) < 0:
+        for name in ("weight_decay", "warmup_steps", "max_grad_norm", "leak_every"):
+            if (getattr(self, name) or 0) < 0:
                 raise ValueError(f"{name}: got {getattr(self, name)}, wanted 0 or more")
         if self.protect is not None and self.protect != "schedule":
             as_policy(self.protect)
+        self._check_combinations()
         if not self.tasks:
             raise ValueError("tasks: got none, wanted at least one task or task folder")
+
+    def _check_combinations(self) -> None:
+        if self.master != "none" and self.dtype != "bfloat16":
+            raise ValueError(f"master: got {self.master!r} with dtype {self.dtype!r}, wanted dtype bfloat16")
+        if self.protect is not None and self.state == "subspace" and self.sides == "block":
+            raise ValueError(
+                "state: got 'subspace' with sides 'block', whose free space has no coordinates; wanted 'full'"
+            )
+        if not self.fuse_backward:
+            return
+        if self.max_grad_norm > 0:
+            raise ValueError(
+                f"fuse_backward: got True with max_grad_norm {self.max_grad_norm}, whose norm needs all gradients "
+                "together; wanted max_grad_norm 0"
+            )
+        if self.gradient_accumulation_steps > 1 and self.state != "subspace":
+            raise ValueError(
+                f"fuse_backward: got True with gradient_accumulation_steps {self.gradient_accumulation_steps} and "
+                f"state {self.state!r}; wanted 1 step or state 'subspace'"
+            )
 
     @property
     def method(self) -> str:
@@ -108,7 +157,7 @@ class TrainConfig:
         for name in ("model", "output"):
             settings[name] = str(settings[name])
         if self.protect is None:
-            settings.update(sides=None, targets=None, others=None)
+            settings.update(sides=None, targets=None, others=None, basis_dtype=None, state=None)
         for name in ("targets", "order"):
             if settings[name] is not None and not isinstance(settings[name], str):
                 settings[name] = list(settings[name])

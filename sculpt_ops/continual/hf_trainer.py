@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, cast
 
 import torch
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from ..optim import AdamW
+from ..binding import unwrap_optimizer
+from ..optim import AdamW, fuse_into_backward
+from ..optim.backward import FusedBackward
 from ..subspaces import Subspaces
 from .config import TrainConfig
+from .leak_trace import LeakTrace
 
 
 def training_arguments(config: TrainConfig, folder: str, task: int) -> TrainingArguments:
@@ -49,12 +52,37 @@ def training_arguments(config: TrainConfig, folder: str, task: int) -> TrainingA
     return arguments
 
 
-class SubspaceTrainer(Trainer):
-    """Trains with `sculpt_ops.AdamW`; subspaces None is the same optimizer without projection."""
+def optimizer_options(config: TrainConfig) -> dict[str, Any]:
+    """Of `config`, the keyword arguments of `AdamW` that `TrainingArguments` has no place for."""
+    return {
+        "state": config.state,
+        "master": config.master,
+        "moment_dtype": None if config.moment_dtype is None else getattr(torch, config.moment_dtype),
+        "decay_to": config.decay_to,
+    }
 
-    def __init__(self, *args: Any, subspaces: Subspaces | None = None, **kwargs: Any) -> None:
+
+class SubspaceTrainer(Trainer):
+    """Trains with `sculpt_ops.AdamW`; subspaces None is the same optimizer without projection.
+
+    options: further keyword arguments of `AdamW`. fuse_backward: step in the backward pass (`fuse_into_backward`).
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        subspaces: Subspaces | None = None,
+        options: Mapping[str, Any] | None = None,
+        fuse_backward: bool = False,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(*args, **kwargs)
         self.subspaces = subspaces
+        self.options = dict(options or {})
+        self.fuse_backward = fuse_backward
+        self._fused: FusedBackward | None = None
+        if self.options.get("state") == "subspace":
+            self.add_callback(CompressGradients)
 
     def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
         model = self.model if model is None else model
@@ -70,27 +98,57 @@ class SubspaceTrainer(Trainer):
             betas=(self.args.adam_beta1, self.args.adam_beta2),
             eps=self.args.adam_epsilon,
             subspaces=self.subspaces,
-            # Clipping has projected the gradients already.
-            project="update" if self.args.max_grad_norm > 0 else "both",
+            seed=self.args.seed,
+            **self.options,
         )
+        if self.fuse_backward:
+            steps = self.args.gradient_accumulation_steps
+            self._fused = fuse_into_backward(model, self.optimizer, accumulation_steps=steps)
         return self.optimizer
 
-    def _clip_grad_norm(self, model: torch.nn.Module) -> Any:
-        """Project, then clip: the norm is not to count gradient that is thrown away."""
-        if self.subspaces is not None:
-            self.subspaces.project_gradients()
-        return super()._clip_grad_norm(model)
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            # Hooks of the weights, which are the next task's too.
+            if self._fused is not None:
+                self._fused.remove()
+
+    def _clip_grad_norm(self, model: torch.nn.Module) -> torch.Tensor:
+        """Clip by the optimizer's own norm, which does not count gradient that is thrown away."""
+        return cast(AdamW, unwrap_optimizer(self.optimizer)).clip_grad_norm_(self.args.max_grad_norm)
+
+    def _get_grad_norm(self, model: torch.nn.Module, grad_norm: torch.Tensor | None = None) -> torch.Tensor | None:
+        # Without clipping Trainer would clip to infinity for a norm to log: one more pass over all gradients, of what
+        # is not yet projected.
+        return grad_norm
+
+
+class CompressGradients(TrainerCallback):
+    """Between the passes of one accumulated step, gradients are kept in free coordinates only."""
+
+    def on_substep_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        optimizer: torch.optim.Optimizer,
+        **kwargs: Any,
+    ) -> None:
+        cast(AdamW, unwrap_optimizer(optimizer)).compress_gradients()
 
 
 class StepClock(TrainerCallback):
-    """Seconds from the end of one optimizer step to the end of the next, losses, and progress.
+    """Seconds from the end of one optimizer step to the end of the next, losses, progress, and the leak.
 
-    On a GPU work is queued: single intervals say little, their median over a run is the step's time.
+    The leak is measured between two steps and is part of neither. On a GPU work is queued: single intervals say little,
+    their median over a run is the step's time.
     """
 
-    def __init__(self, task: str, advance: Callable[[int], None]) -> None:
+    def __init__(self, task: str, advance: Callable[[int], None], trace: LeakTrace) -> None:
         self.task = task
         self.advance = advance
+        self.trace = trace
         self.seconds: list[float] = []
         self.losses: list[tuple[int, float]] = []
 
@@ -102,8 +160,9 @@ class StepClock(TrainerCallback):
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         now = time.perf_counter()
         self.seconds.append(now - self._last)
-        self._last = now
         self.advance(1)
+        self.trace.on_step(state.global_step)
+        self._last = time.perf_counter()
 
     def on_log(
         self,

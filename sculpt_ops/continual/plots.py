@@ -112,13 +112,63 @@ def draw_curves(results: Sequence[RunResult], names: Sequence[str], path: Path) 
     _save(figure, path)
 
 
+def draw_leak(results: Sequence[RunResult], names: Sequence[str], path: Path) -> None:
+    """Leak over the optimizer steps, a panel a task: the median weight drawn through, the largest dashed.
+
+    Methods keep the colour and marker they have in the other pictures; one that protects nothing has no line.
+    """
+    from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
+
+    tasks = results[0].tasks
+    columns = min(len(tasks), 4)
+    rows = -(-len(tasks) // columns)
+    figure = Figure(figsize=(max(2.9 * columns, 4.6), 2.5 * rows + 0.7), layout="constrained", dpi=150)
+    grid = figure.subplots(rows, columns, sharey=True, squeeze=False)
+    for axes in grid.flat[len(tasks) :]:
+        axes.set_visible(False)
+    shown = {}
+    for task, axes in enumerate(grid.flat[: len(tasks)]):
+        for index, (result, name) in enumerate(zip(results, names, strict=True)):
+            # A leak of exactly 0 has no place on a logarithmic axis.
+            points = [point for point in result.learned[task].leak_over_time if all(point)]
+            colour, marker = COLOURS[index % len(COLOURS)], MARKERS[index % len(MARKERS)]
+            for column, line in ((1, "-"), (2, "--")):
+                axes.plot(
+                    [point[0] for point in points],
+                    [point[column] for point in points],
+                    color=colour,
+                    linestyle=line,
+                    linewidth=1.8 if column == 1 else 1.2,
+                    marker=marker,
+                    markersize=4 if column == 1 else 3,
+                )
+            if points:
+                shown[name] = Line2D([], [], color=colour, marker=marker, markersize=4, linewidth=1.8)
+        axes.set_yscale("log")
+        axes.set_xlim(left=0)
+        axes.set_xlabel("optimizer steps", fontsize=9, color=INK)
+        _frame(axes, tasks[task], "leak, share of the change" if task % columns == 0 else "")
+    kinds = {
+        "median weight": Line2D([], [], color=INK, linewidth=1.8),
+        "largest": Line2D([], [], color=INK, linewidth=1.2, linestyle="--"),
+    }
+    entries = {**kinds, **(shown if len(results) > 1 else {})}
+    figure.legend(entries.values(), entries.keys(), loc="outside lower center", ncols=4, frameon=False, fontsize=9)
+    _save(figure, path)
+
+
 def _style(axes: Axes, title: str, unit: str, tasks: Sequence[str]) -> None:
-    axes.set_title(title, fontsize=10.5, color=INK, loc="left")
-    axes.set_ylabel(unit, fontsize=9, color=INK)
+    _frame(axes, title, unit)
     axes.set_xlim(-0.4, len(tasks) - 0.6)
     axes.set_ylim(bottom=0)
     labels = [f"after {tasks[0]}", *(f"+ {task}" for task in tasks[1:])]
     axes.set_xticks(range(len(tasks)), labels, rotation=35, ha="right", rotation_mode="anchor", fontsize=9)
+
+
+def _frame(axes: Axes, title: str, unit: str) -> None:
+    axes.set_title(title, fontsize=10.5, color=INK, loc="left")
+    axes.set_ylabel(unit, fontsize=9, color=INK)
     axes.tick_params(color=FAINT, labelcolor=INK, labelsize=9)
     axes.grid(axis="y", color="#E4E4E4", linewidth=0.8)
     axes.set_axisbelow(True)

@@ -37,7 +37,10 @@ class LearnedTask:
 
     peak_memory_bytes: while deriving subspaces and training; of the GPU where one is used, else of the process.
     layers: per protected weight its shape, rank and share of energy kept. leak: per protected weight the share of the
-    weight change that lies in the protected space. Both empty for plain fine-tuning.
+    weight change that lies in the protected space, after the last step; leak_left and leak_right the shares of the
+    change inside the protected directions of one side, where that side is protected. leak_over_time: (step, median over
+    the weights, the largest) triples; leak_seconds: spent measuring, part of train_seconds but of no step's. All empty
+    for plain fine-tuning.
     """
 
     name: str
@@ -52,6 +55,10 @@ class LearnedTask:
     peak_memory_bytes: int
     layers: dict[str, dict[str, Any]] = field(default_factory=dict)
     leak: dict[str, float] = field(default_factory=dict)
+    leak_left: dict[str, float] = field(default_factory=dict)
+    leak_right: dict[str, float] = field(default_factory=dict)
+    leak_over_time: list[tuple[int, float, float]] = field(default_factory=list)
+    leak_seconds: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -135,7 +142,7 @@ class RunResult:
             record = json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))
             lines = (folder / PREDICTIONS_FILE).read_text(encoding="utf-8").splitlines()
             rows = [json.loads(line) for line in lines if line]
-            record["learned"] = [LearnedTask(**task) for task in record["learned"]]
+            record["learned"] = [LearnedTask(**_known(LearnedTask, task)) for task in record["learned"]]
             record["predictions"] = [Prediction(**_known(Prediction, row)) for row in rows]
             return cls(**{**_known(cls, record), "output": str(folder)})
         except (OSError, KeyError, TypeError, ValueError) as error:

@@ -27,6 +27,7 @@ from .config import TrainConfig
 from .encoding import Collator, EncodedTask, encode_task
 from .environment import versions
 from .evaluate import greedy_answers
+from .leak_trace import LeakTrace
 from .memory import PeakMemory
 from .modeling import longest_input, open_model, save_model
 from .progress import Progress
@@ -132,7 +133,7 @@ def _learn(run: _Run, index: int) -> LearnedTask:
     """Derive subspaces and train on the `index`-th task."""
     from transformers import PrinterCallback
 
-    from .hf_trainer import StepClock, SubspaceTrainer, training_arguments
+    from .hf_trainer import StepClock, SubspaceTrainer, optimizer_options, training_arguments
 
     config, model, task = run.config, run.model, run.tasks[index]
     label = f"task {index + 1}/{len(run.tasks)} {task.name}"
@@ -143,11 +144,10 @@ def _learn(run: _Run, index: int) -> LearnedTask:
     derived = time.perf_counter()
     use_cache = model.config.use_cache
     rows = run.encoded[index].train
-    with (
-        tempfile.TemporaryDirectory() as folder,
-        run.progress.bar(f"{label}: training", _steps(config, len(rows))) as advance,
-    ):
-        clock = StepClock(task.name, advance)
+    steps = _steps(config, len(rows))
+    trace = LeakTrace(subspaces, config.leak_every, steps)
+    with tempfile.TemporaryDirectory() as folder, run.progress.bar(f"{label}: training", steps) as advance:
+        clock = StepClock(task.name, advance, trace)
         trainer = SubspaceTrainer(
             model=model,
             args=training_arguments(config, folder, index),
@@ -155,14 +155,19 @@ def _learn(run: _Run, index: int) -> LearnedTask:
             data_collator=Collator(model, run.tokenizer),
             callbacks=[clock],
             subspaces=subspaces,
+            options=optimizer_options(config),
+            fuse_backward=config.fuse_backward,
         )
         trainer.remove_callback(PrinterCallback)
         trainer.train()
+        trace.finish(trainer.state.global_step)
     # Trainer leaves its own use_cache in the config, and autocast wrapped around the forward pass.
     model.config.use_cache = use_cache
     trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
     trained = time.perf_counter()
     peak = memory.read()
+    if subspaces is not None:
+        run.starts.update(search_starts(subspaces))
     return LearnedTask(
         name=task.name,
         train_items=len(task.train),
@@ -178,7 +183,11 @@ def _learn(run: _Run, index: int) -> LearnedTask:
             name: {"shape": list(layer.shape), "rank": layer.rank, "energy": layer.energy}
             for name, layer in (subspaces or {}).items()
         },
-        leak={} if subspaces is None else {name: layer.total for name, layer in subspaces.leak().items()},
+        leak={name: leak.total for name, leak in trace.last.items()},
+        leak_left={name: leak.left for name, leak in trace.last.items() if leak.left is not None},
+        leak_right={name: leak.right for name, leak in trace.last.items() if leak.right is not None},
+        leak_over_time=trace.points,
+        leak_seconds=trace.seconds,
     )
 
 
@@ -195,10 +204,11 @@ def _derive(run: _Run, index: int, label: str) -> Subspaces | None:
         sides=check_sides(config.sides),
         targets=config.targets,
         others="freeze" if config.others == "freeze" else "train",
+        basis_dtype=None if config.basis_dtype == "float32" else getattr(torch, config.basis_dtype),
         progress=run.progress.on_terminal,
     )
+    # Taken again after the training, which may keep the bases in another form: two of them would be too many.
     run.starts.clear()
-    run.starts.update(search_starts(subspaces))
     return subspaces
 
 

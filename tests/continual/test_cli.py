@@ -48,7 +48,19 @@ def test_train_and_report(model_folder: Path, tasks: Path, tmp_path: Path) -> No
     second = sculpt(
         *("train", model_folder, tasks / "sounds", tasks / "colours", "--output", protected, "--protect", "rank:3"),
         *("--sides", "right", "--targets", "*.q_proj.weight", "--targets", "*.mlp.*.weight", "--name", "mine"),
-        *("--order", "colours, sounds", "--zero-shot", plain, *QUICK),
+        *(
+            "--order",
+            "colours, sounds",
+            "--zero-shot",
+            plain,
+            *QUICK,
+            "--state",
+            "subspace",
+            "--basis-dtype",
+            "bfloat16",
+        ),
+        *("--moment-dtype", "bfloat16", "--decay-to", "start", "--fuse-backward", "--max-grad-norm", "0"),
+        *("--leak-every", "1"),
     )
     assert second.exit_code == 0, second.output
     result = RunResult.load(protected)
@@ -56,6 +68,12 @@ def test_train_and_report(model_folder: Path, tasks: Path, tmp_path: Path) -> No
     assert {layer["rank"] for task in result.learned for layer in task.layers.values()} == {3}
     assert len(result.learned[0].layers) == 8
     assert [task.steps for task in result.learned] == [2, 2]
+    options = {
+        name: result.config[name] for name in ("state", "basis_dtype", "moment_dtype", "decay_to", "fuse_backward")
+    }
+    assert [*options.values()] == ["subspace", "bfloat16", "bfloat16", "start", True]
+    assert [[step for step, _, _ in task.leak_over_time] for task in result.learned] == [[1, 2], [1, 2]]
+    assert "](leak.png)" in (protected / "report.md").read_text()
     compared = sculpt("report", plain, protected, "--output", tmp_path / "both")
     assert compared.exit_code == 0, compared.output
     assert "Difference from plain" in (tmp_path / "both" / "report.md").read_text()
@@ -69,6 +87,9 @@ def test_train_and_report(model_folder: Path, tasks: Path, tmp_path: Path) -> No
         (["--protect", "1.5"], "protect must lie between 0"),
         (["--sides", "top"], "sides must be one of both, left, right, block"),
         (["--lr", "0"], "lr: got 0.0, wanted more than 0"),
+        (["--state", "half"], "state: got 'half', wanted one of full, subspace"),
+        (["--master", "split"], "master: got 'split' with dtype 'float32', wanted dtype bfloat16"),
+        (["--fuse-backward"], "fuse_backward: got True with max_grad_norm 1.0"),
         (["--order", "colours,smells"], "order: no task smells"),
         (["--targets", "*.nothing"], "'*.nothing' matches no parameter"),
         (["--zero-shot", "nowhere"], "nowhere holds no run of `sculpt train`"),

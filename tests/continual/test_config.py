@@ -96,6 +96,12 @@ def test_what_to_protect_is_refused_in_one_line(text: str) -> None:
         {"sides": "top"},
         {"others": "ignore"},
         {"dtype": "int8"},
+        {"state": "half"},
+        {"master": "fp32"},
+        {"moment_dtype": "float16"},
+        {"basis_dtype": "float64"},
+        {"decay_to": "mean"},
+        {"leak_every": -1},
         {"lr": 0.0},
         {"batch_size": 0},
         {"eval_items": 0},
@@ -108,3 +114,26 @@ def test_settings_out_of_range_are_named(change: dict[str, Any]) -> None:
     (name,) = change
     with pytest.raises(ValueError, match=name):
         TrainConfig(**{"model": "m", "tasks": ["t"], "output": "o", **change})
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        ({"master": "split"}, "master: got 'split' with dtype 'float32'"),
+        ({"master": "stochastic", "dtype": "float16"}, "master: got 'stochastic' with dtype 'float16'"),
+        ({"state": "subspace", "sides": "block"}, "state: got 'subspace' with sides 'block'"),
+        ({"fuse_backward": True}, r"fuse_backward: got True with max_grad_norm 1\.0"),
+        (
+            {"fuse_backward": True, "max_grad_norm": 0.0, "gradient_accumulation_steps": 2},
+            "fuse_backward: got True with gradient_accumulation_steps 2 and state 'full'",
+        ),
+    ],
+)
+def test_settings_that_exclude_each_other_are_named(change: dict[str, Any], complaint: str) -> None:
+    with pytest.raises(ValueError, match=complaint):
+        TrainConfig(**{"model": "m", "tasks": ["t"], "output": "o", **change})
+
+
+def test_without_protection_the_state_is_that_of_plain_weights() -> None:
+    config = TrainConfig("m", ["t"], "o", protect=None, state="subspace", sides="block")
+    assert {config.to_dict()[name] for name in ("sides", "targets", "others", "basis_dtype", "state")} == {None}

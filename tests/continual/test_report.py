@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import struct
 from collections.abc import Sequence
 from dataclasses import replace
@@ -12,6 +13,7 @@ import pytest
 
 from sculpt_ops.continual import Prediction, RunResult, TrainConfig, write_report
 from sculpt_ops.continual.metrics import difference, wilson_interval
+from sculpt_ops.continual.plots import draw_leak
 from sculpt_ops.continual.result import LearnedTask
 
 pytest.importorskip("matplotlib", reason="the report needs pip install sculpt-ops[train]")
@@ -72,6 +74,21 @@ def made(
     )
 
 
+def followed(result: RunResult, share: float) -> RunResult:
+    """The run with a leak measured every third step; the left side leaks twice as much as the right."""
+    learned = [
+        replace(
+            task,
+            leak_left={name: 2 * leak for name, leak in task.leak.items()},
+            leak_right=task.leak,
+            leak_over_time=[(step, share / step, 4 * share / step) for step in (3, 6, 9)],
+            leak_seconds=0.5,
+        )
+        for task in result.learned
+    ]
+    return replace(result, learned=learned)
+
+
 def rows(text: str, heading: str) -> dict[str, list[str]]:
     """The first table under a heading: first cell to the other cells."""
     lines = text.split(f"{heading}\n", 1)[1].split("\n\n")
@@ -112,6 +129,8 @@ def test_two_methods_side_by_side(tmp_path: Path) -> None:
         "16 to 17",
         "90.0",
         "3.0e-07",
+        "-",
+        "-",
     ]
     assert rows(text, "## Tasks")["sounds"] == ["100", "50", "3", "only test.json is there"]
     settings = rows(text, "## Settings and versions")
@@ -133,6 +152,38 @@ def test_one_task_has_no_curves_and_no_forgetting(tmp_path: Path) -> None:
     assert "curves.png" not in text
     assert sorted(file.name for file in tmp_path.iterdir()) == ["accuracy.png", "report.md"]
     assert "Difference" not in text
+
+
+def test_the_leak_over_time_is_drawn_and_its_cost_said(tmp_path: Path) -> None:
+    results = [made(None), followed(made(0.5, name="left|right"), 1e-7), followed(made(0.25), 0.1)]
+    text = write_report(results, tmp_path).read_text()
+    section = text.split("## Leak over time")[1].split("\n## ")[0]
+    assert "](leak.png)" in section
+    # 2 protected runs of 3 tasks, each 4 s of training with 0.5 s of measuring in them.
+    assert "Measuring took 3 s beside 21 s of training" in section
+    width, height = size_of_png(tmp_path / "leak.png")
+    assert 400 < width < 4000
+    assert 300 < height < 4000
+    by_side = rows(text, "### Protected in protect 0.25, both, over all tasks")[f"`{WEIGHT.format('*')}`"]
+    assert by_side[-3:] == ["3.0e-07", "6.0e-07", "3.0e-07"]
+
+
+def test_a_leak_of_exactly_zero_or_none_measured_is_no_fault(tmp_path: Path) -> None:
+    result = made(0.5)
+    tasks = [replace(task, leak_over_time=[(1, 0.0, 0.0)]) for task in result.learned]
+    undefined = replace(tasks[0], leak_over_time=[(1, None, None)])
+    text = write_report([replace(result, learned=[undefined, *tasks[1:]])], tmp_path / "zero").read_text()
+    assert "](leak.png)" in text
+    assert rows(text, "### Protected in protect 0.5, both, over all tasks").popitem()[1][-2:] == ["-", "-"]
+
+
+def test_many_tasks_take_several_rows_of_panels(tmp_path: Path) -> None:
+    few, many = followed(made(0.5, [[0.1], [0.9]]), 1e-7), followed(made(0.5), 1e-7)
+    many = replace(many, tasks=[f"{i}" for i in range(15)], learned=many.learned * 5)
+    for name, result in (("few", few), ("many", many)):
+        draw_leak([result], [name], tmp_path / f"{name}.png")
+    (_, low), (_, high) = (size_of_png(tmp_path / f"{name}.png") for name in ("few", "many"))
+    assert 3 * low < high < 4 * low
 
 
 def test_runs_of_the_same_name_are_told_apart_and_seeds_are_listed(tmp_path: Path) -> None:
@@ -166,7 +217,7 @@ def test_what_cannot_be_compared_is_refused_before_anything_is_written(tmp_path:
 
 
 def test_results_survive_their_files(tmp_path: Path) -> None:
-    result = replace(made(0.5), output=str(tmp_path / "run"))
+    result = followed(replace(made(0.5), output=str(tmp_path / "run")), 1e-7)
     result.save()
     loaded = RunResult.load(tmp_path / "run")
     assert replace(loaded, learned=[], predictions=[]) == replace(result, learned=[], predictions=[])
@@ -175,6 +226,20 @@ def test_results_survive_their_files(tmp_path: Path) -> None:
     one = replace(made(None, [[0.1], [0.9]]), output=str(tmp_path / "one"))
     one.save()
     assert '"backward_transfer": {\n   "value": null' in (tmp_path / "one" / "run.json").read_text()
+
+
+def test_a_run_from_before_the_leak_was_followed_is_read(tmp_path: Path) -> None:
+    result = replace(made(0.5), output=str(tmp_path / "run"))
+    result.save()
+    record = json.loads((tmp_path / "run" / "run.json").read_text())
+    for task in record["learned"]:
+        for name in ("leak_left", "leak_right", "leak_over_time", "leak_seconds"):
+            del task[name]
+    (tmp_path / "run" / "run.json").write_text(json.dumps(record))
+    loaded = RunResult.load(tmp_path / "run")
+    assert loaded.learned[0].leak == result.learned[0].leak
+    assert loaded.learned[0].leak_over_time == []
+    assert "## Leak over time" not in write_report([loaded], tmp_path).read_text()
 
 
 def test_a_folder_without_a_run_is_named(tmp_path: Path) -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import statistics
 import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
@@ -15,6 +17,7 @@ import torch
 from sculpt_ops.continual import Example, RunResult, Task, TrainConfig, train, trainer
 from sculpt_ops.continual.encoding import Collator, encode_task
 from sculpt_ops.continual.evaluate import greedy_answers
+from sculpt_ops.continual.leak_trace import LeakTrace
 from sculpt_ops.ranks import Energy, Importance, Rank
 
 transformers = pytest.importorskip("transformers", reason="the trainer needs pip install sculpt-ops[train]")
@@ -77,6 +80,49 @@ def test_the_change_lies_outside_the_protected_directions(
                 assert result.learned[0].layers[name]["rank"] == rank
 
 
+def test_the_leak_is_followed_over_time(short: dict[str, Any], tmp_path: Path) -> None:
+    change = {"max_steps": 11, "eval_items": 1, "order": ["colours"]}
+    learned = train(TrainConfig(**{**short, **change}, output=tmp_path / "out"), quiet=True).learned[0]
+    assert [step for step, _, _ in learned.leak_over_time] == [2, 4, 6, 8, 10, 11]
+    assert all(0 < median <= largest < 1e-5 for _, median, largest in learned.leak_over_time)
+    assert learned.leak_over_time[-1][1:] == (statistics.median(learned.leak.values()), max(learned.leak.values()))
+    # What is promised for two sides is all outside their free block, the part inside either side included.
+    for side in (learned.leak_left, learned.leak_right):
+        assert side.keys() == learned.leak.keys()
+        assert all(0 < share <= 1.0001 * learned.leak[name] for name, share in side.items())
+    assert 0 < learned.leak_seconds < learned.train_seconds
+
+
+@pytest.mark.parametrize(("every", "steps"), [(None, [3, 6, 9, 12, 15, 18, 21, 24, 25]), (10, [10, 20, 25]), (0, [25])])
+def test_the_leak_is_measured_every_so_many_steps(llama: torch.nn.Module, every: int | None, steps: list[int]) -> None:
+    trace = LeakTrace(trainer.Subspaces.from_model(llama, sides="left", targets="*.0.*.q_proj.weight"), every, 25)
+    for step in range(1, 26):
+        trace.on_step(step)
+    trace.finish(25)
+    assert trace.points == [(step, 0.0, 0.0) for step in steps]
+    assert [leak.right for leak in trace.last.values()] == [None]
+
+
+def test_measuring_the_leak_is_part_of_no_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    from sculpt_ops.continual import hf_trainer
+
+    now = 0.0
+    monkeypatch.setattr(hf_trainer, "time", SimpleNamespace(perf_counter=lambda: now))
+
+    class Slow:
+        def on_step(self, step: int) -> None:
+            nonlocal now
+            now += 100
+
+    state = transformers.TrainerState()
+    clock = hf_trainer.StepClock("task", lambda steps: None, cast(LeakTrace, Slow()))
+    clock.on_train_begin(None, state, None)
+    for seconds in (1, 2, 3):
+        now += seconds
+        clock.on_step_end(None, state, None)
+    assert clock.seconds == [1, 2, 3]
+
+
 def test_subspaces_are_those_of_the_weights_before_each_task(
     short: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -106,6 +152,9 @@ def test_subspaces_are_those_of_the_weights_before_each_task(
 def test_a_schedule_protects_more_with_every_task(short: dict[str, Any], tmp_path: Path) -> None:
     result = train(TrainConfig(**short, output=tmp_path / "out", protect="schedule"), quiet=True)
     assert result.config["protect"] == "schedule"
+    assert result.learned[0].leak_over_time == []
+    assert set(result.learned[0].leak.values()) == {0.0}
+    assert len(result.learned[1].leak_over_time) == 3
     for task, share in zip(result.learned, (0.0, 0.5), strict=True):
         assert {layer["rank"] / min(layer["shape"]) for layer in task.layers.values()} == {share}
 
@@ -231,6 +280,7 @@ def test_gradients_are_projected_before_they_are_clipped(
     subspaces = trainer.Subspaces.from_model(llama, protect=0.75)
     arguments = training_arguments(config, str(tmp_path), 0)
     clipping = SubspaceTrainer(llama, arguments, train_dataset=[], subspaces=subspaces)
+    clipping.create_optimizer()
     torch.manual_seed(0)
     total = 0.0
     for name, weight in llama.named_parameters():
@@ -289,6 +339,7 @@ def test_a_run_is_read_back_as_it_was_written(plain: RunResult, protected: RunRe
         assert loaded.metrics == result.metrics
         assert [task.layers for task in loaded.learned] == [task.layers for task in result.learned]
         assert loaded.seconds_per_step == result.seconds_per_step
+        assert [bool(task.leak_over_time) for task in loaded.learned] == [result is protected] * 2
     record = json.loads((Path(protected.output) / "run.json").read_text())
     assert record["accuracy"] == protected.accuracy
     assert record["config"]["protect"] == "0.5"
