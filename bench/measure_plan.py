@@ -2,7 +2,7 @@
 
     python bench/measure_plan.py --model .cache/sculpt-demo/SmolLM2-135M-Instruct-0.1.2 --results bench/results
 
-A model folder with float32 weights; PEFT and mini_trainer only where they are installed (`make bench`). Memory is the
+A folder of a decoder-only model; PEFT and mini_trainer only where they are installed (`make bench`). Memory is the
 peak of the resident set during a step, less what is resident after imports and a step of a tiny model.
 """
 
@@ -15,6 +15,8 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,7 @@ from training_methods import BF16, SHARES, InBackward, Method, Training, mini_tr
 from sculpt_ops.continual.memory import PeakMemory
 from sculpt_ops.continual.modeling import open_model
 from sculpt_ops.continual.plan import make_plan
+from sculpt_ops.continual.plan_result import Row as PlanRow
 
 PACKAGES = ("transformers", "peft", "rhai-innovation-mini-trainer", "numpy")
 # Blocks from this size on go back to the system when they are freed; glibc otherwise raises its threshold to 32 MB
@@ -34,6 +37,8 @@ PACKAGES = ("transformers", "peft", "rhai-innovation-mini-trainer", "numpy")
 ENVIRONMENT = {"MALLOC_MMAP_THRESHOLD_": str(2**16), "MALLOC_TRIM_THRESHOLD_": str(2**16)}
 # Where two threads share two processors with others, the waiting one otherwise takes the time of the one waited for.
 ENVIRONMENT["OMP_WAIT_POLICY"] = "passive"
+# Rows and their length. With few tokens the peak is in the optimizer's step, with many in the backward pass.
+BATCHES = ((1, 32), (4, 128))
 TINY = {
     "hidden_size": 64,
     "intermediate_size": 128,
@@ -71,8 +76,6 @@ SETTINGS: tuple[tuple[Method, Setting], ...] = (
 def main() -> None:
     made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("--model", type=Path, required=True, help="Hugging Face folder")
-    made.add_argument("--rows", type=int, default=4)
-    made.add_argument("--length", type=int, default=128, help="tokens in a row")
     made.add_argument("--threads", type=int, default=2)
     made.add_argument("--settings", type=int, nargs="*", help="only these, by their place from 0")
     made.add_argument("--results", type=Path, help="folder to write the results file to")
@@ -81,19 +84,20 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     if options.only is not None:
         with contextlib.redirect_stdout(sys.stderr):
-            row = measured(SETTINGS[options.only][0], options)
+            row = measured(SETTINGS[options.only][0], options.model)
         print(json.dumps(row))
         return
     compare(options)
 
 
 def compare(options: argparse.Namespace) -> None:
-    """Print and write every setting's peak as planned and as measured."""
-    predicted = plan_peaks(options)
+    """Print and write every setting's peaks as planned and as measured."""
+    predicted = plan_peaks(options.model)
     facts = machine(PACKAGES, []) | {"threads": options.threads, "command": " ".join(("python", *sys.argv))}
+    facts |= {"model": options.model.name, "batches": BATCHES}
     rows: list[Row] = []
-    print(f"{'':36} {'planned':>9} {'measured':>9}  MB")
-    for index, (method, setting) in enumerate(SETTINGS):
+    print(f"{'MB: planned, measured':44}" + "".join(f"{f'{count} x {length}':>24}" for count, length in BATCHES))
+    for index, (method, _) in enumerate(SETTINGS):
         if options.settings is not None and index not in options.settings:
             continue
         row = {"name": method.name, "protect": method.protect, "dtype": str(method.dtype).removeprefix("torch.")}
@@ -109,26 +113,26 @@ def compare(options: argparse.Namespace) -> None:
 def show(row: Row) -> str:
     name = f"{row['name']} {row['protect'] or ''} {row['dtype']}"
     if "note" in row:
-        return f"{name:36} {row['planned'] / 1e6:9.0f} {row['note']}"
-    share = row["planned"] / row["measured"] - 1
-    return f"{name:36} {row['planned'] / 1e6:9.0f} {row['measured'] / 1e6:9.0f}  {share:+.1%}"
+        return f"{name:44}{row['note']}"
+    pairs = zip(row["planned"], row["measured"], strict=True)
+    return f"{name:44}" + "".join(f"{p / 1e6:9.0f}{m / 1e6:7.0f}{p / m - 1:+8.1%}" for p, m in pairs)
 
 
-def plan_peaks(options: argparse.Namespace) -> list[int]:
-    shape = {"bf16": False, "tokens": options.rows * options.length, "batch_size": options.rows}
-    planned = (
-        *make_plan(options.model, protect=SHARES, peers=False, **shape).settings,
-        *make_plan(options.model, protect=(0.5,), dtypes=("float32",), **shape).settings[-2:],
-    )
-    peaks = []
-    for method, wanted in SETTINGS:
-        chosen = {"method": "sculpt", "dtype": "float32", "state": "full", "master": "none"} | wanted
-        in_backward = chosen.pop("in_backward", False)
-        chosen.setdefault("basis_dtype", None)
-        rows = [row for row in planned if vars(row.setting).items() >= chosen.items()]
-        assert len(rows) == 1 and rows[0].memory is not None, method.name
-        peaks.append(rows[0].memory.peak_in_backward if in_backward else rows[0].memory.peak)
-    return peaks
+def plan_peaks(model: Path) -> list[list[int]]:
+    """Of every setting the peak of each batch."""
+    planned = []
+    for count, length in BATCHES:
+        batch = {"bf16": False, "tokens": count * length, "batch_size": count}
+        ours = make_plan(model, protect=SHARES, peers=False, **batch).settings
+        planned.append((*ours, *make_plan(model, dtypes=("float32",), **batch).settings[-2:]))
+    return [[planned_peak(rows, setting) for rows in planned] for _, setting in SETTINGS]
+
+
+def planned_peak(rows: Sequence[PlanRow], setting: Setting) -> int:
+    wanted = {"method": "sculpt", "dtype": "float32", "state": "full", "master": "none", "basis_dtype": None} | setting
+    in_backward = wanted.pop("in_backward", False)
+    (row,) = (row for row in rows if vars(row.setting).items() >= wanted.items())
+    return replace(row, setting=replace(row.setting, in_backward=in_backward)).peak
 
 
 def in_own_process(index: int) -> Row:
@@ -145,8 +149,8 @@ def in_own_process(index: int) -> Row:
     return row
 
 
-def measured(method: Method, options: argparse.Namespace) -> Row:
-    """Peak bytes of a step of `method`, above what libraries take."""
+def measured(method: Method, model: Path) -> Row:
+    """Peak bytes of a step of `method` with each batch, above what libraries take."""
     try:
         if method.load is not None:
             method.load()
@@ -154,16 +158,20 @@ def measured(method: Method, options: argparse.Namespace) -> Row:
         return {"note": f"not installed: {error}"}
     memory = PeakMemory(torch.device("cpu"))
     warm = prepared(method, tiny(method.dtype))
-    step(warm, options.rows, options.length)
+    for batch in BATCHES:
+        step(warm, *batch)
     memory.reset()
     baseline = memory.read()
-    training = prepared(method, opened(options.model, method.dtype))
+    training = prepared(method, opened(model, method.dtype))
     # Optimizer states are made in the first step and are there during the whole of the second.
     step(training, 1, 8)
     gc.collect()
-    memory.reset()
-    step(training, options.rows, options.length)
-    return {"measured": memory.read() - baseline, "baseline": baseline}
+    peaks = []
+    for batch in BATCHES:
+        memory.reset()
+        step(training, *batch)
+        peaks.append(memory.read() - baseline)
+    return {"measured": peaks, "baseline": baseline}
 
 
 def tiny(dtype: torch.dtype) -> nn.Module:

@@ -194,6 +194,7 @@ METHODS = (
     ours("full, project update", 0.5, project="update"),
     ours("full, bf16 bases", 0.5, basis_dtype=BF16),
     ours("subspace, bf16 bases", 0.5, basis_dtype=BF16, state="subspace"),
+    ours("subspace, fp16 bases", 0.75, basis_dtype=torch.float16, state="subspace"),
     ours("subspace, in backward", 0.5, state="subspace", kind=InBackward),
     guarded(0.5),
     *(peft(protect) for protect in SHARES),
