@@ -11,6 +11,8 @@ from sculpt_ops import AdamW, Subspaces, fuse_into_backward
 
 from .training import assert_same_weights
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 TARGETS = ["first.weight", "second.weight", "third.weight"]
 
 

@@ -10,6 +10,8 @@ from sculpt_ops.subspaces import Subspaces
 
 from .training import SHAPES, Shapes, assert_kept, assert_same_weights, start_of, train
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 def test_named_parameters_bind_by_canonical_name() -> None:
     model, replaced = Shapes(), Shapes()

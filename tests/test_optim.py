@@ -9,6 +9,8 @@ from sculpt_ops.subspaces import Subspaces
 
 from .training import SHAPES, STEPS, Shapes, assert_kept, assert_same_weights, gradients, start_of, train
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 @pytest.mark.parametrize(("sides", "share"), list(itertools.product(("both", "left", "right", "block"), (0.3, 0.8))))
 @pytest.mark.parametrize("foreach", [None, True])

@@ -12,6 +12,8 @@ from sculpt_ops.subspaces import Subspaces
 
 from .training import SHAPES, STEPS, Shapes, assert_kept, assert_same_weights, gradients, start_of, train
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 @pytest.mark.parametrize(
     "options",

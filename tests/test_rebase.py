@@ -44,8 +44,7 @@ def test_same_subspaces_leave_the_moments_as_they_are(name: str) -> None:
     layer = KINDS[name]
     first, second = moments_of(layer)
     assert (rebase_first(first, layer, layer) - first).norm() <= 2e-6 * first.norm()
-    assert torch.allclose(rebase_second(second, layer, layer), second, rtol=1e-5, atol=1e-6)
-    assert (rebase_second(second, layer, layer) >= 0).all()
+    assert torch.equal(rebase_second(second, layer, layer), second)
 
 
 @pytest.mark.parametrize("name", KINDS)
@@ -78,20 +77,19 @@ def test_second_moment_is_that_of_uncorrelated_coordinates(name: str) -> None:
 
 def test_another_space_keeps_what_lies_in_it() -> None:
     """Of the first moment the common part. The second takes the mean for what is not known: all the same stay so."""
-    old, new = KINDS["both_75_32"], KINDS["both_25_32"]
-    new = LayerSubspace(old.shape, old.rank, 1.0, turned(old).left_basis, None)
-    wide = LayerSubspace(
-        old.shape, 4, 1.0, *(Basis.store(orthonormal(d, d - 4, torch.float32, d), "free") for d in old.shape)
-    )
+    old = KINDS["both_75_32"]
+    one_side = LayerSubspace(old.shape, old.rank, 1.0, turned(old).left_basis, None)
+    left, right = (Basis.store(orthonormal(d, d - 4, torch.float32, d), "free") for d in old.shape)
+    wide = LayerSubspace(old.shape, 4, 1.0, left, right)
     first, _ = moments_of(old)
-    for to in (new, wide):
+    for to in (one_side, wide):
         full = old.from_coordinates(first).double()
         kept = to.from_coordinates(rebase_first(first, old, to)).double()
-        left, right = (
+        P, Q = (
             torch.eye(d).double() if b is None else b.free_columns().double() @ b.free_columns().double().mT
             for b, d in zip((to.left_basis, to.right_basis), to.shape, strict=True)
         )
-        assert (kept - left @ full @ right).norm() <= 3e-6 * full.norm()
+        assert (kept - P @ full @ Q).norm() <= 3e-6 * full.norm()
         same = rebase_second(torch.full(old.free_shape, 0.25), old, to)
         assert same.shape == to.free_shape
         assert torch.allclose(same, torch.tensor(0.25), rtol=1e-5)
@@ -103,7 +101,7 @@ def test_from_task_to_task(amsgrad: bool) -> None:
     model = Shapes()
     optimizer = AdamW(model.parameters(), 1e-2, state="subspace", amsgrad=amsgrad)
     train(model, optimizer, 10)
-    state = optimizer.state[model.wide]
+    state = optimizer.state[dict(model.named_parameters())["wide"]]
     full = state["exp_avg"].clone()
     for share in (0.5, 0.75, 0.25):
         subspaces = Subspaces.from_model(model, share, targets=list(SHAPES))
@@ -126,8 +124,7 @@ def test_from_task_to_task(amsgrad: bool) -> None:
 def test_start_of_the_decay_is_that_of_the_task() -> None:
     """After a second set_subspaces the weights decay toward what they were then."""
     model = Kinds()
-    options = {"lr": 1e-2, "weight_decay": 0.5}
-    optimizer = AdamW(model.parameters(), **options, subspaces=model.subspaces, state="subspace", decay_to="start")
+    optimizer = AdamW(model.parameters(), 1e-2, subspaces=model.subspaces, state="subspace", decay_to="start")
     train(model, optimizer, 5)
     optimizer.set_subspaces(model.subspaces)
     start = start_of(model)

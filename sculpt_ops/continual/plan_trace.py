@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
@@ -65,14 +65,33 @@ class Allocations(TorchDispatchMode):
         self.now -= self._sizes.pop(key)
 
 
-class _FusedAttention(TorchFunctionMode):
-    """Without dropout inside of attention, which on CPUs would not be fused then; on a GPU it is, and takes no more."""
+@contextmanager
+def _as_on_a_gpu() -> Iterator[None]:
+    """Attention without dropout of its own: on a CPU it would not be fused then; on a GPU it is, and takes no more. And
+    rows of one sequence: transformers looks at the positions, assumes several where there are no values to look at, and
+    then needs a mask, with which attention copies the keys of shared heads."""
+    from transformers import masking_utils
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func is F.scaled_dot_product_attention and "dropout_p" in kwargs:
-            kwargs = {**kwargs, "dropout_p": 0.0}
-        return func(*args, **kwargs)
+    attention = F.scaled_dot_product_attention
+
+    def without_dropout(*args: Any, dropout_p: float = 0.0, **kwargs: Any) -> Tensor:
+        return attention(*args, **kwargs)
+
+    with (
+        _replaced(F, "scaled_dot_product_attention", without_dropout),
+        _replaced(masking_utils, "find_packed_sequence_indices", lambda position_ids: None),
+    ):
+        yield
+
+
+@contextmanager
+def _replaced(module: ModuleType, name: str, value: Any) -> Iterator[None]:
+    found = getattr(module, name)
+    setattr(module, name, value)
+    try:
+        yield
+    finally:
+        setattr(module, name, found)
 
 
 @dataclass(frozen=True)
@@ -119,8 +138,8 @@ def trace_pass(model: PreTrainedModel, rows: int, length: int, *, autocast: bool
         if parameter.requires_grad
     ]
     try:
-        with quiet(), _FusedAttention(), allocations:
-            with torch.autocast(device.type, torch.bfloat16) if autocast else contextlib.nullcontext():
+        with quiet(), _as_on_a_gpu(), allocations:
+            with torch.autocast(device.type, torch.bfloat16) if autocast else nullcontext():
                 loss = model(**inputs, use_cache=False).loss
             loss.backward()
     except RuntimeError as error:

@@ -40,7 +40,7 @@ def rebase_second(moment: Tensor, old: LayerSubspace | None, new: LayerSubspace 
 
 def _change(old: Basis | None, new: Basis | None, like: Tensor) -> Tensor | None:
     """A ∘ A of one side in float64, (free of new, free of old); None if nothing changes."""
-    if old is None and new is None:
+    if old is new:
         return None
     start = None if old is None else old.free_columns().to(like)
     end = None if new is None else new.free_columns().to(like)
