@@ -73,13 +73,13 @@ class Plan:
     settings: tuple[Row, ...]
 
     def cheapest(self, protect: str) -> Row | None:
-        """Of our settings for `protect` that fit the GPU the one with the shortest floor; within 5 % of that the most
-        accurate (weights with all their digits before stochastic rounding, float32 bases before 16 bit), then one that
-        leaves clipping possible (a step after the backward pass), then the lowest peak. None if none fits."""
+        """Of our settings for `protect` that fit the GPU the one with the shortest floor; within 5 % of that weights
+        with all their digits before stochastic rounding, then a step after the backward pass, which leaves clipping
+        possible, then float32 bases before 16 bit, then the lowest peak. None if none fits."""
         fitting = [row for row in self._ours(protect) if row.peak <= self.gpu.memory]
         shortest = min((row.seconds or 0.0 for row in fitting), default=0.0)
         tied = [row for row in fitting if (row.seconds or 0.0) <= TIE * shortest]
-        return min(tied, key=_inaccuracy, default=None)
+        return min(tied, key=_preference, default=None)
 
     def smallest(self, protect: str) -> Row:
         """Of our settings for `protect` the one with the lowest peak."""
@@ -104,6 +104,6 @@ class Plan:
         return asdict(self) | {"cheapest": cheapest}
 
 
-def _inaccuracy(row: Row) -> tuple[bool, bool, bool, int]:
+def _preference(row: Row) -> tuple[bool, bool, bool, int]:
     setting = row.setting
-    return setting.master == "stochastic", setting.basis_dtype is not None, setting.in_backward, row.peak
+    return setting.master == "stochastic", setting.in_backward, setting.basis_dtype is not None, row.peak

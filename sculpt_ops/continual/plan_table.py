@@ -10,6 +10,7 @@ from .plan_result import Plan, Row, Setting
 __all__ = ["show_plan"]
 
 COLUMNS = ("weights", "bases", "gradients", "states", "activations", "peak", "in backward", "step, least")
+WIDTHS = [max(len(column) + 2, 8) for column in COLUMNS]
 
 
 def show_plan(plan: Plan) -> str:
@@ -22,8 +23,8 @@ def show_plan(plan: Plan) -> str:
     ]
     width = max(len(_label(row.setting)) for row in plan.settings) + 2
     for (dtype, autocast), rows in groupby(plan.settings, key=lambda row: (row.setting.dtype, row.setting.autocast)):
-        weights = f"{dtype} weights{', bfloat16 autocast' if autocast else ''}; GB"
-        lines += ["", f"{weights:<{width}}{''.join(f'{column:>12}' for column in COLUMNS)}"]
+        weights = f"{dtype} weights{', bf16 autocast' if autocast else ''}; GB"
+        lines += ["", f"{weights:<{width}}{''.join(f'{c:>{w}}' for c, w in zip(COLUMNS, WIDTHS, strict=True))}"]
         lines += [_line(plan, row, width) for row in rows]
     return "\n".join([*lines, "", *_notes(plan), *(_verdict(plan) if plan.gpu_given else ())])
 
@@ -32,7 +33,7 @@ def _label(setting: Setting) -> str:
     if setting.method != "sculpt":
         return f"  {setting.method}" if setting.protect is None else f"  {setting.protect}  {setting.method}"
     master = () if setting.master == "none" else (setting.master,)
-    basis = () if setting.basis_dtype is None else (f"{setting.basis_dtype} bases",)
+    basis = () if setting.basis_dtype is None else ("bf16 bases",)
     return f"  {setting.protect}  {', '.join((setting.state, *master, *basis))}"
 
 
@@ -42,12 +43,12 @@ def _line(plan: Plan, row: Row, width: int) -> str:
     if memory is None:
         return f"{label}  {row.note}"
     kept = (memory.weights, memory.bases, memory.gradients, memory.states, memory.activations)
-    cells = [f"{_gigabytes(value):>12}" if value else f"{'-':>12}" for value in kept]
+    cells = [_gigabytes(value) if value else "-" for value in kept]
     for peak in (memory.peak, memory.peak_in_backward):
         over = "!" if plan.gpu_given and peak is not None and peak > plan.gpu.memory else ""
-        cells.append(f"{'-' if peak is None else _gigabytes(peak) + over:>12}")
-    cells.append(f"{'-' if row.seconds is None else _seconds(row.seconds):>12}")
-    return label + "".join(cells)
+        cells.append("-" if peak is None else _gigabytes(peak) + over)
+    cells.append("-" if row.seconds is None else _seconds(row.seconds))
+    return label + "".join(f"{cell:>{width}}" for cell, width in zip(cells, WIDTHS, strict=True))
 
 
 def _notes(plan: Plan) -> list[str]:
@@ -64,8 +65,8 @@ def _notes(plan: Plan) -> list[str]:
 
 def _verdict(plan: Plan) -> Iterator[str]:
     yield (
-        f"Cheapest of ours that fits {plan.gpu.name} (least time; within 5 % of it the most accurate, then a step "
-        "after the backward pass, then the smallest):"
+        f"Cheapest of ours that fits {plan.gpu.name} (least time; within 5 % of it split before stochastic, a "
+        "step after the backward pass, float32 bases, the smallest):"
     )
     for protect in plan.protects:
         best, smallest = plan.cheapest(protect), plan.smallest(protect)

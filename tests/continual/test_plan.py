@@ -336,7 +336,7 @@ def candidate(peak: int, seconds: float | None, peak_in_backward: int = 10**9, *
     return Row(Setting("sculpt", "bfloat16", False, "0.5", **setting), memory, seconds)
 
 
-def test_the_cheapest_is_fast_then_accurate_then_small() -> None:
+def test_the_cheapest_is_fast_then_accurate_then_able_to_clip_then_small() -> None:
     rows = (
         candidate(90, 0.5, master="split"),
         candidate(70, 1.00, master="stochastic"),
@@ -350,6 +350,9 @@ def test_the_cheapest_is_fast_then_accurate_then_small() -> None:
     assert replace(plan, gpu=replace(H100, memory=55)).cheapest("0.5") == replace(
         rows[4], setting=replace(rows[4].setting, in_backward=True)
     )
+    clipping = candidate(70, 1.0, 50, master="split", basis_dtype="bfloat16")
+    in_backward = candidate(90, 1.0, 60, master="split")
+    assert replace(plan, settings=(in_backward, clipping)).cheapest("0.5") == clipping
     none = replace(plan, gpu=replace(H100, memory=40))
     assert none.cheapest("0.5") is None
     assert none.smallest("0.5").peak == 50
@@ -365,7 +368,7 @@ def test_table(config_file: Path) -> None:
     lines = result.stdout.splitlines()
     assert "2 matrices" not in lines[0]
     assert "14 matrices to protect, sides both; 1 x 48 tokens a forward pass" in lines[0]
-    for label in ("AdamW", "0.25  full", "rank:8  subspace, split, bfloat16 bases", "0.25  PEFT OSF"):
+    for label in ("AdamW", "0.25  full", "rank:8  subspace, split, bf16 bases", "0.25  PEFT OSF"):
         assert any(line.startswith(f"  {label} ") for line in lines), label
     assert lines[-2].startswith("  --protect 0.25 --state subspace")
     assert lines[-1].endswith("GB to spare")
