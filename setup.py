@@ -38,6 +38,7 @@ setup(
         "sculpt_ops.ops",
         "sculpt_ops.optim",
         "sculpt_ops.continual",
+        "sculpt_ops.continual.plan",
         "sculpt_ops.triton_kernels",
     ],
     package_dir={"sculpt_ops": "sculpt_ops", "sculpt_ops.triton_kernels": "triton_kernels"},

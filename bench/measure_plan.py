@@ -29,7 +29,7 @@ from training_methods import BF16, SHARES, InBackward, Method, Training, mini_tr
 from sculpt_ops.continual.memory import PeakMemory
 from sculpt_ops.continual.modeling import open_model
 from sculpt_ops.continual.plan import make_plan
-from sculpt_ops.continual.plan_result import Row as PlanRow
+from sculpt_ops.continual.plan.result import Row as PlanRow
 
 PACKAGES = ("transformers", "peft", "rhai-innovation-mini-trainer", "numpy")
 # Blocks from this size on go back to the system when they are freed; glibc otherwise raises its threshold to 32 MB

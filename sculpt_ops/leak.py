@@ -13,7 +13,14 @@ from torch import Tensor
 from .layer import LayerSubspace
 from .names import canonical_name, list_names
 
-__all__ = ["SKETCH_COLUMNS", "LayerLeak", "check_start_weights", "measure_exact", "measure_sketched", "sketch_weight"]
+__all__ = [
+    "LayerLeak",
+    "check_start_weights",
+    "measure_exact",
+    "measure_sketched",
+    "sketch_shape",
+    "sketch_weight",
+]
 
 SKETCH_COLUMNS = 16
 
@@ -87,6 +94,12 @@ def sketch_weight(layer: LayerSubspace, weight: Tensor, name: str) -> Tensor:
         return _product(weight, omega)
     z = layer.protected_right(omega)
     return torch.cat([*_product(weight, torch.cat([omega, z], dim=1)).split(SKETCH_COLUMNS, dim=1), z])
+
+
+def sketch_shape(layer: LayerSubspace) -> tuple[int, int]:
+    """Of what `sketch_weight` gives."""
+    m, n = layer.shape
+    return (m if layer.right_basis is None else 2 * m + n), SKETCH_COLUMNS
 
 
 def measure_sketched(layer: LayerSubspace, weight: Tensor, start_sketch: Tensor, name: str) -> LayerLeak:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .basis import Basis, Form
 from .layer import LayerSubspace
+from .leak import sketch_shape
 from .tensor_file import FileFormat
 
 if TYPE_CHECKING:
@@ -51,9 +52,16 @@ def load_subspaces(
 
     tensors, header = _FILE.read(path)
     layers = {name: _layer(path, name, fields, tensors) for name, fields in header["layers"].items()}
-    sketches = {name: tensors[f"{name}:sketch"] for name in layers if f"{name}:sketch" in tensors}
+    sketches = {name: _sketch(path, name, layers[name], tensors) for name in layers if f"{name}:sketch" in tensors}
     unprotected = [Unprotected(**group) for group in header["unprotected"]]
     return layers, sketches, unprotected, header["importance"]
+
+
+def _sketch(path: Path, name: str, layer: LayerSubspace, tensors: dict[str, Tensor]) -> Tensor:
+    sketch, wanted = tensors[f"{name}:sketch"], sketch_shape(layer)
+    if tuple(sketch.shape) != wanted:
+        raise ValueError(f"{path}: the sketch of {name} has shape {tuple(sketch.shape)}, wanted {wanted}")
+    return sketch
 
 
 def _layer(path: Path, name: str, fields: dict[str, Any], tensors: dict[str, Tensor]) -> LayerSubspace:

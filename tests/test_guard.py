@@ -3,7 +3,7 @@ import os
 import subprocess
 import sys
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,18 +20,11 @@ from sculpt_ops.subspaces import Subspaces
 
 from .training import SHAPES, STEPS, Shapes, assert_kept, assert_same_weights, gradients, start_of, train
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 SIDES = ("both", "left", "right", "block")
 # Where a library lies that others must not find: transformers imports torchao wherever it is installed.
 OPTIMIZERS = Path(sys.prefix) / "optimizers"
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Hundreds of steps on tiny matrices: on shared cores waiting for a second thread takes most of the time."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def lion(parameters: Any) -> torch.optim.Optimizer:

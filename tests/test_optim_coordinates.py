@@ -1,7 +1,6 @@
 """AdamW(state="subspace"): moments of the free coordinates, gradients accumulated and clipped in them."""
 
 import copy
-import io
 from collections.abc import Iterable
 from typing import Any
 
@@ -19,6 +18,7 @@ from .training import (
     Shapes,
     assert_kept,
     assert_same_weights,
+    copied,
     feed,
     gradients,
     recorded,
@@ -279,22 +279,16 @@ def test_copies_and_resumed_runs_go_on_to_the_bit(how: str) -> None:
     train(model, optimizer, 3)
     if how == "state_dict":
         other.load_state_dict(model.state_dict())
-        copied = subspace_optimizer(other)
-        copied.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+        resumed = subspace_optimizer(other)
+        resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
     else:
         next(gradients(model, 1))
         optimizer.compress_gradients()
         subspaces = model.__dict__.pop("subspaces")  # weak references, which are not pickled
-        if how == "deepcopy":
-            other, copied = copy.deepcopy((model, optimizer))
-        else:
-            buffer = io.BytesIO()
-            torch.save((model, optimizer), buffer)
-            buffer.seek(0)
-            other, copied = torch.load(buffer, weights_only=False)
+        other, resumed = copied((model, optimizer), how)
         other.subspaces = subspaces
     start = start_of(other)
     train(model, optimizer, 20)
-    train(other, copied, 20)
+    train(other, resumed, 20)
     assert_same_weights(model, other)
     assert_kept(other.subspaces.bind(other), start, 20)

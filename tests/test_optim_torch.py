@@ -1,5 +1,4 @@
 import copy
-import io
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,7 @@ from torch import Tensor, nn
 from sculpt_ops.optim import AdamW
 from sculpt_ops.subspaces import Subspaces
 
-from .training import SHAPES, STEPS, Shapes, assert_kept, assert_same_weights, gradients, start_of, train
+from .training import SHAPES, STEPS, Shapes, assert_kept, assert_same_weights, copied, gradients, start_of, train
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -116,13 +115,7 @@ def test_copies_stay_protected(how: str) -> None:
     subspaces = Subspaces.from_model(model, 0.5, targets=list(SHAPES))
     optimizer = AdamW(model.parameters(), 1e-2, subspaces=subspaces)
     train(model, optimizer, 2)
-    if how == "deepcopy":
-        model, optimizer = copy.deepcopy((model, optimizer))
-    else:
-        buffer = io.BytesIO()
-        torch.save((model, optimizer), buffer)
-        buffer.seek(0)
-        model, optimizer = torch.load(buffer, weights_only=False)
+    model, optimizer = copied((model, optimizer), how)
     assert optimizer.param_groups[0]["params"][0] is model.square
     start = start_of(model)
     train(model, optimizer)

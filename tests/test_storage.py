@@ -60,6 +60,9 @@ def test_load_refuses_other_files(tmp_path: Path) -> None:
     save_file(tensors | {"square:left": torch.zeros(32, 15)}, path, metadata)
     with pytest.raises(ValueError, match=r"the left basis of square has shape \(32, 15\), wanted \(32, 16\)"):
         Subspaces.load(path)
+    save_file(tensors | {"square:sketch": torch.zeros(32, 16, dtype=torch.float64)}, path, metadata)
+    with pytest.raises(ValueError, match=r"the sketch of square has shape \(32, 16\), wanted \(96, 16\)"):
+        Subspaces.load(path)
     with pytest.raises(FileNotFoundError):
         Subspaces.load(tmp_path / "absent.safetensors")
 

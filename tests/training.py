@@ -1,7 +1,10 @@
 """Models of bare matrices, and training steps without data: shared by the tests of leaks and optimizers."""
 
+import copy
+import io
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +13,8 @@ from sculpt_ops.decompose import top_subspaces
 from sculpt_ops.layer import LayerSubspace, Sides
 from sculpt_ops.leak import measure_exact, sketch_weight
 from sculpt_ops.subspaces import Subspaces
+
+T = TypeVar("T")
 
 SHAPES = {"square": (32, 32), "wide": (24, 56), "tall": (56, 24)}
 STEPS = 100
@@ -76,6 +81,16 @@ def feed(model: nn.Module, grads: Sequence[Tensor]) -> None:
 def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int = STEPS) -> None:
     for _ in gradients(model, steps):
         optimizer.step()
+
+
+def copied(objects: T, how: str) -> T:
+    """As "deepcopy" or "pickle" copies them: parameters stay those of the models that are copied with them."""
+    if how == "deepcopy":
+        return copy.deepcopy(objects)
+    buffer = io.BytesIO()
+    torch.save(objects, buffer)
+    buffer.seek(0)
+    return torch.load(buffer, weights_only=False)  # type: ignore[no-any-return]
 
 
 def start_of(model: nn.Module) -> dict[str, Tensor]:

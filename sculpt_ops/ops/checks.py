@@ -23,6 +23,7 @@ __all__ = [
     "check_sketch",
     "check_written",
     "refuse_forward_mode",
+    "refuse_gradients",
 ]
 
 _HALF = (torch.bfloat16, torch.float16)
@@ -38,6 +39,18 @@ def refuse_forward_mode(op: str, *tensors: Tensor | None) -> None:
             f"{op}: given a tensor with a forward-mode tangent, wanted one without: only sketch has forward-mode "
             "derivatives; the twins in sculpt_ops.reference have them too"
         )
+
+
+def refuse_gradients(op: str, **tensors: Tensor | None) -> None:
+    """For an op without a backward formula; tensors by argument."""
+    refuse_forward_mode(op, *tensors.values())
+    if not torch.is_grad_enabled():
+        return
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.requires_grad:
+            raise RuntimeError(
+                f"{op}: {name}: given a tensor that requires grad, wanted one that does not; call under torch.no_grad()"
+            )
 
 
 def _shape(tensor: Tensor) -> str:

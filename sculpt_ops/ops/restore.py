@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .checks import check_restore, refuse_forward_mode
+from .checks import check_restore, refuse_gradients
 from .library import AFTER_AUTOGRAD, LIBRARY
 
 __all__ = ["restore_"]
@@ -101,15 +101,8 @@ def _restore_autograd_(
 ) -> None:
     thin = (left, left_image, right, right_image, core, reference)
     check_restore("restore_", weight, *thin, keep_left, keep_right, block)
-    refuse_forward_mode("restore_", weight, *thin)
-    if torch.is_grad_enabled():
-        names = ("weight", "left", "left_image", "right", "right_image", "core", "reference")
-        for name, tensor in zip(names, (weight, *thin), strict=True):
-            if tensor is not None and tensor.requires_grad:
-                raise RuntimeError(
-                    f"restore_: {name}: given a tensor that requires grad, wanted one that does not; call under "
-                    "torch.no_grad()"
-                )
+    names = ("left", "left_image", "right", "right_image", "core", "reference")
+    refuse_gradients("restore_", weight=weight, **dict(zip(names, thin, strict=True)))
     _RESTORE_.redispatch(
         keyset & AFTER_AUTOGRAD,
         weight,

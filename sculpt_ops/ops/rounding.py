@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from .checks import check_apart, check_written, refuse_forward_mode
+from .checks import check_apart, check_written, refuse_gradients
 from .cuda import triton_missing
 from .library import AFTER_AUTOGRAD, LIBRARY
 
@@ -141,17 +141,6 @@ def _check_written(op: str, written: dict[str, Tensor], **read: Tensor) -> None:
         check_apart(op, name, tensor, **others, **read)
 
 
-def _refuse_gradients(op: str, **tensors: Tensor) -> None:
-    refuse_forward_mode(op, *tensors.values())
-    if not torch.is_grad_enabled():
-        return
-    for name, tensor in tensors.items():
-        if tensor.requires_grad:
-            raise RuntimeError(
-                f"{op}: {name}: given a tensor that requires grad, wanted one that does not; call under torch.no_grad()"
-            )
-
-
 def join_cuda(high: Tensor, low: Tensor) -> Tensor:
     _check_halves("_join", high, low)
     return reference.join_halves(high, low)
@@ -220,28 +209,28 @@ def _round_stochastic_fake_(out: Tensor, value: Tensor, *, seed: int, offset: in
 
 def _join_autograd(keyset: Any, high: Tensor, low: Tensor) -> Tensor:
     _check_halves("_join", high, low)
-    _refuse_gradients("_join", high=high)
+    refuse_gradients("_join", high=high)
     out: Tensor = _JOIN.redispatch(keyset & AFTER_AUTOGRAD, high, low)
     return out
 
 
 def _split_autograd_(keyset: Any, value: Tensor, high: Tensor, low: Tensor) -> None:
     _check_halves("_split_", high, low, value=value)
-    _refuse_gradients("_split_", value=value, high=high)
+    refuse_gradients("_split_", value=value, high=high)
     _SPLIT_.redispatch(keyset & AFTER_AUTOGRAD, value, high, low)
     torch.autograd.graph.increment_version((high, low))
 
 
 def _add_split_autograd_(keyset: Any, high: Tensor, low: Tensor, step: Tensor) -> None:
     _check_halves("_add_split_", high, low, step=step)
-    _refuse_gradients("_add_split_", high=high, step=step)
+    refuse_gradients("_add_split_", high=high, step=step)
     _ADD_SPLIT_.redispatch(keyset & AFTER_AUTOGRAD, high, low, step)
     torch.autograd.graph.increment_version((high, low))
 
 
 def _round_stochastic_autograd_(keyset: Any, out: Tensor, value: Tensor, *, seed: int, offset: int = 0) -> None:
     _check_rounding(out, value, offset)
-    _refuse_gradients("_round_stochastic_", out=out, value=value)
+    refuse_gradients("_round_stochastic_", out=out, value=value)
     _ROUND_STOCHASTIC_.redispatch(keyset & AFTER_AUTOGRAD, out, value, seed=seed, offset=offset)
     torch.autograd.graph.increment_version(out)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,12 +14,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import sculpt_ops
 from sculpt_ops import Subspaces
-from sculpt_ops.continual.plan_gpus import H100, Gpu, Work, find_gpu, projection_work, update_work
-from sculpt_ops.continual.plan_models import KNOWN_MODELS, fake_model, open_config
-from sculpt_ops.continual.plan_peers import OsfLinear, OsftLinear, factorise
-from sculpt_ops.continual.plan_result import Plan, Row, Setting
-from sculpt_ops.continual.plan_storage import Footprint, protected_layer
-from sculpt_ops.continual.plan_trace import Allocations, Trace, trace_pass
+from sculpt_ops.continual.plan.gpus import H100, Gpu, Work, find_gpu, projection_work, update_work
+from sculpt_ops.continual.plan.models import KNOWN_MODELS, fake_model, open_config
+from sculpt_ops.continual.plan.peers import OsfLinear, OsftLinear, factorise
+from sculpt_ops.continual.plan.result import Plan, Row, Setting
+from sculpt_ops.continual.plan.storage import Footprint, protected_layer
+from sculpt_ops.continual.plan.trace import Allocations, Trace, trace_pass
 from sculpt_ops.optim.options import Options
 from sculpt_ops.targets import resolve_targets
 
@@ -34,6 +33,8 @@ from sculpt_ops.continual.plan import make_plan
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 SIZES = {
     "vocab_size": 200,
@@ -55,15 +56,6 @@ def tiny(model_type: str = "llama", dtype: torch.dtype = torch.float32) -> PreTr
         sizes = {"vocab_size": 200, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}
     torch.manual_seed(0)
     return fake_model(transformers.AutoConfig.for_model(model_type, **sizes), dtype)
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Tensors are tiny, and waiting for a second thread takes far longer than they do."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ iterations have converged, and only there can the gradients be compared.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -18,17 +18,10 @@ import sculpt_ops
 
 from .accuracy import gaussian, orthonormal
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
 WHICH = ["USV", "U", "S", "V", "US", "SV", "UV"]
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Thousands of calls on tiny matrices: on a loaded machine two threads wait for each other ten times as long."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def matrix_of(spectrum: Tensor, m: int, n: int, seed: int = 0) -> Tensor:

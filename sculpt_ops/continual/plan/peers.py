@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .plan_gpus import Work
+from .gpus import Work
 
 __all__ = ["OsfLinear", "OsftLinear", "factorise"]
 

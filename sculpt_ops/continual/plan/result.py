@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
-from ..optim.options import State
-from ..optim.precision import Master
-from .plan_gpus import Gpu
-from .plan_storage import Footprint
+from ...optim.options import State
+from ...optim.precision import Master
+from .gpus import Gpu
+from .storage import Footprint
 
 __all__ = ["Method", "Plan", "Row", "Setting"]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from itertools import groupby
 
-from .plan_result import Plan, Row, Setting
+from .result import Plan, Row, Setting
 
 __all__ = ["show_plan"]
 

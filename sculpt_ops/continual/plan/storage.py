@@ -7,12 +7,13 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from ..basis import Basis, Form
-from ..layer import LayerSubspace, Sides
-from ..leak import SKETCH_COLUMNS
-from ..optim.options import Options
-from .plan_trace import Trace
+from ...basis import Basis, Form
+from ...layer import LayerSubspace, Sides
+from ...leak import sketch_shape
+from ...optim.options import Options
+from .trace import Trace
 
 __all__ = ["Footprint", "footprint", "protected_layer"]
 
@@ -43,7 +44,7 @@ class Footprint:
 def protected_layer(
     shape: tuple[int, int], rank: int, sides: Sides, basis_dtype: torch.dtype | None, coordinates: bool
 ) -> LayerSubspace:
-    """`LayerSubspace.from_top_subspace` without values: what is stored of a matrix of `shape`, on the meta device.
+    """`LayerSubspace.from_top_subspace` without values: what is stored of a matrix of `shape`, as fake tensors.
     `coordinates`: as after `Subspaces.use_reflectors`."""
     narrow = basis_dtype is not None and basis_dtype.itemsize == 2
 
@@ -51,11 +52,13 @@ def protected_layer(
         free = sides != "block" and length - rank < rank
         columns = length - rank if free else rank
         form: Form = "free" if free else "reflector" if narrow or coordinates else "protected"
-        correction = torch.empty(columns, columns, dtype=torch.float16, device="meta") if narrow else None
-        return Basis(torch.empty(length, columns, dtype=basis_dtype, device="meta"), form, correction)
+        correction = torch.empty(columns, columns, dtype=torch.float16) if narrow else None
+        return Basis(torch.empty(length, columns, dtype=basis_dtype), form, correction)
 
     m, n = shape
-    left, right = (None if sides == "right" else basis(m)), (None if sides == "left" else basis(n))
+    # Bases on the meta device are another rank's and count as nothing.
+    with FakeTensorMode():
+        left, right = (None if sides == "right" else basis(m)), (None if sides == "left" else basis(n))
     return LayerSubspace(shape, rank, 1.0, left, right, sides == "block")
 
 
@@ -117,5 +120,4 @@ def _buffer_bytes(parameter: Tensor) -> int:
 
 def _sketch_bytes(layer: LayerSubspace) -> int:
     """As `leak.sketch_weight` makes them, in float64."""
-    m, n = layer.shape
-    return 8 * SKETCH_COLUMNS * (m if layer.right_basis is None else 2 * m + n)
+    return 8 * torch.Size(sketch_shape(layer)).numel()

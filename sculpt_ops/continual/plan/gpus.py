@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..layer import LayerSubspace
-from ..optim.options import Options
+from ...layer import LayerSubspace
+from ...optim.options import Options
 
 __all__ = ["GPUS", "Gpu", "Work", "find_gpu", "projection_work", "update_work"]
 

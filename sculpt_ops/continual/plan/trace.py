@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from .plan_models import quiet
+from .models import quiet
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

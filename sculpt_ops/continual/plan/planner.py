@@ -1,4 +1,4 @@
-"""What training a model takes, before it is tried: memory and least time of every way to train it, from its config."""
+"""The rows of a plan: every way to train a model, each with its memory and least time."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from ..layer import LayerSubspace, Sides, check_sides
-from ..names import canonical_parameters
-from ..optim.options import Options, State
-from ..optim.precision import Master
-from ..ranks import Fraction, SizePolicy
-from ..targets import resolve_targets
-from .config import Protect, format_protect
-from .modeling import longest_input
-from .plan_gpus import H100, Gpu, Work, projection_work, update_work
-from .plan_models import fake_model, open_config
-from .plan_peers import OsfLinear, OsftLinear, factorise
-from .plan_result import Plan, Row, Setting
-from .plan_storage import footprint, protected_layer
-from .plan_trace import Trace, trace_pass
+from ...layer import LayerSubspace, Sides, check_sides
+from ...names import canonical_parameters
+from ...optim.options import Options
+from ...optim.precision import Master
+from ...ranks import Fraction, SizePolicy
+from ...targets import resolve_targets
+from ..config import STATES, Protect, format_protect
+from ..modeling import longest_input
+from .gpus import H100, Gpu, Work, projection_work, update_work
+from .models import fake_model, open_config
+from .peers import OsfLinear, OsftLinear, factorise
+from .result import Plan, Row, Setting
+from .storage import footprint, protected_layer
+from .trace import Trace, trace_pass
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -33,9 +33,8 @@ __all__ = ["make_plan"]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 # Where positions are relative: 512 tokens to read and as many to write, what T5 was trained with.
 LONGEST_ROW = 1024
-STATES: tuple[State, ...] = ("full", "subspace")
 # Which of our masters go with which weights: bfloat16 ones without lose small steps.
-MASTERS: dict[str, tuple[Master, ...]] = {
+MASTERS_OF: dict[str, tuple[Master, ...]] = {
     "float32": ("none",),
     "bfloat16": ("split", "stochastic"),
 }
@@ -58,7 +57,7 @@ def make_plan(
     peers: bool = True,
     trust_remote_code: bool = False,
 ) -> Plan:
-    """Plan for `model`, of which no weights are needed; see `plan_models.open_config` for what it may be.
+    """Plan for `model`, of which no weights are needed; see `models.open_config` for what it may be.
 
     protect: shares to compare, each as in `Subspaces.from_model`, of a kind that needs neither weights nor data.
     sides, targets, others: as in `Subspaces.from_model`.
@@ -149,7 +148,7 @@ class _Planner:
                     name: protected_layer((m, n), ranks[name], self.sides, kind, coordinates=state == "subspace")
                     for name, (m, n) in shapes.items()
                 }
-                for master in MASTERS[setting.dtype]:
+                for master in MASTERS_OF[setting.dtype]:
                     chosen = replace(setting, state=state, master=master, basis_dtype=basis)
                     options = Options(state=state, master=master, moment_dtype=self.moment_dtype)
                     yield self._row(chosen, model, trace, layers, options)
