@@ -5,6 +5,7 @@ The low-level ops are ``torch.ops.sculpt.*``; importing this package registers t
 """
 
 from .decompose import top_subspace
+from .on_dtensor_import import register_rules as _register_rules
 from .ops import foreach_project_, orthonormalize, project, project_, restore_, rsvd, sketch
 from .optim import AdamW, fuse_into_backward
 from .ranks import Energy, Importance, Rank, Schedule
@@ -28,3 +29,5 @@ __all__ = [
     "top_subspace",
 ]
 __version__ = "0.1.0"
+
+_register_rules()

@@ -8,6 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from .dtensor import local_nbytes
 from .linalg import orthonormal
 from .ops.project import project
 
@@ -74,7 +75,10 @@ class Basis:
 
     @property
     def nbytes(self) -> int:
-        return self.columns.nbytes + (0 if self.correction is None else self.correction.nbytes)
+        """Bytes on this rank: none on the meta device."""
+        if self.columns.is_meta:
+            return 0
+        return local_nbytes(self.columns) + (0 if self.correction is None else self.correction.nbytes)
 
     @property
     def is_span(self) -> bool:
@@ -82,6 +86,8 @@ class Basis:
         return self.form != "reflector" and self.correction is None
 
     def to(self, device: torch.device | str) -> Basis:
+        if self.columns.is_meta:
+            return self
         moved = None if self.correction is None else self.correction.to(device)
         return replace(self, columns=self.columns.to(device), correction=moved)
 
@@ -100,6 +106,8 @@ class Basis:
     def span(self) -> Tensor:
         """Orthonormal basis (d, r) of the free space if `keep`, otherwise of the protected one."""
         matrix = self.matrix()
+        if matrix.is_meta:
+            return matrix
         if self.form != "reflector":
             return matrix
         k = matrix.shape[1]
@@ -132,6 +140,8 @@ class Basis:
         """The same split with a protected basis folded into a reflector, others as they are."""
         if self.form != "protected":
             return self
+        if self.columns.is_meta:
+            return replace(self, form="reflector")
         basis = self.span().double()
         k = basis.shape[1]
         # L1 = U H, U orthogonal and H = X σ Xᵀ: V = L + [U; 0] has VᵀV = 2 (I + H), of condition 2 at most, and

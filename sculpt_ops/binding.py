@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from .dtensor import is_dtensor
 from .names import canonical_name, list_names
 
 if TYPE_CHECKING:
@@ -27,8 +28,10 @@ def unwrap_optimizer(optimizer: Any) -> torch.optim.Optimizer:
     return inner
 
 
-def bind_to_optimizer(subspaces: Subspaces, optimizer: torch.optim.Optimizer) -> dict[Tensor, LayerSubspace]:
-    """The subspace of every parameter of `optimizer` that has one.
+def bind_to_optimizer(
+    subspaces: Subspaces, optimizer: torch.optim.Optimizer, *, in_place: bool = False
+) -> dict[Tensor, LayerSubspace]:
+    """The subspace of every parameter of `optimizer` that has one; with `in_place` that of `Subspaces.in_place`.
 
     Found by identity with the parameter the basis was made from, otherwise (the objects were replaced, or the subspaces
     loaded from a file) by canonical name if the optimizer was made from named parameters. Raises ValueError naming
@@ -50,7 +53,7 @@ def bind_to_optimizer(subspaces: Subspaces, optimizer: torch.optim.Optimizer) ->
             missing.append(name)
             continue
         _check_fits(name, layer, parameter)
-        bound[parameter] = layer
+        bound[parameter] = subspaces.in_place(name) if in_place else layer
     if missing:
         hint = "" if named else "; it was made without names: pass model.named_parameters() to bind by name"
         raise ValueError(f"the optimizer lacks parameters that have a basis: {list_names(missing)}{hint}")
@@ -76,15 +79,19 @@ def _parameters(optimizer: torch.optim.Optimizer) -> Iterable[Tensor]:
 
 
 def _check_fits(name: str, layer: LayerSubspace, parameter: Tensor) -> None:
-    if type(parameter.data).__module__.startswith("torch.distributed"):
-        raise ValueError(f"{name} is sharded over devices, which subspaces do not support yet")
+    if is_dtensor(parameter) != (layer.owner is not None):
+        given, wanted = ("sharded", "is not") if is_dtensor(parameter) else ("not sharded", "is")
+        raise ValueError(
+            f"{name} is {given}, what its basis was made for {wanted}: derive the subspaces after the model has been "
+            "sharded, or call subspaces.bind(model)"
+        )
     if tuple(parameter.shape) != layer.shape:
         raise ValueError(f"the basis of {name} is for shape {layer.shape}, the parameter has {tuple(parameter.shape)}")
     for stored in (layer.left_basis, layer.right_basis):
         if stored is None:
             continue
         basis = stored.columns
-        if basis.device != parameter.device:
+        if basis.device != parameter.device and (layer.owner is None or not basis.is_meta):
             raise ValueError(
                 f"the basis of {name} is on {basis.device}, the parameter on {parameter.device}: "
                 f"call subspaces.to({str(parameter.device)!r})"

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from .bases import Method, TopSubspace
 from .block_krylov import find_rank, find_share
+from .dtensor import is_dtensor
 from .linalg import LinAlgError, smallest_rank
 from .ops.checks import _check_matrix, _name
 from .ops.finite import check_finite
@@ -74,6 +75,9 @@ def top_subspace(
             the matrix as it was a task ago. Used where "rsvd" is.
         seed: of the random columns of "rsvd". Same seed, same device: the same bits.
 
+    A DTensor (Replicate and Shard in any combination) takes "gram" in float64 at every rank, and no `start`; the bases
+    are DTensors, those of the longer side split along it. All ranks of the mesh call together.
+
     The method is that of `choose_method`. "gram" finds the space of the exact decomposition as far as float32 (float64
     for a float64 matrix) and the gap at the cut permit. "rsvd" ends when the energy found stands still: at least 0.999
     of the optimum, with a start too, and 0.9999 without one, on every spectrum tried.
@@ -84,6 +88,10 @@ def top_subspace(
     """
     _check_arguments(matrix, rank, energy, start)
     share = None if energy is None else float(energy)
+    if is_dtensor(matrix):
+        from .distributed.top_subspace import top_subspace_sharded
+
+        return top_subspace_sharded(matrix, rank, share)
     return top_subspaces([matrix], rank, energy=share, starts=[start], seed=seed)[0]
 
 
@@ -155,7 +163,11 @@ def _scaled(matrix: Tensor) -> tuple[Tensor, float]:
     if 2.0**-20 <= float(torch.linalg.vector_norm(matrix, dtype=_ARITHMETIC.get(matrix.dtype))) < 2.0**40:
         return matrix, 1.0
     low, high = (float(extreme) for extreme in matrix.aminmax())
-    peak = max(-low, high)
+    return _scale_by(matrix, max(-low, high))
+
+
+def _scale_by(matrix: Tensor, peak: float) -> tuple[Tensor, float]:
+    """The same, given the largest magnitude in it."""
     if not math.isfinite(peak):
         raise LinAlgError("top_subspace: matrix: given NaN or Inf, wanted finite numbers")
     exponent = max(math.frexp(peak)[1], -1000)
@@ -272,6 +284,8 @@ def _check_arguments(matrix: Tensor, rank: int | None, energy: float | None, sta
             raise ValueError(f"{op}: energy: given {energy}, wanted more than 0 and at most 1")
     if start is None:
         return
+    if is_dtensor(matrix):
+        raise ValueError(f"{op}: start: given with a DTensor, wanted None: its Gram matrix is decomposed, from nothing")
     if start.dim() != 2 or start.shape[0] != shape[1] or start.shape[1] > shape[1]:
         raise ValueError(
             f"{op}: start: given shape {tuple(start.shape)}, wanted ({shape[1]}, j) for a matrix of shape {shape}"

@@ -16,6 +16,7 @@ from .ops import restore_
 from .tensor_file import FileFormat
 
 if TYPE_CHECKING:
+    from .distributed.agreement import Ranks
     from .subspaces import Subspaces
 
 __all__ = ["Guard", "guard_optimizer"]
@@ -32,9 +33,16 @@ _PRODUCT = torch.ops.sculpt._product.default
 class Guard:
     """What `Subspaces.guard` returns: ends with `remove`, and can be saved for a run that is resumed."""
 
-    def __init__(self, optimizer: torch.optim.Optimizer, bound: Bound, starts: Mapping[str, Start]) -> None:
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        bound: Bound,
+        starts: Mapping[str, Start],
+        ranks: Ranks | None = None,
+    ) -> None:
         self._bound = dict(bound)
         self._starts = dict(starts)
+        self._ranks = ranks
         self._handle = optimizer.register_step_post_hook(self._put_back)
 
     def remove(self) -> None:
@@ -46,20 +54,29 @@ class Guard:
     @property
     def nbytes(self) -> int:
         """Bytes stored of the start weights, wherever they are; the bases are those of the subspaces."""
-        return sum(part.nbytes for start in self._starts.values() for part in start.values())
+        return sum(part.nbytes for start in self._starts.values() for part in start.values() if not part.is_meta)
 
     def save(self, path: str | Path) -> None:
         """Write what is stored of the start weights to one safetensors file, replacing `path` once it is whole; for
         `Subspaces.guard(..., start=path)`."""
         parts = {f"{name}:{part}": tensor for name, start in self._starts.items() for part, tensor in start.items()}
-        _FILE.write(Path(path), parts, {})
+        _FILE.write(Path(path), parts, {}, self._ranks)
 
     @torch.no_grad()
     def _put_back(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         check_still_bound(optimizer, [parameter for parameter, _ in self._bound.values()])
+        away = {name: pair for name, pair in self._bound.items() if pair[1].owner is not None}
+        if away:
+            from .distributed.guarding import restore_at_owners
+
+            restore_at_owners(away, self._restore_one)
         for name, (parameter, layer) in self._bound.items():
-            parts = self._starts[name].items()
-            _restore(parameter, layer, {part: t.to(parameter.device, non_blocking=True) for part, t in parts})
+            if name not in away:
+                self._restore_one(name, parameter, layer)
+
+    def _restore_one(self, name: str, weight: Tensor, layer: LayerSubspace) -> None:
+        parts = self._starts[name].items()
+        _restore(weight, layer, {part: t.to(weight.device, non_blocking=True) for part, t in parts})
 
 
 @torch.no_grad()
@@ -88,16 +105,21 @@ def guard_optimizer(
         weights = check_start_weights(start, {name: layer for name, (_, layer) in bound.items()})
     elif start is not None:
         saved = _load(Path(start), {name: layer for name, (_, layer) in bound.items()})
-    starts = {}
-    for name, (parameter, layer) in bound.items():
+
+    def make(name: str, weight: Tensor, layer: LayerSubspace) -> Start:
         if name in saved:
-            made = {part: tensor.to(parameter.device) for part, tensor in saved[name].items()}
+            made = {part: tensor.to(weight.device) for part, tensor in saved[name].items()}
         else:
-            made = _keep(layer, weights[name].to(parameter.device, parameter.dtype) if weights else parameter)
+            made = _keep(layer, weights[name].to(weight.device, weight.dtype) if weights else weight)
         if start is not None:
-            _check_start(name, parameter, layer, made, sketches[name])
-        starts[name] = {part: _offloaded(tensor) for part, tensor in made.items()} if offload else made
-    return Guard(inner, bound, starts)
+            _check_start(name, weight, layer, made, sketches[name])
+        return {part: _offloaded(tensor) for part, tensor in made.items()} if offload else made
+
+    if any(layer.owner is not None for _, layer in bound.values()):
+        from .distributed.guarding import make_at_owners
+
+        return Guard(inner, bound, *make_at_owners(bound, make))
+    return Guard(inner, bound, {name: make(name, parameter, layer) for name, (parameter, layer) in bound.items()})
 
 
 def _keep(layer: LayerSubspace, weight: Tensor) -> Start:

@@ -38,6 +38,8 @@ class LayerSubspace:
     energy: share of the squared singular values that they hold.
     left_basis, right_basis: what is stored of R^m and R^n; None on a side that is not protected.
     block: only the product of the two protected spaces is protected, P_left W P_right.
+    owner: of a sharded parameter the rank, of those it is sharded over, that has the bases. On the others they are on
+        the meta device. None where nothing is sharded.
     """
 
     shape: tuple[int, int]
@@ -46,6 +48,7 @@ class LayerSubspace:
     left_basis: Basis | None = None
     right_basis: Basis | None = None
     block: bool = False
+    owner: int | None = None
 
     @classmethod
     def from_top_subspace(cls, top: TopSubspace, sides: Sides, basis_dtype: torch.dtype | None = None) -> LayerSubspace:
@@ -83,6 +86,11 @@ class LayerSubspace:
     def keep_right(self) -> bool:
         """Whether `right` spans the free space."""
         return self.right_basis is not None and self.right_basis.keep
+
+    @property
+    def is_here(self) -> bool:
+        """Whether the bases are on this rank."""
+        return not any(b.columns.is_meta for b in (self.left_basis, self.right_basis) if b is not None)
 
     @property
     def free_shape(self) -> tuple[int, int]:

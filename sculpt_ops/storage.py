@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
@@ -15,6 +15,7 @@ from .leak import sketch_shape
 from .tensor_file import FileFormat
 
 if TYPE_CHECKING:
+    from .distributed.agreement import Ranks
     from .subspaces import Subspaces, Unprotected
 
 __all__ = ["load_subspaces", "save_subspaces"]
@@ -24,8 +25,10 @@ _FIELDS = ("rank", "energy", "block")
 _FORMS = get_args(Form)
 
 
-def save_subspaces(subspaces: Subspaces, sketches: Mapping[str, Tensor], path: Path) -> None:
-    """Write to `path`, which is replaced once the file is whole."""
+def save_subspaces(
+    subspaces: Subspaces, sketches: Mapping[str, Tensor], path: Path, ranks: Ranks | None = None
+) -> None:
+    """Write to `path`, which is replaced once the file is whole. ranks: those that the bases are spread over."""
     tensors: dict[str, Tensor] = {}
     layers: dict[str, Any] = {}
     for name, layer in subspaces.items():
@@ -40,17 +43,23 @@ def save_subspaces(subspaces: Subspaces, sketches: Mapping[str, Tensor], path: P
             tensors[f"{name}:sketch"] = sketches[name]
     unprotected = [asdict(group) for group in subspaces.unprotected]
     header = {"layers": layers, "unprotected": unprotected, "importance": subspaces.importance}
-    _FILE.write(path, tensors, header)
+    _FILE.write(path, tensors, header, ranks)
 
 
 def load_subspaces(
-    path: Path,
+    path: Path, own: Callable[[dict[str, tuple[int, int]]], Collection[str]] | None = None
 ) -> tuple[dict[str, LayerSubspace], dict[str, Tensor], list[Unprotected], dict[str, float]]:
     """Read what `save_subspaces` wrote, as the arguments of `Subspaces`; ValueError for a truncated or foreign file,
-    OSError if it cannot be read."""
+    OSError if it cannot be read.
+
+    own: of the layers, given with their shapes, those to read; of the others the tensors come on the meta device.
+    """
     from .subspaces import Unprotected
 
-    tensors, header = _FILE.read(path)
+    tensors, header = _FILE.read(path, lambda key: own is None)
+    if own is not None:
+        names = own({name: tuple(fields["shape"]) for name, fields in header["layers"].items()})
+        tensors, header = _FILE.read(path, lambda key: key.partition(":")[0] in names)
     layers = {name: _layer(path, name, fields, tensors) for name, fields in header["layers"].items()}
     sketches = {name: _sketch(path, name, layers[name], tensors) for name in layers if f"{name}:sketch" in tensors}
     unprotected = [Unprotected(**group) for group in header["unprotected"]]

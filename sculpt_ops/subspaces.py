@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from .basis import BASIS_DTYPES
 from .decompose import Choice
 from .derive import derive_layers, progress_bar
+from .dtensor import is_dtensor
 from .guard import Guard, guard_optimizer
 from .importance import layer_importance
 from .layer import LayerSubspace, Sides, check_sides, project_each_
@@ -21,6 +22,9 @@ from .leak import LayerLeak, check_start_weights, measure_exact, measure_sketche
 from .names import canonical_parameters, group_names, list_names
 from .ranks import Energy, Importance, RankPolicy, SizePolicy, as_policy
 from .targets import resolve_targets
+
+if TYPE_CHECKING:
+    from .distributed.agreement import Ranks
 
 __all__ = ["Subspaces", "Unprotected"]
 
@@ -57,6 +61,8 @@ class Subspaces(Mapping[str, LayerSubspace]):
         self.unprotected = tuple(unprotected)
         self.importance = dict(importance or {})
         self._parameters: dict[str, weakref.ref[Tensor]] = {}
+        # Of sharded parameters that are projected where they lie: the layers with bases sharded likewise.
+        self._in_place: dict[str, LayerSubspace] = {}
 
     @classmethod
     def from_model(
@@ -126,13 +132,14 @@ class Subspaces(Mapping[str, LayerSubspace]):
         else:
             wanted = dict.fromkeys(found, policy.choose)
         with progress_bar(len(found), progress) as advance:
-            layers, sketches = derive_layers(found, wanted, sides, previous or {}, advance, basis_dtype)
+            layers, sketches = _derive(model, found, wanted, sides, previous or {}, advance, basis_dtype)
         rest = {name: parameter for name, parameter in canonical_parameters(model)[0].items() if name not in found}
         if others == "freeze":
             for parameter in rest.values():
                 parameter.requires_grad_(False)
         subspaces = cls(layers, sketches, _summarise(rest), importance)
         subspaces._parameters = {name: weakref.ref(parameter) for name, parameter in found.items()}
+        subspaces._spread()
         return subspaces
 
     def __getitem__(self, name: str) -> LayerSubspace:
@@ -162,6 +169,11 @@ class Subspaces(Mapping[str, LayerSubspace]):
                 given = tuple(parameters[name].shape)
                 raise ValueError(f"the basis of {name} is for shape {layer.shape}, the model's parameter has {given}")
         self._parameters = {name: weakref.ref(parameters[name]) for name in self}
+        if any(is_dtensor(parameter) for _, parameter in self._bound()):
+            from .distributed.layers import share_out
+
+            self._layers, self._sketches = share_out(self, self._sketches, dict(self._bound()))
+        self._spread()
         return self
 
     def parameter(self, name: str) -> Tensor | None:
@@ -169,10 +181,16 @@ class Subspaces(Mapping[str, LayerSubspace]):
         reference = self._parameters.get(name)
         return None if reference is None else reference()
 
+    def in_place(self, name: str) -> LayerSubspace:
+        """The subspace of `name` as its gradient is projected: for a sharded parameter that is not worth a way to its
+        owner and back, with bases that are DTensors; otherwise as stored."""
+        return self._in_place.get(name, self._layers[name])
+
     def to(self, device: torch.device | str) -> Subspaces:
         """Move every stored tensor to `device`, as after `model.to(device)`; returns self."""
         self._layers = {name: layer.to(device) for name, layer in self._layers.items()}
-        self._sketches = {name: sketch.to(device) for name, sketch in self._sketches.items()}
+        self._sketches = {n: sketch if sketch.is_meta else sketch.to(device) for n, sketch in self._sketches.items()}
+        self._in_place = {name: layer.to(device) for name, layer in self._in_place.items()}
         return self
 
     def use_reflectors(self) -> None:
@@ -180,6 +198,7 @@ class Subspaces(Mapping[str, LayerSubspace]):
         span the same spaces, to rounding."""
         with torch.no_grad():
             self._layers = {name: layer.with_reflectors() for name, layer in self._layers.items()}
+        self._in_place = {}
 
     @torch.no_grad()
     def project_gradients(self) -> None:
@@ -189,13 +208,19 @@ class Subspaces(Mapping[str, LayerSubspace]):
         adaptive optimizer still leaks afterwards (13 to 35 % of the change with Adam), which `sculpt_ops.AdamW` and
         `guard` prevent.
         """
-        pairs = []
+        pairs: list[tuple[Tensor, LayerSubspace]] = []
+        away: list[tuple[Tensor, LayerSubspace]] = []
         for name, parameter in self._bound():
             if parameter.grad is not None and self[name].rank:
                 if parameter.grad.is_sparse:
                     raise RuntimeError(f"{name} has a sparse gradient, which cannot be projected")
-                pairs.append((parameter.grad, self[name]))
+                layer = self.in_place(name)
+                (pairs if layer.owner is None else away).append((parameter.grad, layer))
         project_each_(pairs)
+        if away:
+            from .distributed.layers import project_sharded_
+
+            project_sharded_(away)
 
     def guard(
         self, optimizer: Any, *, start: Mapping[str, Tensor] | str | Path | None = None, offload: bool = False
@@ -229,20 +254,25 @@ class Subspaces(Mapping[str, LayerSubspace]):
         start: the start weights by name, for the exact figures in float64. Without it they are estimated from a sketch
             taken when the bases were made, to about 20 % of a norm.
         """
+        start = None if start is None else check_start_weights(start, self)
+        if self._sharded:
+            from .distributed.layers import measure_sharded
+
+            return measure_sharded(self, dict(self._bound()), self._sketches, start)
         if start is None:
             return {n: measure_sketched(self[n], p, self._sketches[n], n) for n, p in self._bound()}
-        start = check_start_weights(start, self)
         return {name: measure_exact(self[name], parameter, start[name]) for name, parameter in self._bound()}
 
     def memory(self) -> int:
-        """Bytes of the stored bases and sketches."""
-        return sum(layer.nbytes for layer in self.values()) + sum(sketch.nbytes for sketch in self._sketches.values())
+        """Bytes of the bases and sketches stored, of sharded parameters on this rank."""
+        layers = sum(layer.nbytes for layer in (*self.values(), *self._in_place.values()))
+        return layers + sum(sketch.nbytes for sketch in self._sketches.values() if not sketch.is_meta)
 
     def save(self, path: str | Path) -> None:
         """Write bases, sketches and what `summary` shows to one safetensors file, replacing `path` once it is whole."""
         from .storage import save_subspaces
 
-        save_subspaces(self, self._sketches, Path(path))
+        save_subspaces(self, self._sketches, Path(path), self._ranks())
 
     @classmethod
     def load(cls, path: str | Path, model: nn.Module | None = None) -> Subspaces:
@@ -252,13 +282,15 @@ class Subspaces(Mapping[str, LayerSubspace]):
         """
         from .storage import load_subspaces
 
-        layers, sketches, unprotected, importance = load_subspaces(Path(path))
+        own = None if model is None else _own_names(model)
+        layers, sketches, unprotected, importance = load_subspaces(Path(path), own)
         subspaces = cls(layers, sketches, unprotected, importance)
         if model is not None:
             subspaces.bind(model)
             for name, parameter in subspaces._bound():
-                subspaces._layers[name] = layers[name].to(parameter.device)
-                subspaces._sketches[name] = sketches[name].to(parameter.device)
+                subspaces._layers[name] = subspaces._layers[name].to(parameter.device)
+                if not subspaces._sketches[name].is_meta:
+                    subspaces._sketches[name] = subspaces._sketches[name].to(parameter.device)
         return subspaces
 
     def summary(self) -> str:
@@ -267,11 +299,73 @@ class Subspaces(Mapping[str, LayerSubspace]):
 
         return summarise(self)
 
+    @property
+    def _sharded(self) -> bool:
+        return any(layer.owner is not None for layer in self.values())
+
+    def _ranks(self) -> Ranks | None:
+        """The ranks that the layers are spread over."""
+        if not self._sharded:
+            return None
+        from .distributed.sharding import sharding_of
+
+        name, parameter = next(iter(self._bound()))
+        return sharding_of(name, parameter).ranks
+
+    def _spread(self) -> None:
+        self._in_place = {}
+        if self._sharded:
+            from .distributed.layers import in_place_layers
+
+            with torch.no_grad():
+                self._in_place = in_place_layers(self, dict(self._bound()))
+
     def _bound(self) -> list[tuple[str, Tensor]]:
         bound = [(name, self.parameter(name)) for name in self]
         if gone := [name for name, parameter in bound if parameter is None]:
             raise RuntimeError(f"no parameter is bound to the bases of {list_names(gone)}: call bind(model)")
         return [(name, parameter) for name, parameter in bound if parameter is not None]
+
+
+@torch.no_grad()
+def _derive(
+    model: nn.Module,
+    found: Mapping[str, Tensor],
+    wanted: Mapping[str, Choice] | float,
+    sides: Sides,
+    previous: Mapping[str, LayerSubspace],
+    advance: Callable[[], None],
+    basis_dtype: torch.dtype | None,
+) -> tuple[dict[str, LayerSubspace], dict[str, Tensor]]:
+    """`derive_layers`, the work spread over the ranks where there are several."""
+    settings = (found, wanted, sides, previous, advance, basis_dtype)
+    if any(is_dtensor(matrix) for matrix in found.values()):
+        from .distributed.layers import derive_sharded
+
+        return derive_sharded(*settings)
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        from .distributed.agreement import Ranks
+        from .distributed.layers import derive_replicated
+
+        return derive_replicated(*settings, Ranks.of(model.process_group))
+    return derive_layers(*settings)
+
+
+def _own_names(model: nn.Module) -> Callable[[Mapping[str, tuple[int, int]]], set[str]] | None:
+    """If `model` is sharded, a function that tells which of some matrices (by name, with shapes) this rank owns."""
+    sharded = {name: p for name, p in canonical_parameters(model)[0].items() if is_dtensor(p)}
+    if not sharded:
+        return None
+    from .distributed.exchange import assign_owners
+    from .distributed.sharding import sharding_of
+
+    ranks = sharding_of(*next(iter(sharded.items()))).ranks
+
+    def own(shapes: Mapping[str, tuple[int, int]]) -> set[str]:
+        owners = assign_owners(list(shapes.values()), ranks.size)
+        return {name for name, owner in zip(shapes, owners, strict=True) if owner == ranks.rank}
+
+    return own
 
 
 def _summarise(rest: Mapping[str, Tensor]) -> list[Unprotected]:

@@ -8,6 +8,7 @@ from fnmatch import fnmatchcase
 import torch
 from torch import Tensor, nn
 
+from .dtensor import is_dtensor
 from .names import canonical_parameters, group_names, list_names
 
 __all__ = ["DEFAULT_TARGETS", "resolve_targets"]
@@ -114,8 +115,8 @@ def _unfit(name: str, parameter: Tensor, quantised_model: bool) -> str | None:
     if any(part in ("lora_A", "lora_B", "base_layer") for part in name.split(".")):
         return "wrapped by LoRA (merge and unload the adapter first, with peft's merge_and_unload())"
     kinds = (type(parameter), type(parameter.data))
-    if any(kind.__module__.startswith("torch.distributed") for kind in kinds):
-        return "sharded over devices (derive the subspaces before sharding)"
+    if not is_dtensor(parameter) and any(kind.__module__.startswith("torch.distributed") for kind in kinds):
+        return "sharded by something else than fully_shard (FSDP2)"
     by_quantiser = any(kind.__module__.partition(".")[0] in _QUANTISERS for kind in kinds)
     if quantised_model or by_quantiser or parameter.dtype not in _DTYPES:
         return (

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from ..binding import bind_to_optimizer, check_still_bound
+from ..dtensor import is_dtensor
 from ..layer import LayerSubspace, project_each_
 from ..subspaces import Subspaces
 from .options import DecayTo, Options, Project, State
@@ -134,14 +135,41 @@ class AdamW(torch.optim.AdamW):
                 subspaces.use_reflectors()
                 bound = self._bind(subspaces)
             for parameter in {**self._bound, **bound}:
+                old, new = self._bound.get(parameter), bound.get(parameter)
+                if old is not None and new is not None and old.owner != new.owner:
+                    raise ValueError("the owners of parameters have changed; make a new optimizer for these subspaces")
+                if not all(layer is None or layer.is_here for layer in (old, new)):
+                    continue
                 self._rebase(self.state.get(parameter, {}), self._bound.get(parameter), bound.get(parameter))
+        elif any(layer.owner is not None for layer in (*self._bound.values(), *bound.values())):
+            self._move_moments(bound)
         if self._bound:
             for state in self.state.values():
                 state.pop("start", None)
         self._bound = bound
 
+    def _move_moments(self, bound: dict[Tensor, LayerSubspace]) -> None:
+        """Moments of the full shape to where the layers of `bound` want them: at an owner, or sharded."""
+        from ..distributed.steps import moments_from_owners, moments_to_owners
+
+        for parameter, moments in moments_from_owners(
+            self._away(self._bound), self.state, self._options, self._moment_names
+        ).items():
+            self.state[parameter].update(moments)
+        moments_to_owners(self._away(bound), self.state)
+
+    @staticmethod
+    def _away(bound: dict[Tensor, LayerSubspace]) -> dict[Tensor, LayerSubspace]:
+        """Those that are stepped by the owner of their layer."""
+        return {parameter: layer for parameter, layer in bound.items() if layer.owner is not None}
+
+    def _moment_names(self, parameter: Tensor) -> tuple[str, ...]:
+        amsgrad = any(group["amsgrad"] for group in self.param_groups if any(p is parameter for p in group["params"]))
+        return MOMENTS if amsgrad else MOMENTS[:2]
+
     def _bind(self, subspaces: Subspaces | None) -> dict[Tensor, LayerSubspace]:
-        bound = {} if subspaces is None else bind_to_optimizer(subspaces, self)
+        in_place = not self._options.in_coordinates
+        bound = {} if subspaces is None else bind_to_optimizer(subspaces, self, in_place=in_place)
         return {parameter: layer for parameter, layer in bound.items() if layer.rank}
 
     @staticmethod
@@ -200,22 +228,64 @@ class AdamW(torch.optim.AdamW):
             if norm_type != 2.0:
                 raise ValueError(f"norm_type must be 2 with state='subspace', got {norm_type}")
             self._compress(self._bound)
-        elif self._options.project != "update":
-            self._project_gradients(self._parameters())
+        else:
+            self._compress(self._away(self._bound))
+            if self._options.project != "update":
+                self._project_gradients(self._parameters())
         held = [p.grad for p in self._parameters() if p.grad is not None] + list(self._compressed.values())
-        norm = torch.nn.utils.get_total_norm(held, norm_type, error_if_nonfinite, foreach)
+        norm = self._total_norm(norm_type, error_if_nonfinite, foreach)
         factor = (max_norm / (norm + 1e-6)).clamp_(max=1.0)
         for grad in held:
-            grad.mul_(factor.to(grad.device))
+            grad.mul_(factor.to(grad.device) if not grad.is_meta else 1.0)
         self._projected = {
             p: (reference, p.grad._version) for p, (reference, _) in self._projected.items() if p.grad is not None
         }
+        return norm
+
+    def _total_norm(self, norm_type: float, error_if_nonfinite: bool, foreach: bool | None) -> Tensor:
+        """The norm of all gradients, compressed ones included, over all ranks that they are sharded over."""
+        grads = [p.grad for p in self._parameters() if p.grad is not None]
+        away = {p: grad for p, grad in self._compressed.items() if self._bound[p].owner is not None}
+        here = [grad for p, grad in self._compressed.items() if p not in away]
+        parts = []
+        for sharded in (False, True):
+            if chosen := [grad for grad in (*grads, *here) if is_dtensor(grad) == sharded]:
+                part = torch.nn.utils.get_total_norm(chosen, norm_type, foreach=foreach)
+                parts.append(part.full_tensor() if is_dtensor(part) else part)  # type: ignore[attr-defined]
+        if away:
+            from ..distributed.steps import norm_over_owners
+
+            parts.append(norm_over_owners(list(away.values()), next(iter(away)), norm_type))
+        norm = (
+            parts[0]
+            if len(parts) == 1
+            else torch.linalg.vector_norm(torch.stack(parts or [torch.zeros(())]), norm_type)
+        )
+        if error_if_nonfinite and not norm.isfinite():
+            raise RuntimeError(
+                f"the norm of order {norm_type} of the gradients is non-finite: {norm}; nothing was clipped"
+            )
         return norm
 
     @torch.no_grad()
     def master_weight(self, parameter: Tensor) -> Tensor:
         """The weight of `parameter` in float32 (float64), with the low bits of master="split"."""
         return read_weight(parameter, self.state.get(parameter, {}).get("low"))
+
+    @torch.no_grad()
+    def state_dict(self) -> dict[str, Any]:
+        """As torch's. Moments of sharded parameters are DTensors, sharded likewise, wherever they are kept; collective
+        then."""
+        state_dict = super().state_dict()
+        if away := self._away(self._bound):
+            from ..distributed.steps import moments_from_owners
+
+            places = {id(parameter): place for place, parameter in enumerate(self._parameters())}
+            moments = moments_from_owners(away, self.state, self._options, self._moment_names)
+            for parameter, values in moments.items():
+                index = places[id(parameter)]
+                state_dict["state"][index] = {**state_dict["state"][index], **values}
+        return state_dict
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As torch's, but moments keep the dtype that the options ask for, everything else the one it has.
@@ -230,6 +300,10 @@ class AdamW(torch.optim.AdamW):
                 if isinstance(value, Tensor) and name != "step":
                     dtype = self._options.moments_of(parameter) if name in MOMENTS else value.dtype
                     self.state[parameter][name] = value.to(parameter.device, dtype, copy=True)
+        if away := self._away(self._bound):
+            from ..distributed.steps import moments_to_owners
+
+            moments_to_owners(away, self.state)
         self._compressed.clear()
         self._projected.clear()
 
@@ -271,7 +345,9 @@ class AdamW(torch.optim.AdamW):
                 continue
             if grad is not None and grad.is_sparse:
                 raise RuntimeError("AdamW does not support sparse gradients, please consider SparseAdam instead")
-            layer = None if self._options.project == "gradient" else self._bound.get(parameter)
+            layer = self._bound.get(parameter)
+            if self._options.project == "gradient" and (layer is None or layer.owner is None):
+                layer = None  # its gradient is projected already, the rest is torch's
             if layer is None and not self._options.concern(parameter, group["weight_decay"]):
                 plain.append(parameter)
             else:
@@ -302,7 +378,7 @@ class AdamW(torch.optim.AdamW):
         todo = []
         for parameter in parameters:
             layer, grad = self._bound.get(parameter), parameter.grad
-            if layer is None or grad is None:
+            if layer is None or grad is None or layer.owner is not None:
                 continue
             reference, version = self._projected.get(parameter, (None, -1))
             if reference is None or reference() is not grad or version != grad._version:
@@ -312,9 +388,13 @@ class AdamW(torch.optim.AdamW):
             self._projected[parameter] = (weakref.ref(grad), grad._version)
 
     def _compress(self, parameters: Iterable[Tensor]) -> None:
+        away = []
         for parameter in parameters:
             layer, grad = self._bound.get(parameter), parameter.grad
             if layer is None or grad is None:
+                continue
+            if layer.owner is not None:
+                away.append(Row(parameter, 0, self.state[parameter], layer, self._compressed.get(parameter)))
                 continue
             coordinates = layer.to_coordinates(grad)
             if parameter in self._compressed:
@@ -322,6 +402,12 @@ class AdamW(torch.optim.AdamW):
             else:
                 self._compressed[parameter] = coordinates
             parameter.grad = None
+        if away:
+            from ..distributed.steps import collect_gradients
+
+            for row, grad in zip(away, collect_gradients(self._options, away), strict=True):
+                self._compressed[row.parameter] = grad
+                row.parameter.grad = None
 
     def _check_shapes(self, parameters: Iterable[Tensor]) -> None:
         # torch's fused kernel checks nothing and reads beyond the end of moments that are too small.

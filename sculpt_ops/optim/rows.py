@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -13,7 +13,17 @@ from ..layer import LayerSubspace, project_each_
 from .options import Options
 from .precision import add_to_weight_, has_master, read_weight, rounding_seed, wide, write_moment_
 
-__all__ = ["MOMENTS", "Row", "adam_", "step_rows"]
+__all__ = [
+    "MOMENTS",
+    "Row",
+    "adam_",
+    "apply_step",
+    "coordinates_of",
+    "decayed",
+    "make_steps",
+    "start_row",
+    "step_rows",
+]
 
 MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
 
@@ -79,23 +89,38 @@ def adam_(
 
 def step_rows(options: Options, group: Mapping[str, Any], rows: Sequence[Row]) -> None:
     """Step `rows`, whose gradients are projected already where they are to be, a bucket at a time."""
-    for bucket in _buckets(rows):
+    away = [row for row in rows if row.layer is not None and row.layer.owner is not None]
+    if away:
+        from ..distributed.steps import step_at_owners
+
+        step_at_owners(options, group, away)
+    for bucket in _buckets([row for row in rows if row.layer is None or row.layer.owner is None]):
         if options.in_coordinates:
             # There and back: bases in 16 bit would be made float32 twice.
             bucket = [row._replace(layer=row.layer.in_full()) if row.layer else row for row in bucket]
-        _step_bucket(options, group, bucket)
+        grads = [_gradient(options, row) for row in bucket]
+        steps = make_steps(options, group, bucket, grads, lambda row: decayed(options, row))
+        for row, step in zip(bucket, steps, strict=True):
+            apply_step(options, row, step)
 
 
-def _step_bucket(options: Options, group: Mapping[str, Any], rows: list[Row]) -> None:
-    grads = [_gradient(options, row) for row in rows]
+def make_steps(
+    options: Options, group: Mapping[str, Any], rows: list[Row], grads: list[Tensor], decays: Callable[[Row], Tensor]
+) -> list[Tensor]:
+    """The steps of `rows`, of the shapes of their parameters, with the moments taken on.
+
+    grads: what Adam is fed (`coordinates_of` the gradients), `wide`. decays: of a row what its weight decay goes by,
+    asked only if there is any.
+    """
     directions = [torch.zeros_like(grad) for grad in grads]
-    held = [_moments(options, group, row, grad.shape) for row, grad in zip(rows, grads, strict=True)]
+    held = [_moments(options, group, row, grad) for row, grad in zip(rows, grads, strict=True)]
     computed = [[moment.to(grad.dtype) for moment in moments] for moments, grad in zip(held, grads, strict=True)]
     # On CPUs the fused kernel makes one pass where the others make eight.
     fused = group["foreach"] is None and all(grad.device.type == "cpu" for grad in grads)
     columns = [list(column) for column in zip(*computed, strict=True)]
-    adam_(group, directions, grads, columns, [r.state["step"] for r in rows], weight_decay=0.0, fused=fused or None)
-    del grads
+    if rows:
+        adam_(group, directions, grads, columns, [r.state["step"] for r in rows], weight_decay=0.0, fused=fused or None)
+    grads.clear()
     for row, moments, values in zip(rows, held, computed, strict=True):
         for slot, (moment, value) in enumerate(zip(moments, values, strict=True)):
             if value is not moment:
@@ -105,14 +130,45 @@ def _step_bucket(options: Options, group: Mapping[str, Any], rows: list[Row]) ->
         decay = group["lr"] * group["weight_decay"]
         for row, direction in zip(rows, directions, strict=True):
             scale = decay.squeeze().to(direction.device) if isinstance(decay, Tensor) else decay
-            direction.sub_(_decayed(options, row) * scale)
-    if not options.in_coordinates and options.project != "gradient":
-        project_each_((d, row.layer) for row, d in zip(rows, directions, strict=True) if row.layer is not None)
-    for row, direction in zip(rows, directions, strict=True):
-        step = row.layer.from_coordinates(direction) if options.in_coordinates and row.layer else direction
-        stochastic = options.master == "stochastic" and has_master(row.parameter, options.master)
-        seed = _seed(options, row, len(MOMENTS)) if stochastic else None
-        add_to_weight_(row.parameter, step, row.state.get("low"), seed)
+            direction.sub_(coordinates_of(options, row, decays(row)) * scale)
+    if not options.in_coordinates:
+        if options.project != "gradient":
+            project_each_((d, row.layer) for row, d in zip(rows, directions, strict=True) if row.layer is not None)
+        return directions
+    for index, row in enumerate(rows):
+        if row.layer is not None:
+            directions[index] = row.layer.from_coordinates(directions[index])
+    return directions
+
+
+def apply_step(options: Options, row: Row, step: Tensor) -> None:
+    """Add `step` to the parameter, to as many digits as it has."""
+    stochastic = options.master == "stochastic" and has_master(row.parameter, options.master)
+    seed = _seed(options, row, len(MOMENTS)) if stochastic else None
+    add_to_weight_(row.parameter, step, row.state.get("low"), seed)
+
+
+def start_row(options: Options, group: Mapping[str, Any], row: Row) -> None:
+    """Make what is kept of the row's parameter besides its moments, if this is its first step."""
+    state, parameter = row.state, row.parameter
+    if "step" not in state:
+        device = parameter.device if group["capturable"] else None
+        state["step"] = torch.zeros((), dtype=torch.float32, device=device)
+    if options.master == "split" and has_master(parameter, options.master) and "low" not in state:
+        state["low"] = torch.zeros_like(parameter, dtype=torch.int16)
+    if options.decay_to == "start" and group["weight_decay"] and "start" not in state:
+        state["start"] = parameter.detach().clone()
+
+
+def coordinates_of(options: Options, row: Row, matrix: Tensor) -> Tensor:
+    """A matrix of the parameter's shape as the moments are: in coordinates where there are any."""
+    return row.layer.to_coordinates(matrix) if options.in_coordinates and row.layer is not None else matrix
+
+
+def decayed(options: Options, row: Row) -> Tensor:
+    """What decays: the weight, or its distance from the start."""
+    weight = read_weight(row.parameter, row.state.get("low"))
+    return weight - row.state["start"] if options.decay_to == "start" else weight
 
 
 def _gradient(options: Options, row: Row) -> Tensor:
@@ -127,29 +183,16 @@ def _gradient(options: Options, row: Row) -> Tensor:
     return coordinates if row.compressed is None else coordinates.add_(row.compressed)
 
 
-def _moments(options: Options, group: Mapping[str, Any], row: Row, shape: torch.Size) -> list[Tensor]:
-    """The row's moments, made with everything else it keeps if this is its first step."""
-    state, parameter = row.state, row.parameter
-    if "step" not in state:
-        device = parameter.device if group["capturable"] else None
-        state["step"] = torch.zeros((), dtype=torch.float32, device=device)
+def _moments(options: Options, group: Mapping[str, Any], row: Row, like: Tensor) -> list[Tensor]:
+    """The row's moments, of the shape and placement of `like`, made with everything else it keeps if this is its first
+    step."""
+    start_row(options, group, row)
     names = MOMENTS if group["amsgrad"] else MOMENTS[:2]
     for name in names:
-        if name not in state:
-            state[name] = torch.zeros(shape, dtype=options.moments_of(parameter), device=parameter.device)
-    if options.master == "split" and has_master(parameter, options.master) and "low" not in state:
-        state["low"] = torch.zeros_like(parameter, dtype=torch.int16)
-    if options.decay_to == "start" and group["weight_decay"] and "start" not in state:
-        state["start"] = parameter.detach().clone()
-    return [state[name] for name in names]
-
-
-def _decayed(options: Options, row: Row) -> Tensor:
-    """What decays: the weight, or its distance from the start; in coordinates where the moments are."""
-    weight = read_weight(row.parameter, row.state.get("low"))
-    if options.decay_to == "start":
-        weight = weight - row.state["start"]
-    return row.layer.to_coordinates(weight) if options.in_coordinates and row.layer else weight
+        if name not in row.state:
+            dtype = options.moments_of(row.parameter)
+            row.state[name] = torch.zeros_like(like, dtype=dtype, memory_format=torch.contiguous_format)
+    return [row.state[name] for name in names]
 
 
 def _seed(options: Options, row: Row, slot: int) -> int:

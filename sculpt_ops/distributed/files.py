@@ -1,0 +1,61 @@
+"""One safetensors file written by several ranks, each its own tensors into its own place."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..tensor_file import DTYPES
+from .agreement import Ranks
+
+__all__ = ["write_together"]
+
+
+def write_together(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], ranks: Ranks) -> None:
+    """Write `tensors`, the same names in the same order on every rank: those of a rank that are not on the meta device
+    are written by it, those of several by the first. All ranks must see the same folder. Collective.
+
+    The file gets its name once it is whole; what one rank raises, all raise.
+    """
+    held = ranks.share("save", [not tensor.is_meta for tensor in tensors.values()])
+    writers = [column.index(True) for column in zip(*held, strict=True)]
+    header: dict[str, object] = {"__metadata__": dict(metadata)}
+    kinds = {dtype: kind for kind, dtype in DTYPES.items()}
+    offsets = []
+    end = 0
+    for name, tensor in tensors.items():
+        offsets.append(end)
+        end += tensor.numel() * tensor.element_size()
+        header[name] = {"dtype": kinds[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [offsets[-1], end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    start = 8 + len(text)
+    temporary = path.with_name(f".{path.name}.writing")
+
+    def begin() -> None:
+        if ranks.rank == 0:
+            with temporary.open("wb") as file:
+                file.write(len(text).to_bytes(8, "little") + text)
+                file.truncate(start + end)
+
+    def fill() -> None:
+        with temporary.open("r+b") as file:
+            for writer, offset, tensor in zip(writers, offsets, tensors.values(), strict=True):
+                if writer == ranks.rank and tensor.numel():
+                    file.seek(start + offset)
+                    file.write(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+
+    def finish() -> None:
+        if ranks.rank == 0:
+            temporary.replace(path)
+
+    try:
+        for work in (begin, fill, finish):
+            ranks.together("save", work)
+    finally:
+        if ranks.rank == 0:
+            temporary.unlink(missing_ok=True)

@@ -1,0 +1,21 @@
+"""Telling a DTensor without importing `torch.distributed.tensor`, which takes longer than everything else here."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any, cast
+
+from torch import Tensor
+
+__all__ = ["is_dtensor", "local_nbytes"]
+
+
+def is_dtensor(tensor: object) -> bool:
+    """Whether it is a `torch.distributed.tensor.DTensor`, a parameter of one included."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, Tensor) and isinstance(tensor, module.DTensor)
+
+
+def local_nbytes(tensor: Tensor) -> int:
+    """Bytes on this rank."""
+    return int(cast(Any, tensor).to_local().nbytes) if is_dtensor(tensor) else tensor.nbytes
