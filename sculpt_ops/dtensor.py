@@ -7,13 +7,19 @@ from typing import Any, cast
 
 from torch import Tensor
 
-__all__ = ["is_dtensor", "local_nbytes"]
+__all__ = ["is_dtensor", "is_fsdp", "local_nbytes"]
 
 
 def is_dtensor(tensor: object) -> bool:
     """Whether it is a `torch.distributed.tensor.DTensor`, a parameter of one included."""
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(tensor, Tensor) and isinstance(tensor, module.DTensor)
+
+
+def is_fsdp(module: object) -> bool:
+    """Whether `fully_shard` was called on it."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    return fsdp is not None and isinstance(module, fsdp.FSDPModule)
 
 
 def local_nbytes(tensor: Tensor) -> int:

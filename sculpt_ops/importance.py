@@ -7,13 +7,17 @@ import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity
 
+from .dtensor import is_dtensor, is_fsdp
 from .names import list_names
+
+if TYPE_CHECKING:
+    from .distributed.agreement import Ranks
 
 __all__ = ["layer_importance"]
 
@@ -58,6 +62,10 @@ def layer_importance(
                 model(**moved)
             else:
                 raise TypeError(f"batches: given {type(batch).__name__} among them, wanted mappings or tensors")
+    if any(is_dtensor(target) for target in targets.values()):
+        from .distributed.sharding import common_ranks
+
+        cosines.add_up(next(iter(common_ranks(targets).values())).ranks)
     means = cosines.means()
     if sum(means.values()) <= 0:
         means = {name: max(cosine, 0.0) for name, cosine in means.items()}
@@ -113,6 +121,13 @@ class _Cosines:
         self.sums[name].append(cosines.sum(dtype=torch.float64))
         self.tokens[name] += cosines.numel()
 
+    def add_up(self, ranks: Ranks) -> None:
+        """Count what every rank has seen, each its own batches; collective."""
+        own = {name: (float(sum(sums)), self.tokens[name]) for name, sums in self.sums.items()}
+        seen = ranks.share("from_model", own)
+        self.sums = {name: [torch.tensor(sum(part[name][0] for part in seen)).double()] for name in own}
+        self.tokens = {name: sum(part[name][1] for part in seen) for name in own}
+
     def means(self) -> dict[str, float]:
         if idle := [name for name, tokens in self.tokens.items() if not tokens]:
             raise ValueError(
@@ -129,7 +144,8 @@ def _hooked(model: nn.Module, hooks: Mapping[int, Callable[..., None]]) -> Itera
     """Eval mode, and `hooks` on the modules that hold those parameters."""
     modes = {module: module.training for module in model.modules()}
     handles = [
-        module.register_forward_hook(hooks[id(parameter)], with_kwargs=True)
+        # First of all hooks: FSDP's takes the gathered parameters away.
+        module.register_forward_hook(hooks[id(parameter)], with_kwargs=True, prepend=True)
         for module in modes
         for parameter in module.parameters(recurse=False)
         if id(parameter) in hooks
@@ -142,6 +158,9 @@ def _hooked(model: nn.Module, hooks: Mapping[int, Callable[..., None]]) -> Itera
             handle.remove()
         for module, training in modes.items():
             module.training = training
+            # FSDP keeps the root's parameters gathered for a backward pass, which does not come.
+            if is_fsdp(module):
+                module.reshard()
 
 
 def _uncompiled() -> AbstractContextManager[Any]:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from .basis import BASIS_DTYPES
 from .decompose import Choice
 from .derive import derive_layers, progress_bar
-from .dtensor import is_dtensor
+from .dtensor import is_dtensor, is_fsdp
 from .guard import Guard, guard_optimizer
 from .importance import layer_importance
 from .layer import LayerSubspace, Sides, check_sides, project_each_
@@ -339,7 +339,7 @@ def _derive(
 ) -> tuple[dict[str, LayerSubspace], dict[str, Tensor]]:
     """`derive_layers`, the work spread over the ranks where there are several."""
     settings = (found, wanted, sides, previous, advance, basis_dtype)
-    if any(is_dtensor(matrix) for matrix in found.values()):
+    if any(is_dtensor(matrix) for matrix in found.values()) or any(is_fsdp(module) for module in model.modules()):
         from .distributed.layers import derive_sharded
 
         return derive_sharded(*settings)

@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 
 import torch.distributed as dist
 
+from ..ops.finite import LinAlgError
+
 __all__ = ["Ranks", "collective"]
 
 
@@ -38,11 +40,15 @@ class Ranks(NamedTuple):
             result = work()
         except Exception as error:
             failure = error
-        outcomes = self.share(what, (None if failure is None else (type(failure), str(failure)), result))
+        outcomes = self.share(what, (None if failure is None else (type(failure).__name__, str(failure)), result))
         for rank, (raised, _) in enumerate(outcomes):
             if raised is not None:
                 kind, message = raised
-                raise (failure if failure is not None and rank == self.rank else kind(message))
+                # Only what every rank can make of a message: others have arguments of their own.
+                known = {k.__name__: k for k in (ValueError, TypeError, LinAlgError, OSError)}.get(kind)
+                if failure is not None and rank == self.rank:
+                    raise failure
+                raise known(message) if known is not None else RuntimeError(f"{what}: rank {rank}: {kind}: {message}")
         return [value for _, value in outcomes]
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from functools import lru_cache
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -38,6 +39,7 @@ RIGHT_IMAGE = (-2, None)
 CORE = (None, None)
 SAME = (-2, -1)
 Axes = tuple[int | None, int | None]
+Result = TypeVar("Result")
 
 
 class Span(NamedTuple):
@@ -50,30 +52,31 @@ class Span(NamedTuple):
     dims: tuple[int, ...]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Layout:
-    """How a DTensor (..., m, n) lies on its mesh: Replicate or Shard on every dimension of it, batches included."""
+    """How a DTensor (..., m, n) lies on its mesh: Replicate or Shard on every dimension of it, batches included.
+
+    One object for all DTensors of a shape and placements, unless traced: 200 matrices have few different ones."""
 
     mesh: DeviceMesh
     placements: tuple[Placement, ...]
     spans: tuple[Span, ...]
 
-    @classmethod
-    def of(cls, op: str, name: str, tensor: Tensor) -> Layout:
-        """ValueError for Partial placements, and for shards that are not one piece of each dimension."""
+    @staticmethod
+    def of(op: str, name: str, tensor: Tensor) -> Layout:
+        """ValueError for Partial placements, for shards that are not in one piece, and on a rank outside the mesh."""
         assert isinstance(tensor, DTensor)
         _refuse_partial(op, name, tensor)
-        spans = []
-        for dim, size in enumerate(tensor.shape):
-            dims = _split_by(tensor, dim)
-            extent = _extent(size, tensor, dims)
-            if extent is None:
-                raise ValueError(
-                    f"{op}: {name}: given placements {tensor.placements} that interleave the shards of dimension "
-                    f"{dim}, wanted one piece on every rank; redistribute it"
-                )
-            spans.append(Span(*extent, size, dims))
-        return cls(tensor.device_mesh, tuple(tensor.placements), tuple(spans))
+        mesh, placements = tensor.device_mesh, tuple(tensor.placements)
+        if mesh.get_coordinate() is None:
+            raise ValueError(f"{op}: {name}: given a DTensor on {mesh}, wanted a mesh that this rank is part of")
+        found = _cached(_layout)(mesh, placements, tensor.shape)
+        if found is None:
+            raise ValueError(
+                f"{op}: {name}: given placements {placements} that interleave the shards of shape "
+                f"{tuple(tensor.shape)}, wanted one piece on every rank; redistribute it"
+            )
+        return found
 
     @property
     def rows(self) -> Span:
@@ -91,29 +94,12 @@ class Layout:
         """This rank's part of `thin`: what runs along the matrix's dimensions is cut as they are. Without communication
         where `thin` is whole or cut so already, otherwise gathered first."""
         assert isinstance(thin, DTensor)
-        kept: list[Placement] = [Replicate()] * self.mesh.ndim
-        cuts = []
-        for dim, size in enumerate(thin.shape):
-            place = dim - thin.ndim
-            along = axes[place] if place >= -2 else place
-            span = None if along is None else self.spans[along]
-            if span is None or span.size != size:  # the rank, or one batch entry for all
-                continue
-            begin, own = 0, _split_by(thin, dim)
-            same = all(_matches(thin.placements[i], self.placements[i]) for i in own)
-            if own and same and own == span.dims[: len(own)]:
-                extent = _extent(size, thin, own)
-                if extent is not None:
-                    begin = extent[0]
-                    for i in own:
-                        kept[i] = thin.placements[i]
-            cuts.append((dim, span.start - begin, span.length))
-        if tuple(kept) != tuple(thin.placements):
+        kept, cuts = _cached(_cuts)(self, tuple(thin.placements), thin.shape, axes)
+        if kept != thin.placements:
             thin = thin.redistribute(placements=kept)
         local = local_of(thin)
         for dim, start, length in cuts:
-            # An empty shard starts where the dimension ends, wherever its own part of `thin` ends.
-            local = local.narrow(dim, min(start, local.shape[dim] - length), length)
+            local = local.narrow(dim, start, length)
         return local
 
     def placed(self, axes: Axes, ndim: int) -> list[Placement]:
@@ -149,8 +135,7 @@ def common_mesh(op: str, tensors: Mapping[str, Tensor | None]) -> DeviceMesh:
 def local_of(tensor: Tensor) -> Tensor:
     """This rank's part; shares its memory."""
     assert isinstance(tensor, DTensor)
-    with torch.no_grad():
-        local = tensor.to_local()
+    local = tensor.to_local()
     return local.wait() if isinstance(local, AsyncCollectiveTensor) else local
 
 
@@ -184,32 +169,80 @@ def moved(placement: Placement, dim: int) -> Placement:
     return type(placement)(dim, split_factor=placement.split_factor)  # type: ignore[call-arg, attr-defined]
 
 
-def _split_by(tensor: DTensor, dim: int) -> tuple[int, ...]:
-    return tuple(i for i, placement in enumerate(tensor.placements) if sharded_dim(placement) == dim)
-
-
 def _matches(a: Placement, b: Placement) -> bool:
     """Whether both split alike, whatever the dimension."""
     return type(a) is type(b) and getattr(a, "split_factor", 0) == getattr(b, "split_factor", 0)
 
 
-def _extent(size: int, tensor: DTensor, dims: Sequence[int]) -> tuple[int, int] | None:
-    """Start and length of this rank's part of a dimension of `size`; None if it is not in one piece."""
-    mesh = tensor.device_mesh
-    if all(type(tensor.placements[i]) is Shard for i in dims):
+def _cached(function: Callable[..., Result]) -> Callable[..., Result]:
+    """The cached `function`; while tracing itself, which sizes that are symbols do not go with a cache."""
+    return function.__wrapped__ if torch.compiler.is_compiling() else function  # type: ignore[attr-defined, no-any-return]
+
+
+@lru_cache(maxsize=1024)
+def _layout(mesh: DeviceMesh, placements: tuple[Placement, ...], shape: torch.Size) -> Layout | None:
+    spans = []
+    for dim, size in enumerate(shape):
+        dims = _split_by(placements, dim)
+        extent = _extent(mesh, placements, size, dims)
+        if extent is None:
+            return None
+        spans.append(Span(*extent, size, dims))
+    return Layout(mesh, placements, tuple(spans))
+
+
+@lru_cache(maxsize=4096)
+def _cuts(
+    layout: Layout, placements: tuple[Placement, ...], shape: torch.Size, axes: Axes
+) -> tuple[tuple[Placement, ...], list[tuple[int, int, int]]]:
+    """Of a thin tensor: the placements that it needs, and dimension, start and length of what is then cut of it."""
+    kept: list[Placement] = [Replicate()] * layout.mesh.ndim
+    cuts = []
+    for dim, size in enumerate(shape):
+        place = dim - len(shape)
+        along = axes[place] if place >= -2 else place
+        span = None if along is None else layout.spans[along]
+        if span is None or span.size != size:  # the rank, or one batch entry for all
+            continue
+        begin, held, own = 0, size, _split_by(placements, dim)
+        # Of dimensions that the matrix's split first: the rest is cut from what this rank has.
+        if own == span.dims[: len(own)] and all(_matches(placements[i], layout.placements[i]) for i in own):
+            extent = _extent(layout.mesh, placements, size, own)
+            if extent is not None:
+                begin, held = extent
+                for i in own:
+                    kept[i] = placements[i]
+        if held != span.length:
+            # An empty shard starts where the dimension ends.
+            cuts.append((dim, min(span.start - begin, held - span.length), span.length))
+    return tuple(kept), cuts
+
+
+def _split_by(placements: Sequence[Placement], dim: int) -> tuple[int, ...]:
+    return tuple(i for i, placement in enumerate(placements) if sharded_dim(placement) == dim)
+
+
+def _extent(
+    mesh: DeviceMesh, placements: Sequence[Placement], size: int, dims: Sequence[int]
+) -> tuple[int, int] | None:
+    """Start and length of this rank's part of a dimension of `size`; None if that of any rank is not in one piece."""
+    if all(type(placements[i]) is Shard for i in dims):
         start, length = 0, size
         for i in dims:
             share = -(-length // mesh.size(i))
             before = min(length, share * mesh.get_local_rank(i))
             start, length = start + before, min(length - before, share)
         return start, length
-    index = torch.arange(size)
+    parts: dict[tuple[int, ...], Tensor] = {(): torch.arange(size)}
     for i in dims:
-        placement = tensor.placements[i]
         # Private in torch, and the one description of what _StridedShard does.
-        parts, _ = placement._split_tensor(index, mesh.size(i), with_padding=False)  # type: ignore[attr-defined]
-        index = parts[mesh.get_local_rank(i)]
-    if not len(index):
-        return size, 0
-    start, length = int(index[0]), len(index)
-    return (start, length) if int(index[-1]) - start + 1 == length else None
+        split = placements[i]._split_tensor  # type: ignore[attr-defined]
+        parts = {
+            (*at, rank): piece
+            for at, index in parts.items()
+            for rank, piece in enumerate(split(index, mesh.size(i), with_padding=False)[0])
+        }
+    if any(len(index) and int(index[-1]) - int(index[0]) + 1 != len(index) for index in parts.values()):
+        return None
+    own = parts[tuple(mesh.get_local_rank(i) for i in dims)]
+    return (int(own[0]), len(own)) if len(own) else (size, 0)

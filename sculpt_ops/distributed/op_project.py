@@ -123,12 +123,14 @@ class _Part:
 
 def _project(op: str, mesh: DeviceMesh, matrices: Sequence[_Matrix]) -> None:
     layouts = [Layout.of(op, each.name, each.matrix) for each in matrices]
-    if mesh.get_coordinate() is None:  # this rank has no part of it, as in torch's own ops
-        return
     parts = [_part(each, layout) for each, layout in zip(matrices, layouts, strict=True)]
     if not torch.compiler.is_compiling():
-        sides = [[side and side.basis for side in (part.left, part.right)] for part in parts]
-        check_foreach_apart(op, [part.matrix for part in parts], *zip(*sides, strict=True))
+        check_foreach_apart(
+            op,
+            [part.matrix for part in parts],
+            [_basis(part.left) for part in parts],
+            [_basis(part.right) for part in parts],
+        )
     carried = [_carried(part) for part in parts]
     _project_local([_local_sides(part, thin is not None) for part, thin in zip(parts, carried, strict=True)])
     first: list[Summed] = []
@@ -180,8 +182,8 @@ def _project_local(parts: Sequence[_Part]) -> None:
         if plain:
             _FOREACH_(
                 [part.matrix for part in plain],
-                [part.left and part.left.basis for part in plain],
-                [part.right and part.right.basis for part in plain],
+                [_basis(part.left) for part in plain],
+                [_basis(part.right) for part in plain],
                 keep_lefts=[part.left is not None and part.left.keep for part in plain],
                 keep_rights=[part.right is not None and part.right.keep for part in plain],
                 block=block,
@@ -191,16 +193,20 @@ def _project_local(parts: Sequence[_Part]) -> None:
             left, right = part.left, part.right
             _RESTORE_(
                 part.matrix,
-                left and left.basis,
-                left and left.image,
-                right and right.basis,
-                right and right.image,
+                _basis(left),
+                None if left is None else left.image,
+                _basis(right),
+                None if right is None else right.image,
                 core=part.core,
                 reference=part.reference,
                 keep_left=left is not None and left.keep,
                 keep_right=right is not None and right.keep,
                 block=part.block,
             )
+
+
+def _basis(side: _Side | None) -> Tensor | None:
+    return None if side is None else side.basis
 
 
 def _summed_sides(part: _Part) -> list[Summed]:

@@ -2,7 +2,7 @@
 
 A rule runs below the op's Autograd kernel, which has checked shapes, dtypes and flags of the whole matrices. It works
 on this rank's parts with the kernels of one rank, and sums or exchanges what is split over the ranks. All ranks of the
-mesh call an op together; on a rank outside it nothing is done.
+mesh call an op together; on a rank outside it that is an error.
 """
 
 from __future__ import annotations

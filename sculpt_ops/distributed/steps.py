@@ -46,7 +46,8 @@ def step_at_owners(options: Options, group: Mapping[str, Any], rows: Sequence[Ro
             for grad in whole:
                 # As `collect_gradients` leaves what waits.
                 fed.append(prepare(options, row, grad))
-            grads.append(fed[0] if len(fed) == 1 else fed[0] + fed[1])
+            total = fed[0] if len(fed) == 1 else fed[0] + fed[1]
+            grads.append(total.to(wide(total.dtype)))
         return make_steps(options, group, mine, grads, lambda row: weights[id(row.parameter)])
 
     for index, shard in round_trip("AdamW.step", sent, places, likes, work):
@@ -57,10 +58,9 @@ def step_at_owners(options: Options, group: Mapping[str, Any], rows: Sequence[Ro
 
 
 def prepare(options: Options, row: Row, grad: Tensor) -> Tensor:
-    """A whole gradient as Adam is fed with it: projected, or in coordinates; `wide`."""
+    """A whole gradient as it waits for Adam: projected in its own dtype as on one rank, or in coordinates."""
     if options.in_coordinates:
         return coordinates_of(options, row, grad)
-    grad = grad.to(wide(grad.dtype))
     if options.project != "update":
         project_each_([(grad, _layer(row))])
     return grad
@@ -80,8 +80,10 @@ def collect_gradients(options: Options, rows: Sequence[Row]) -> list[Tensor]:
             fed = prepare(options, row, found.pop(index))
             out.append(fed if row.compressed is None else row.compressed.add_(fed))
         else:
-            shape = _layer(row).free_shape if options.in_coordinates else places[index].shape
-            out.append(torch.empty(shape, dtype=wide(row.parameter.dtype), device="meta"))
+            shape, dtype = places[index].shape, shards[index].dtype
+            if options.in_coordinates:
+                shape, dtype = _layer(row).free_shape, wide(dtype)
+            out.append(torch.empty(shape, dtype=dtype, device="meta"))
     return out
 
 

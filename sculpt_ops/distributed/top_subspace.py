@@ -78,14 +78,15 @@ def top_subspace_sharded(matrix: Tensor, rank: int | None, energy: float | None)
     """
     op = "top_subspace"
     mesh = common_mesh(op, {"matrix": matrix})
+    matrix = matrix.detach()
     assert isinstance(matrix, DTensor)
     m, n = matrix.shape
     matrix = whole(op, matrix, -2, -1) if m < n else whole(op, matrix, -1, -2)
     layout, local = Layout.of(op, "matrix", matrix), local_of(matrix)
     dims = (layout.columns if m < n else layout.rows).dims
-    peak = torch.nn.functional.pad(local.abs().double(), (0, 0, 0, 1)).amax() if local.numel() else local.new_zeros(())
+    peak = local.abs().amax().double() if local.numel() else local.new_zeros((), dtype=torch.float64)
     # The largest of NaN and a number is either, by the backend.
-    peak = reduced(op, mesh, dims, peak.double().nan_to_num(nan=torch.inf).reshape(1), largest=True)
+    peak = reduced(op, mesh, dims, peak.nan_to_num(nan=torch.inf), largest=True)
     local, scale = _scale_by(local, float(peak))
     if scale != 1.0:
         matrix = wrap(local, mesh, matrix.placements, matrix.shape)

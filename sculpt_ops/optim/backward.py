@@ -68,10 +68,15 @@ def fuse_into_backward(model: nn.Module, optimizer: Any, *, accumulation_steps: 
     parts. Clipping by the norm of all gradients is impossible here: `clip_grad_norm_` of the optimizer refuses, and
     torch's finds no gradients and returns 0.
 
-    Returns a handle whose `remove()` ends it. Raises TypeError for another optimizer, ValueError for
+    Returns a handle whose `remove()` ends it. Raises TypeError for another optimizer and a DistributedDataParallel, ValueError for
     `accumulation_steps` below 1 or above 1 with state="full", and RuntimeError if it was fused already or holds
     gradients.
     """
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        raise TypeError(
+            "model: got a DistributedDataParallel, which adds up gradients over the ranks after they have been stepped "
+            "with; shard the model with fully_shard instead"
+        )
     inner = unwrap_optimizer(optimizer)
     if not isinstance(inner, AdamW):
         raise TypeError(f"optimizer must be a sculpt_ops.AdamW or wrap one, got {type(inner).__name__}")
