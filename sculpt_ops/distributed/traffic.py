@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.distributed_c10d import _resolve_process_group as resolve  # type: ignore[attr-defined]
 from torch.utils._python_dispatch import TorchDispatchMode
 
 __all__ = ["Collective", "Traffic", "all_gather_bytes", "all_reduce_bytes", "reduce_scatter_bytes"]
@@ -74,8 +74,7 @@ class Traffic(TorchDispatchMode):
         # A subclass (DTensor) first makes its own collectives of the op, which come here in their turn.
         if types:
             return NotImplemented
-        namespace, _, name = func._schema.name.partition("::")
-        if namespace in _NAMESPACES and name in _COUNTED:
+        if (name := func._schema.name) in _COUNTED:
             given = _named_arguments(func, args, kwargs or {})
             op, sent = _COUNTED[name]
             group = _group(given)
@@ -83,7 +82,6 @@ class Traffic(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-_NAMESPACES = ("c10d", "_c10d_functional", "_dtensor")
 _Given = dict[str, Any]
 
 
@@ -93,18 +91,121 @@ def _named_arguments(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -
 
 
 def _group(given: _Given) -> dist.ProcessGroup:
-    boxed = given.get("process_group")
-    if boxed is not None:
-        return dist.ProcessGroup.unbox(boxed)
-    named = given["group_name"]
-    return dist.distributed_c10d._resolve_process_group(named) if isinstance(named, str) else named
+    if "process_group" in given:
+        return dist.ProcessGroup.unbox(given["process_group"])
+    named: Any = given["group_name"]
+    return cast(dist.ProcessGroup, resolve(named) if isinstance(named, str) else named)  # type: ignore[arg-type]
 
 
 def _nbytes(tensors: Any) -> int:
     if isinstance(tensors, Tensor):
-        return tensors.numel() * tensors.element_size()
+        return tensors.nbytes
     return sum(map(_nbytes, tensors))
 
 
-def _inputs(given: _Given) -> Any:
-    return next(given[name] for name in ("input", "inputs", "input_tensor", "input_tensors", "tensors") if name in given)
+def _input_bytes(given: _Given) -> int:
+    names = ("input", "inputs", "tensor", "tensors", "input_tensor", "input_tensors", "input_list")
+    return _nbytes(next(given[name] for name in names if name in given))
+
+
+def _all_reduce(given: _Given, group: dist.ProcessGroup) -> int:
+    return all_reduce_bytes(_input_bytes(given), group.size())
+
+
+def _all_gather(given: _Given, group: dist.ProcessGroup) -> int:
+    # Parts may differ in size; where no result is given they do not.
+    names = ("output_tensor", "output_tensors", "output_lists", "outputs", "out")
+    results = [_nbytes(given[name]) for name in names if name in given]
+    return all_gather_bytes(results[0] if results else group.size() * _input_bytes(given), group.size())
+
+
+def _reduce_scatter(given: _Given, group: dist.ProcessGroup) -> int:
+    return reduce_scatter_bytes(_input_bytes(given), group.size())
+
+
+def _all_to_all(given: _Given, group: dist.ProcessGroup) -> int:
+    if "input_tensors" in given:
+        return sum(_nbytes(part) for rank, part in enumerate(given["input_tensors"]) if rank != group.rank())
+    sent = _input_bytes(given)
+    splits: Sequence[int] = given.get("input_split_sizes") or ()
+    if splits:
+        return sent - sent // max(1, sum(splits)) * splits[group.rank()]
+    return sent - sent // group.size()
+
+
+def _broadcast(given: _Given, group: dist.ProcessGroup) -> int:
+    root = given["root_rank"] if "root_rank" in given else dist.get_group_rank(group, given["src"])
+    return 0 if (group.rank() + 1) % group.size() == root else _input_bytes(given)
+
+
+def _unless_root(given: _Given, group: dist.ProcessGroup) -> int:
+    return 0 if group.rank() == given["root_rank"] else _input_bytes(given)
+
+
+def _scatter(given: _Given, group: dist.ProcessGroup) -> int:
+    return all_gather_bytes(_nbytes(given["input_tensors"]), group.size()) if group.rank() == given["root_rank"] else 0
+
+
+def _send(given: _Given, group: dist.ProcessGroup) -> int:
+    return _input_bytes(given)
+
+
+def _nothing(given: _Given, group: dist.ProcessGroup) -> int:
+    return 0
+
+
+_COUNTED: dict[str, tuple[str, Callable[[_Given, dist.ProcessGroup], int]]] = {
+    **dict.fromkeys(
+        (
+            "c10d::allreduce_",
+            "c10d::allreduce_coalesced_",
+            "_c10d_functional::all_reduce",
+            "_c10d_functional::all_reduce_",
+            "_c10d_functional::all_reduce_coalesced",
+            "_c10d_functional::all_reduce_coalesced_",
+        ),
+        ("all_reduce", _all_reduce),
+    ),
+    **dict.fromkeys(
+        (
+            "c10d::allgather_",
+            "c10d::allgather_coalesced_",
+            "c10d::_allgather_base_",
+            "c10d::allgather_into_tensor_coalesced_",
+            "_c10d_functional::all_gather_into_tensor",
+            "_c10d_functional::all_gather_into_tensor_out",
+            "_c10d_functional::all_gather_into_tensor_coalesced",
+        ),
+        ("all_gather", _all_gather),
+    ),
+    **dict.fromkeys(
+        (
+            "c10d::reduce_scatter_",
+            "c10d::_reduce_scatter_base_",
+            "c10d::reduce_scatter_tensor_coalesced_",
+            "_c10d_functional::reduce_scatter_tensor",
+            "_c10d_functional::reduce_scatter_tensor_out",
+            "_c10d_functional::reduce_scatter_tensor_coalesced",
+        ),
+        ("reduce_scatter", _reduce_scatter),
+    ),
+    **dict.fromkeys(
+        (
+            "c10d::alltoall_",
+            "c10d::alltoall_base_",
+            "_c10d_functional::all_to_all_single",
+            "_dtensor::shard_dim_alltoall",
+        ),
+        ("all_to_all", _all_to_all),
+    ),
+    **dict.fromkeys(
+        ("c10d::broadcast_", "_c10d_functional::broadcast", "_c10d_functional::broadcast_"),
+        ("broadcast", _broadcast),
+    ),
+    "c10d::reduce_": ("reduce", _unless_root),
+    "c10d::gather_": ("gather", _unless_root),
+    "c10d::scatter_": ("scatter", _scatter),
+    **dict.fromkeys(("c10d::send", "_c10d_functional::isend"), ("send", _send)),
+    **dict.fromkeys(("c10d::recv_", "c10d::recv_any_source_", "_c10d_functional::irecv"), ("recv", _nothing)),
+    "c10d::barrier": ("barrier", _nothing),
+}
