@@ -13,6 +13,7 @@ import datetime
 import json
 import multiprocessing
 import resource
+import sys
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
@@ -43,7 +44,7 @@ def main() -> None:
     print(table(rows))
     today = datetime.date.today().isoformat()
     target = arguments.results / f"sharding-{today}.json"
-    target.write_text(json.dumps({"machine": machine(), "protect": PROTECT, "rows": rows}, indent=1) + "\n")
+    target.write_text(json.dumps({"machine": machine(("transformers", "numpy"), sys.argv[1:]), "protect": PROTECT, "rows": rows}, indent=1) + "\n")
     print(f"written: {target}")
 
 
