@@ -44,7 +44,8 @@ def main() -> None:
     print(table(rows))
     today = datetime.date.today().isoformat()
     target = arguments.results / f"sharding-{today}.json"
-    target.write_text(json.dumps({"machine": machine(("transformers", "numpy"), sys.argv[1:]), "protect": PROTECT, "rows": rows}, indent=1) + "\n")
+    facts = machine(("transformers", "numpy"), sys.argv[1:])
+    target.write_text(json.dumps({"machine": facts, "protect": PROTECT, "rows": rows}, indent=1) + "\n")
     print(f"written: {target}")
 
 

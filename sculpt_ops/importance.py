@@ -7,7 +7,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -160,7 +160,7 @@ def _hooked(model: nn.Module, hooks: Mapping[int, Callable[..., None]]) -> Itera
             module.training = training
             # FSDP keeps the root's parameters gathered for a backward pass, which does not come.
             if is_fsdp(module):
-                module.reshard()
+                cast(Any, module).reshard()
 
 
 def _uncompiled() -> AbstractContextManager[Any]:

@@ -20,7 +20,7 @@ Bound = Mapping[str, tuple[Tensor, LayerSubspace]]
 def make_at_owners(
     bound: Bound, make: Callable[[str, Tensor, LayerSubspace], dict[str, Tensor]]
 ) -> tuple[dict[str, dict[str, Tensor]], Ranks]:
-    """What `make` keeps of every whole weight, on the rank that owns it and on the meta device elsewhere; collective."""
+    """What `make` keeps of every whole weight, where its owner is, and on the meta device elsewhere; collective."""
     places = {name: place_of(name, parameter, layer) for name, (parameter, layer) in bound.items()}
     ranks = next(iter(places.values())).sharding.ranks
     starts: dict[str, dict[str, Tensor]] = {}
