@@ -112,7 +112,16 @@ def compare(case: Case) -> Compared:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_steps_are_those_of_one_rank(ranks: Ranks, name: str) -> None:
+def test_steps_are_those_of_one_rank(four_ranks: Ranks, name: str) -> None:
+    check_steps(four_ranks, name)
+
+
+@pytest.mark.parametrize("name", ["clipped", "two tasks", "subspace, two tasks", "rank 1", "columns", "ddp"])
+def test_steps_of_two_ranks_are_those_of_one(two_ranks: Ranks, name: str) -> None:
+    check_steps(two_ranks, name)
+
+
+def check_steps(ranks: Ranks, name: str) -> None:
     results = ranks.run(compare, CASES[name])
     for compared in results:
         # A gradient that is bfloat16 is rounded once a side, in place in another order: 3e-3 apart, both as near to the
@@ -138,9 +147,9 @@ UPDATE = {"project": "update"}
 
 
 @pytest.mark.parametrize("options", [UPDATE, SUBSPACE, UPDATE | {"moment_dtype": torch.bfloat16}], ids=str)
-def test_stochastic_rounding_is_that_of_one_rank(ranks: Ranks, options: dict[str, Any]) -> None:
+def test_stochastic_rounding_is_that_of_one_rank(four_ranks: Ranks, options: dict[str, Any]) -> None:
     case = Case(dtype=torch.bfloat16, optimizer={"master": "stochastic"} | options)
-    for differing in ranks.run(stochastic, case):
+    for differing in four_ranks.run(stochastic, case):
         assert not any(differing[name] for name in differing if "bias" in name or "norm" in name), differing
         # A sum of another order changes the last bits of float32, and so one rounding in thousands.
         assert max(differing.values()) < 0.01, differing
@@ -161,8 +170,8 @@ def leaks_without_protection() -> list[dict[str, Any]]:
     return found
 
 
-def test_leak_is_that_of_one_rank_on_every_rank(ranks: Ranks) -> None:
-    results = ranks.run(leaks_without_protection)
+def test_leak_is_that_of_one_rank_on_every_rank(four_ranks: Ranks) -> None:
+    results = four_ranks.run(leaks_without_protection)
     for result in results:
         assert result[3:] == results[0][3:]
         for measured, wanted in zip(result[3:], result[:3], strict=True):
@@ -197,8 +206,8 @@ def guarded(name: str, case: Case) -> tuple[dict[str, float], dict[str, Any]]:
 
 @pytest.mark.parametrize("case", [Case(), Case(0.75), Case(Rank(1)), Case(subspaces={"sides": "block"})], ids=str)
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_guard_is_that_of_one_rank(ranks: Ranks, name: str, case: Case) -> None:
-    for away, leaks in ranks.run(guarded, name, case):
+def test_guard_is_that_of_one_rank(four_ranks: Ranks, name: str, case: Case) -> None:
+    for away, leaks in four_ranks.run(guarded, name, case):
         assert max(away.values()) < 1e-6, away
         assert all(leak.change > 0 and leak.total < 1e-4 for leak in leaks.values()), leaks
 
@@ -215,8 +224,8 @@ def projected(case: Case) -> dict[str, float]:
 
 
 @pytest.mark.parametrize("case", [Case(), Case(Rank(1)), Case(how="columns"), Case(how="hybrid")], ids=str)
-def test_projected_gradients_are_those_of_one_rank(ranks: Ranks, case: Case) -> None:
-    for away in ranks.run(projected, case):
+def test_projected_gradients_are_those_of_one_rank(four_ranks: Ranks, case: Case) -> None:
+    for away in four_ranks.run(projected, case):
         assert max(away.values()) < 1e-6, away
 
 
@@ -229,8 +238,8 @@ def frozen() -> tuple[dict[str, float], list[str]]:
     return distances(outcomes[1], outcomes[0]), trained
 
 
-def test_other_parameters_can_be_frozen(ranks: Ranks) -> None:
-    for away, trained in ranks.run(frozen):
+def test_other_parameters_can_be_frozen(four_ranks: Ranks) -> None:
+    for away, trained in four_ranks.run(frozen):
         assert max(away.values()) < 1e-6, away
         assert trained == [*(f"blocks.{i}.weight" for i in range(5)), "head.weight"]
 
@@ -248,8 +257,8 @@ def shares() -> tuple[int, int, int, list[tuple[str, str]]]:
     return single.memory(), subspaces.memory(), held, shapes
 
 
-def test_bases_and_moments_are_spread_over_the_ranks(ranks: Ranks) -> None:
-    results = ranks.run(shares)
+def test_bases_and_moments_are_spread_over_the_ranks(four_ranks: Ranks) -> None:
+    results = four_ranks.run(shares)
     assert all(result[::3] == results[0][::3] for result in results)
     # Where few columns are protected the short side's basis is on every rank.
     assert results[0][0] <= sum(result[1] for result in results) < 1.02 * results[0][0]

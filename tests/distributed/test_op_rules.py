@@ -100,7 +100,10 @@ def half_precision_leaks_no_more_than_on_one_rank() -> list[float]:
 def batches() -> None:
     """A batch of matrices, split along the batch too; a basis for all entries, or one for each."""
     grad = gaussian(5, 12, 6, dtype=torch.float32)
-    single, many = orthonormal(12, 3, torch.float32), torch.stack([orthonormal(12, 3, torch.float32, i) for i in range(5)])
+    single, many = (
+        orthonormal(12, 3, torch.float32),
+        torch.stack([orthonormal(12, 3, torch.float32, i) for i in range(5)]),
+    )
     for how in (Shard(0), Shard(1), Shard(2), WHOLE):
         for left in (single, many):
             given = place(grad, line(), how)

@@ -34,7 +34,9 @@ def sketch_everywhere() -> None:
                     keywords = {"seed": 3, "transpose": transpose, "row": 2, "column": 1}
                     omega = draw(given, 5, **keywords)
                     assert torch.equal(whole(omega), draw(matrix, 5, **keywords))
-                    assert close(sculpt_ops.sketch(given, 5, **keywords), sculpt_ops.sketch(matrix, 5, **keywords), bound)
+                    assert close(
+                        sculpt_ops.sketch(given, 5, **keywords), sculpt_ops.sketch(matrix, 5, **keywords), bound
+                    )
                     product = torch.ops.sculpt._product(given, omega, transpose=transpose)
                     assert close(product, sculpt_ops.sketch(matrix, 5, **keywords), bound)
                     gram = torch.ops.sculpt._gram(given, transpose=transpose, double=True)
@@ -77,15 +79,16 @@ def rsvd_everywhere() -> None:
             start = gaussian(n, 2, dtype=torch.promote_types(dtype, torch.float32))
             for mesh, how in placements():
                 given = place(matrix, mesh, *how)
-                for oversample in (2, 100):
-                    for columns in (None, start):
-                        options = {"oversample": oversample, "seed": 5}
-                        begin = None if columns is None else place(columns, mesh, WHOLE)
-                        ours = sculpt_ops.rsvd(given, 2, **options, start=begin)
-                        alone = sculpt_ops.rsvd(matrix, 2, **options, start=columns)
-                        assert all(close(a, b, bound) for a, b in zip(ours, alone, strict=True))
-                        rows = [a == b if b == ROWS else a == WHOLE for a, b in zip(ours[0].placements, how, strict=True)]
-                        assert all(rows)
+                # A sketch of 4 columns, with and without a start, and one as wide as the matrix.
+                for oversample, columns in ((2, None), (2, start), (100, None)):
+                    options = {"oversample": oversample, "seed": 5}
+                    begin = None if columns is None else place(columns, mesh, WHOLE)
+                    U, S, V = ours = sculpt_ops.rsvd(given, 2, **options, start=begin)
+                    alone = sculpt_ops.rsvd(matrix, 2, **options, start=columns)
+                    assert all(close(a, b, bound) for a, b in zip(ours, alone, strict=True))
+                    assert list(U.placements) == [ROWS if kind == ROWS else WHOLE for kind in how]
+                    assert list(V.placements) == [ROWS if kind == COLUMNS else WHOLE for kind in how]
+                    assert all(kind == WHOLE for kind in S.placements)
 
 
 def top_subspace_everywhere() -> None:
@@ -110,7 +113,7 @@ def top_subspace_everywhere() -> None:
                 assert all(isinstance(placement, Replicate) for placement in near.placements)
 
 
-def top_subspace_of_zeros_and_changed() -> list[str]:
+def top_subspace_of_zeros_and_changed() -> None:
     nothing = sculpt_ops.top_subspace(place(torch.zeros(9, 5), line(), ROWS), energy=0.5)
     assert (nothing.rank, nothing.energy) == (0, 1.0)
     assert nothing.free_left.shape == (9, 9)
