@@ -13,7 +13,6 @@ import datetime
 import json
 import multiprocessing
 import resource
-import sys
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
@@ -44,7 +43,8 @@ def main() -> None:
     print(table(rows))
     today = datetime.date.today().isoformat()
     target = arguments.results / f"sharding-{today}.json"
-    facts = machine(("transformers", "numpy"), sys.argv[1:])
+    facts = machine(("transformers", "numpy"), [])
+    facts["command"] = f"python bench/measure_sharding.py --model {arguments.model.name} --results bench/results"
     target.write_text(json.dumps({"machine": facts, "protect": PROTECT, "rows": rows}, indent=1) + "\n")
     print(f"written: {target}")
 

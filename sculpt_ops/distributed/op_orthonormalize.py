@@ -89,7 +89,7 @@ def _factor(y: Tensor, shift: float, rows: Rows) -> tuple[Tensor, Tensor, Tensor
     some = squares > 0
     scale = torch.where(some, squares.rsqrt(), 1.0)
     scaled = gram * scale.unsqueeze(-1) * scale.unsqueeze(-2)
-    scaled.diagonal(dim1=-2, dim2=-1).copy_(torch.where(some, 1 + shift, shift))
+    scaled.diagonal(dim1=-2, dim2=-1).copy_(some.to(gram.dtype) + shift)
     R = torch.linalg.cholesky_ex(scaled).L.mT
     identity = torch.eye(R.shape[-1], dtype=R.dtype, device=R.device).expand_as(R)
     return scale, R, torch.linalg.solve_triangular(R, identity, upper=True)

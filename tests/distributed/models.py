@@ -55,7 +55,8 @@ def sharded(model: Stack, how: str = "rows", mesh: DeviceMesh | None = None) -> 
 
 def whole(tensor: Tensor) -> Tensor:
     """Of a DTensor all of it; collective."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor.detach().clone()
+    tensor = tensor.detach()
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor.clone()
 
 
 def batch(step: int, *, own: bool = False) -> tuple[Tensor, Tensor]:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sculpt_ops import AdamW, Energy, Importance, Rank, Subspaces
+from sculpt_ops import AdamW, Energy, Importance, Rank, Subspaces, fuse_into_backward
 from sculpt_ops.distributed.sharding import as_shard
 
 from .models import (
@@ -226,6 +226,46 @@ def projected(case: Case) -> dict[str, float]:
 @pytest.mark.parametrize("case", [Case(), Case(Rank(1)), Case(how="columns"), Case(how="hybrid")], ids=str)
 def test_projected_gradients_are_those_of_one_rank(four_ranks: Ranks, case: Case) -> None:
     for away in four_ranks.run(projected, case):
+        assert max(away.values()) < 1e-6, away
+
+
+def stepped_in_backward(case: Case) -> tuple[dict[str, float], int]:
+    weights: list[dict[str, Tensor]] = []
+    for model in (Stack(), sharded(Stack())):
+        optimizer = optimizer_of(model, protect(model, case), case)
+        fused = fuse_into_backward(model, optimizer, accumulation_steps=case.accumulate)
+        for step in range(3):
+            for part in range(case.accumulate):
+                backward(model, case.accumulate * step + part)
+            left = sum(parameter.grad is not None for parameter in model.parameters())
+            optimizer.step()
+        fused.remove()
+        weights.append(weights_of(model, optimizer))
+    return distances(weights[1], weights[0]), left
+
+
+@pytest.mark.parametrize("case", [Case(), Case(Rank(1)), Case(optimizer=SUBSPACE, accumulate=2)], ids=str)
+def test_steps_in_the_backward_pass_are_those_of_one_rank(four_ranks: Ranks, case: Case) -> None:
+    for away, left in four_ranks.run(stepped_in_backward, case):
+        assert max(away.values()) < 1e-6, away
+        assert left == 0
+
+
+def bound_later() -> dict[str, float]:
+    """Bases made before the model was sharded."""
+    single, model = Stack(), Stack()
+    subspaces = protect(model, Case())
+    subspaces.bind(sharded(model))
+    weights = []
+    for one, its in ((single, protect(single, Case())), (model, subspaces)):
+        optimizer = optimizer_of(one, its, Case())
+        take_steps(one, optimizer, Case(), range(3))
+        weights.append(weights_of(one, optimizer))
+    return distances(weights[1], weights[0])
+
+
+def test_bases_can_be_made_before_sharding(four_ranks: Ranks) -> None:
+    for away in four_ranks.run(bound_later):
         assert max(away.values()) < 1e-6, away
 
 

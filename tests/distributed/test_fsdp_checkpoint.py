@@ -18,7 +18,19 @@ from torch.distributed.checkpoint.state_dict import (
 
 from sculpt_ops import AdamW, Rank, Subspaces
 
-from .models import Case, Stack, distances, optimizer_of, protect, sharded, table, take_steps, weights_of
+from .models import (
+    Case,
+    Stack,
+    backward,
+    distances,
+    optimizer_of,
+    protect,
+    sharded,
+    table,
+    take_steps,
+    weights_of,
+    whole,
+)
 from .ranks import Ranks
 
 safetensors = pytest.importorskip("safetensors.torch", reason="saving subspaces needs safetensors")
@@ -151,3 +163,42 @@ def state_dict_round_trip(case: Case, folder: Path) -> dict[str, float]:
 def test_state_dicts_hold_what_training_needs(name: str, two_ranks: Ranks, tmp_path: Path) -> None:
     for away in two_ranks.run(state_dict_round_trip, CASES[name], tmp_path):
         assert not any(away.values()), away
+
+
+def guard_with(case: Case, size: int, folder: Path, file: str | None) -> tuple[list[str], dict[str, Tensor]]:
+    """Train under a guard, one of before if `file` is given; what it refuses, and the weights."""
+    model, refused = model_of(case, size), []
+    subspaces = Subspaces.load(folder / "subspaces.safetensors", model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, weight_decay=0.1)
+    if file is None:
+        guard = subspaces.guard(optimizer)
+        guard.save(folder / f"{size}.safetensors")
+    else:
+        guard = subspaces.guard(optimizer, start=folder / file)
+        other = protect(model, Case(0.25))
+        try:
+            other.guard(optimizer, start=folder / file)
+        except ValueError as error:
+            refused.append(str(error))
+    for step in range(STEPS):
+        backward(model, step)
+        optimizer.step()
+        optimizer.zero_grad()
+    guard.remove()
+    return refused, {name: whole(parameter) for name, parameter in model.named_parameters()}
+
+
+def test_a_guard_goes_on_with_another_number_of_ranks(two_ranks: Ranks, four_ranks: Ranks, tmp_path: Path) -> None:
+    case = CASES["full"]
+    save_bases(case, 1, tmp_path / "subspaces.safetensors")
+    wanted = guard_with(case, 1, tmp_path, None)[1]
+    four_ranks.run(guard_with, case, 4, tmp_path, None)
+    alone, shared = (contents(tmp_path / f"{size}.safetensors") for size in (1, 4))
+    assert alone.keys() == shared.keys()
+    assert all(torch.equal(tensor, shared[key]) for key, tensor in alone.items())
+    results = [*two_ranks.run(guard_with, case, 2, tmp_path, "4.safetensors")]
+    results.append(guard_with(case, 1, tmp_path, "4.safetensors"))
+    for refused, weights in results:
+        assert refused == results[0][0]
+        assert "of the start of blocks.0.weight it has" in refused[0]
+        assert max(distances(weights, wanted).values()) < 1e-6

@@ -73,12 +73,18 @@ def stepped_under_ddp() -> None:
     fuse_into_backward(model, optimizer_of(model, None, Case()))
 
 
+def with_bases_of_another_model() -> None:
+    subspaces = protect(Stack(), Case())
+    optimizer_of(sharded(Stack()), subspaces, Case())
+
+
 MISTAKES = {
     not_finite: ("_LinAlgError", r"blocks\.3\.weight"),
     unreduced: ("ValueError", r"head\.weight has the placements .*Partial"),
     on_two_meshes: ("ValueError", r"blocks\.1\.weight is sharded over .* blocks\.0\.weight over"),
     partly_gathered: ("ValueError", r"head\.weight: not sharded.*reshard\(\)"),
     gathered: ("ValueError", r"not sharded.*reshard\(\)"),
+    with_bases_of_another_model: ("ValueError", r"blocks\.0\.weight .*bind\(model\)"),
     stepped_under_ddp: ("(ValueError|TypeError|RuntimeError)", r"DistributedDataParallel"),
 }
 
@@ -92,9 +98,9 @@ def raised(mistake: Callable[[], Any]) -> tuple[str, str]:
 
 
 @pytest.mark.parametrize("mistake", MISTAKES, ids=lambda mistake: mistake.__name__)
-def test_wrong_use_is_one_error_on_every_rank(ranks: Ranks, mistake: Callable[[], None]) -> None:
+def test_wrong_use_is_one_error_on_every_rank(four_ranks: Ranks, mistake: Callable[[], None]) -> None:
     kind, message = MISTAKES[mistake]
-    results = ranks.run(raised, mistake)
+    results = four_ranks.run(raised, mistake)
     for result in results:
         assert re.fullmatch(kind, result[0]), result
         assert re.search(message, result[1], re.DOTALL), result
@@ -113,8 +119,8 @@ def lose_a_rank() -> None:
     optimizer.step()
 
 
-def test_a_rank_that_dies_in_a_step_ends_the_others(ranks: Ranks) -> None:
-    results = ranks.attempt(lose_a_rank, timeout=60)
+def test_a_rank_that_dies_in_a_step_ends_the_others(four_ranks: Ranks) -> None:
+    results = four_ranks.attempt(lose_a_rank, timeout=60)
     assert all(isinstance(result, Failure) for result in results)
     assert "died with exit code -9" in results.pop(1).message
     for failure in results:

@@ -30,10 +30,10 @@ def project_everywhere() -> None:
                     given = place(grad, mesh, *how)
                     out = sculpt_ops.project(given, L, R, **flags)
                     assert out.placements == given.placements
-                    assert torch.equal(whole(given), grad)
+                    assert torch.equal(given.to_local(), place(grad, mesh, *how).to_local())
                     assert_accurate(whole(out), reference.project, grad, left, right, **flags)
                     assert sculpt_ops.project_(given, L, R, **flags) is given
-                    assert torch.equal(whole(given), whole(out))
+                    assert torch.equal(given.to_local(), out.to_local())
 
 
 def restore_everywhere() -> None:

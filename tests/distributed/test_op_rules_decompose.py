@@ -25,7 +25,7 @@ def decaying(m: int, n: int, dtype: torch.dtype) -> Tensor:
 
 
 def sketch_everywhere() -> None:
-    for m, n in SHAPES:
+    for m, n in SHAPES[1:3]:
         for dtype, bound in TOLERANCE.items():
             matrix = decaying(m, n, dtype)
             for mesh, how in placements():
@@ -73,7 +73,7 @@ def orthonormalize_ill_conditioned() -> None:
 
 
 def rsvd_everywhere() -> None:
-    for m, n in SHAPES:
+    for m, n in SHAPES[::3]:
         for dtype, bound in TOLERANCE.items():
             matrix = decaying(m, n, dtype)
             start = gaussian(n, 2, dtype=torch.promote_types(dtype, torch.float32))

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import datetime
 import os
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -134,12 +134,12 @@ def one_dies() -> None:
     sculpt_ops.project_(given, basis)
 
 
-def one_does_not_come() -> float:
-    given, basis = grad(), left()
-    start = time.monotonic()
+def one_does_not_come() -> None:
+    group = torch.distributed.new_group(timeout=datetime.timedelta(seconds=2))
+    mesh = DeviceMesh.from_group(group, "cpu")
+    given, basis = place(torch.ones(12, 8), mesh, ROWS), place(torch.eye(12), mesh, ROWS)
     if torch.distributed.get_rank() == 0:
         sculpt_ops.project_(given, basis)
-    return time.monotonic() - start
 
 
 def compiled() -> None:
@@ -172,12 +172,19 @@ def test_fullgraph_compilation(two_ranks: Ranks) -> None:
     two_ranks.run(compiled)
 
 
-def test_a_dead_rank_ends_the_others(ranks: Ranks) -> None:
-    results = ranks.attempt(one_dies)
-    assert results[1].kind == "EOFError"
-    assert results[0].kind == "RuntimeError"
-    assert "project_: a rank died" in results[0].message
-    assert "The above exception was the direct cause" in results[0].trace
+def test_a_dead_rank_ends_the_others(two_ranks: Ranks) -> None:
+    failed, died = two_ranks.attempt(one_dies)
+    assert died.kind == "EOFError"
+    assert failed.kind == "RuntimeError"
+    assert "project_: a rank died, or did not come" in failed.message
+    assert "The above exception was the direct cause" in failed.trace
+
+
+def test_a_rank_that_does_not_come_ends_the_others_after_the_timeout(two_ranks: Ranks) -> None:
+    failed, result = two_ranks.attempt(one_does_not_come, timeout=25.0)
+    assert result is None
+    assert failed.kind == "RuntimeError"
+    assert "project_: a rank died, or did not come" in failed.message
 
 
 @pytest.mark.parametrize("order", ["sculpt_ops first", "DTensor first"])

@@ -30,18 +30,16 @@ def sent_by_projection(r: int, dtype: torch.dtype, how: object, side: str) -> li
 def sent_by_all() -> None:
     p = dist.get_world_size()
     for dtype in (torch.float32, torch.bfloat16):
-        for r in (0, 4, 8, 12, 24, 44):
-            # Each rank keeps 1 / p of what it would have to send.
-            coefficients, matrix = 2 * (p - 1) * r * N * 4 // p, 2 * (p - 1) * M * N * dtype.itemsize // p**2
-            for how, side in ((ROWS, "left"), (COLUMNS, "right")):
-                shorter = r * (N if side == "left" else M) * 4 * 2 * (p - 1) // p
-                sent = sent_by_projection(min(r, N), dtype, how, side)
-                del shorter
-                if side == "left":
-                    assert sum(nbytes for _, nbytes in sent) == min(coefficients, matrix)
-            assert sent_by_projection(min(r, N), dtype, ROWS, "right") == []
-            assert sent_by_projection(r, dtype, COLUMNS, "left") == []
-            assert sent_by_projection(r, dtype, WHOLE, "left") == []
+        # In a ring each rank sends 2 (p - 1) / p of what is summed, in an exchange (p - 1) / p of what it has.
+        matrix = 2 * (p - 1) * M * N * dtype.itemsize // p**2
+        for r in (0, 4, 8, 12, 24, 32):
+            for how, side, length in ((ROWS, "left", N), (COLUMNS, "right", M)):
+                coefficients = 2 * (p - 1) * r * length * 4 // p
+                sent = sent_by_projection(r, dtype, how, side)
+                assert sum(nbytes for _, nbytes in sent) == min(coefficients, matrix)
+                assert all(op == ("all_reduce" if coefficients <= matrix else "all_to_all") for op, _ in sent)
+            for how, side in ((ROWS, "right"), (COLUMNS, "left"), (WHOLE, "left"), (WHOLE, "right")):
+                assert sent_by_projection(r, dtype, how, side) == []
 
 
 def collectives_of_a_list(count: int) -> list[str]:
