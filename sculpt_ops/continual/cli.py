@@ -12,7 +12,7 @@ import typer
 
 from ..layer import Sides, check_sides
 from ..ranks import Importance
-from .config import DECAY_TO, DTYPES, MASTERS, MOMENT_DTYPES, OTHERS, STATES, TrainConfig, parse_protect
+from .config import DECAY_TO, DTYPES, MASTERS, MOMENT_DTYPES, OTHERS, PARALLEL, STATES, TrainConfig, parse_protect
 
 app = typer.Typer(
     help="Continual full fine-tuning in protected subspaces.",
@@ -38,12 +38,13 @@ RemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run model
 
 @contextmanager
 def _one_line_errors() -> Iterator[None]:
-    """Wrong use ends in one line and exit code 2, a run that diverged in one and 1; a fault keeps its traceback."""
+    """Wrong use ends in one line and exit code 2, a run that diverged or lost a process in one and 1; a fault keeps its
+    traceback."""
     try:
         yield
     except (ValueError, TypeError, OSError, FloatingPointError) as error:
         typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(1 if isinstance(error, FloatingPointError) else 2) from error
+        raise typer.Exit(1 if isinstance(error, FloatingPointError | ConnectionError | TimeoutError) else 2) from error
 
 
 @app.command()
@@ -100,9 +101,18 @@ def train(
     seed: int = TrainConfig.seed,
     cpu: Annotated[bool, typer.Option("--cpu", help="Leave the GPU alone.")] = False,
     trust_remote_code: RemoteCode = False,
+    parallel: Annotated[
+        str | None, typer.Option(help=f"How processes under torchrun share the work: {', '.join(PARALLEL)}.")
+    ] = None,
+    ddp_timeout: Annotated[int, typer.Option(help="Seconds to wait for other processes.")] = TrainConfig.ddp_timeout,
+    save_every: Annotated[
+        int | None, typer.Option(help="Optimizer steps from one checkpoint to the next, 0 only at a task's start.")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in the output.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,
 ) -> None:
     """Learn TASKS one after the other, measure on all of them after each, and write a report."""
+    from .distributed import is_first_process
     from .report import write_report
     from .result import RunResult
     from .trainer import train as run
@@ -144,9 +154,14 @@ def train(
             seed=seed,
             cpu=cpu,
             trust_remote_code=trust_remote_code,
+            parallel=parallel,
+            ddp_timeout=ddp_timeout,
+            save_every=save_every,
+            resume=resume,
         )
         result = run(config, zero_shot=None if zero_shot is None else RunResult.load(zero_shot), quiet=quiet)
-        typer.echo(write_report([result], output))
+        if is_first_process():
+            typer.echo(write_report([result], output))
 
 
 @app.command()
@@ -208,8 +223,8 @@ def plan(
 ) -> None:
     """Show what memory and least time MODEL takes to train, every way there is; needs its config, not its weights."""
     from .plan import make_plan
-    from .plan_gpus import find_gpu
-    from .plan_table import show_plan
+    from .plan.gpus import find_gpu
+    from .plan.table import show_plan
 
     with _one_line_errors():
         made = make_plan(

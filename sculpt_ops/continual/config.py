@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from ..layer import check_sides
+from ..optim.options import DecayTo, State
+from ..optim.precision import Master
 from ..ranks import Energy, Fraction, Importance, Rank, RankPolicy, Schedule, as_policy
 from .tasks import Task
 
@@ -16,9 +18,10 @@ Protect = float | RankPolicy | Importance | Literal["schedule"] | None
 
 OTHERS = ("train", "freeze")
 DTYPES = ("float32", "bfloat16", "float16")
-STATES = ("full", "subspace")
-MASTERS = ("none", "split", "stochastic")
-DECAY_TO = ("zero", "start")
+STATES: tuple[State, ...] = get_args(State)
+MASTERS: tuple[Master, ...] = get_args(Master)
+DECAY_TO: tuple[DecayTo, ...] = get_args(DecayTo)
+PARALLEL = ("fsdp", "ddp")
 MOMENT_DTYPES = ("float32", "bfloat16")
 CHOICES: dict[str, Sequence[str | None]] = {
     "others": OTHERS,
@@ -28,6 +31,7 @@ CHOICES: dict[str, Sequence[str | None]] = {
     "moment_dtype": (None, *MOMENT_DTYPES),
     "basis_dtype": DTYPES,
     "decay_to": DECAY_TO,
+    "parallel": (None, *PARALLEL),
 }
 
 
@@ -51,7 +55,8 @@ class TrainConfig:
     order: task names in the order wanted, a selection of those in `tasks`; None takes them as they come.
     name: what the report calls this run; None makes one up from protect and sides.
     epochs, max_steps: per task; max_steps, where given, wins.
-    batch_size: rows per forward pass; times gradient_accumulation_steps rows per optimizer step.
+    batch_size: rows per forward pass of one process; times gradient_accumulation_steps times processes rows per
+        optimizer step. Of an epoch's last step the missing rows are taken from its start.
     max_length: tokens of prompt and answer together (encoder-decoder: of the prompt); a longer prompt loses its middle.
     warmup_steps: steps, or below 1 a share of the task's steps.
     max_grad_norm: 0 does not clip. Protected gradients are projected before they are clipped.
@@ -63,6 +68,12 @@ class TrainConfig:
         only after the last step.
     seed: of data order and dropout.
     cpu: leave a GPU that is there alone.
+    parallel: how the processes that torchrun started share the work: "fsdp" shards weights, gradients, bases and
+        moments (FSDP2), "ddp" has them whole on each. None is "fsdp", or what accelerate launch was configured for.
+    ddp_timeout: seconds that a process waits for the others before it gives up.
+    save_every: keep the whole state in output/checkpoint at the start of each task and every so many optimizer steps;
+        0 only at the start of each task, None never.
+    resume: go on from the last state in `output`, from the start if there is none; torchrun's restarts always do.
     """
 
     model: str | Path
@@ -100,19 +111,31 @@ class TrainConfig:
     seed: int = 0
     cpu: bool = False
     trust_remote_code: bool = False
+    parallel: str | None = None
+    ddp_timeout: int = 300
+    save_every: int | None = None
+    resume: bool = False
 
     def __post_init__(self) -> None:
         check_sides(self.sides)
         for name, allowed in CHOICES.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}: got {getattr(self, name)!r}, wanted one of {', '.join(map(str, allowed))}")
-        for name in ("lr", "epochs", "batch_size", "gradient_accumulation_steps", "max_length", "eval_batch_size"):
+        for name in (
+            "lr",
+            "epochs",
+            "batch_size",
+            "gradient_accumulation_steps",
+            "max_length",
+            "eval_batch_size",
+            "ddp_timeout",
+        ):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name}: got {getattr(self, name)}, wanted more than 0")
         for name in ("max_steps", "eval_items", "dev_items"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name}: got {getattr(self, name)}, wanted 1 or more, or None")
-        for name in ("weight_decay", "warmup_steps", "max_grad_norm", "leak_every"):
+        for name in ("weight_decay", "warmup_steps", "max_grad_norm", "leak_every", "save_every"):
             if (getattr(self, name) or 0) < 0:
                 raise ValueError(f"{name}: got {getattr(self, name)}, wanted 0 or more")
         if self.protect is not None and self.protect != "schedule":

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import functools
+import json
 import math
 import time
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -14,12 +17,20 @@ from ..binding import unwrap_optimizer
 from ..optim import AdamW, fuse_into_backward
 from ..optim.backward import FusedBackward
 from ..subspaces import Subspaces
+from .checkpoint import load_training, save_training
 from .config import TrainConfig
+from .distributed import World
+from .encoding import IGNORED
 from .leak_trace import LeakTrace
 
+CLOCK_FILE = "clock.json"
+SCHEDULER_FILE = "scheduler.pt"
+STATE_FILE = "trainer_state.json"
 
-def training_arguments(config: TrainConfig, folder: str, task: int) -> TrainingArguments:
-    """`config` as `TrainingArguments` for the `task`-th task. Nothing is saved, reported or logged elsewhere."""
+
+def training_arguments(config: TrainConfig, folder: str, task: int, steps: int = 1) -> TrainingArguments:
+    """`config` as `TrainingArguments` for the `task`-th task, of `steps` optimizer steps. Nothing is saved, reported or
+    logged elsewhere."""
     cuda = torch.cuda.is_available() and not config.cpu
     arguments = TrainingArguments(
         output_dir=folder,
@@ -41,8 +52,8 @@ def training_arguments(config: TrainConfig, folder: str, task: int) -> TrainingA
         save_strategy="no",
         eval_strategy="no",
         push_to_hub=False,
-        # A share of the task's steps: 20 losses however long it is.
-        logging_steps=0.05,
+        # 20 losses however long the task is. Of a share of the steps Trainer says on resuming that it has changed.
+        logging_steps=math.ceil(0.05 * steps),
         # The filter replaces a loss of nan by the mean before it, which hides a run that diverged.
         logging_nan_inf_filter=False,
         disable_tqdm=True,
@@ -66,6 +77,11 @@ class SubspaceTrainer(Trainer):
     """Trains with `sculpt_ops.AdamW`; subspaces None is the same optimizer without projection.
 
     options: further keyword arguments of `AdamW`. fuse_backward: step in the backward pass (`fuse_into_backward`).
+    save: called with the step and a function that writes this rank's part of the state into a folder, from which
+        `train(resume_from_checkpoint=folder)` goes on; None saves nothing. clock: whose figures are part of the state.
+
+    A model that `fully_shard` has sharded is trained as it is. Gradients are reduced in every pass of an accumulated
+    step: kept whole until the last one, they would take as much memory as the weights that were sharded to save it.
     """
 
     def __init__(
@@ -74,15 +90,29 @@ class SubspaceTrainer(Trainer):
         subspaces: Subspaces | None = None,
         options: Mapping[str, Any] | None = None,
         fuse_backward: bool = False,
+        save: Callable[[int, Callable[[Path], None]], None] | None = None,
+        clock: StepClock | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
+        # accelerate marks what it has prepared, and would leave the next task's model without autocast.
+        self.model.__dict__.pop("_is_accelerate_prepared", None)
+        if _is_sharded(self.model):
+            # For evaluation, as accelerate has it: autocast, but not DDP around the sharded model.
+            self.accelerator.prepare_model = functools.partial(self.accelerator.prepare_model, evaluation_mode=True)
         self.subspaces = subspaces
+        self.save_state = save
+        self.clock = clock
         self.options = dict(options or {})
         self.fuse_backward = fuse_backward
         self._fused: FusedBackward | None = None
         if self.options.get("state") == "subspace":
             self.add_callback(CompressGradients)
+
+    def _move_model_to_device(self, model: torch.nn.Module, device: torch.device) -> None:
+        # Sharded parameters are there already, and to() would put others in the place of those that have a basis.
+        if not _is_sharded(model):
+            super()._move_model_to_device(model, device)
 
     def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
         model = self.model if model is None else model
@@ -106,6 +136,26 @@ class SubspaceTrainer(Trainer):
             self._fused = fuse_into_backward(model, self.optimizer, accumulation_steps=steps)
         return self.optimizer
 
+    def compute_loss(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> Any:
+        """The loss as a share of the whole optimizer step's, in which every token counts the same.
+
+        Encoder-decoder models take any keyword argument and so seem to divide by the tokens of the step, but return the
+        mean over the pass: the sum over accumulated passes and processes would grow with their number.
+        """
+        if num_items_in_batch is None or not self.model.config.is_encoder_decoder:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        tokens = inputs["labels"].ne(IGNORED).sum()
+        loss, outputs = super().compute_loss(model, inputs, return_outputs=True)
+        # Gradients are averaged over the processes.
+        loss = loss * (tokens / num_items_in_batch * self.accelerator.num_processes)
+        return (loss, outputs) if return_outputs else loss
+
     def train(self, *args: Any, **kwargs: Any) -> Any:
         try:
             return super().train(*args, **kwargs)
@@ -123,6 +173,40 @@ class SubspaceTrainer(Trainer):
         # is not yet projected.
         return grad_norm
 
+    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
+        if self.save_state is not None:
+            self.save_state(self.state.global_step, self._write)
+
+    def _write(self, folder: Path) -> None:
+        """This rank's part; what is the same on all ranks is the first one's."""
+        save_training(folder, self.model, unwrap_optimizer(self.optimizer))
+        self._save_rng_state(str(folder))
+        if self.args.process_index == 0:
+            torch.save(self.lr_scheduler.state_dict(), folder / SCHEDULER_FILE)
+            self.state.save_to_json(str(folder / STATE_FILE))
+            if self.clock is not None:
+                (folder / CLOCK_FILE).write_text(json.dumps(self.clock.figures()), encoding="utf-8")
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
+        """Weights are loaded together with the optimizer's state, which is not there yet."""
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None:
+            return
+        folder = Path(checkpoint)
+        optimizer = unwrap_optimizer(self.optimizer)
+        load_training(folder, self.model, optimizer)
+        self.lr_scheduler.load_state_dict(torch.load(folder / SCHEDULER_FILE, weights_only=True))
+        for group, lr in zip(optimizer.param_groups, self.lr_scheduler.get_last_lr(), strict=True):
+            group["lr"] = lr
+        if self.clock is not None:
+            self.clock.restore(json.loads((folder / CLOCK_FILE).read_text(encoding="utf-8")))
+
+
+def _is_sharded(model: torch.nn.Module) -> bool:
+    """Whether `fully_shard` has been at it."""
+    return hasattr(model, "set_requires_gradient_sync")
+
 
 class CompressGradients(TrainerCallback):
     """Between the passes of one accumulated step, gradients are kept in free coordinates only."""
@@ -138,19 +222,67 @@ class CompressGradients(TrainerCallback):
         cast(AdamW, unwrap_optimizer(optimizer)).compress_gradients()
 
 
+class SaveEvery(TrainerCallback):
+    """Has `trainer` save its state before the first step and every so many steps, 0 for the first time alone.
+
+    Not after a task's last step: Trainer takes one step too many when it resumes there. Losses are logged with it:
+    Trainer starts their mean anew when it resumes.
+    """
+
+    def __init__(self, every: int, trainer: SubspaceTrainer) -> None:
+        self.every = every
+        self.trainer = trainer
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if state.global_step == 0:
+            self.trainer._save_checkpoint(self.trainer.model, None)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self.every and state.global_step % self.every == 0 and state.global_step < state.max_steps:
+            control.should_save = control.should_log = True
+
+
 class StepClock(TrainerCallback):
     """Seconds from the end of one optimizer step to the end of the next, losses, progress, and the leak.
 
     The leak is measured between two steps and is part of neither. On a GPU work is queued: single intervals say little,
-    their median over a run is the step's time.
+    their median over a run is the step's time. earlier: seconds of training before the run was resumed.
     """
 
-    def __init__(self, task: str, advance: Callable[[int], None], trace: LeakTrace) -> None:
+    def __init__(self, task: str, advance: Callable[[int], None], trace: LeakTrace, world: World | None = None) -> None:
         self.task = task
         self.advance = advance
         self.trace = trace
+        self.world = world
         self.seconds: list[float] = []
         self.losses: list[tuple[int, float]] = []
+        self.earlier = 0.0
+        self._start = time.perf_counter()
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds of training, those before the run was resumed included."""
+        return self.earlier + time.perf_counter() - self._start
+
+    def figures(self) -> dict[str, Any]:
+        """What `restore` takes to go on counting."""
+        return {
+            "seconds": self.seconds,
+            "losses": self.losses,
+            "elapsed": self.elapsed,
+            "leak_points": self.trace.points,
+            "leak_seconds": self.trace.seconds,
+        }
+
+    def restore(self, figures: Mapping[str, Any]) -> None:
+        self.seconds = list(figures["seconds"])
+        self.losses = [(step, loss) for step, loss in figures["losses"]]
+        self.earlier = figures["elapsed"]
+        self.trace.points = [(step, median, largest) for step, median, largest in figures["leak_points"]]
+        self.trace.seconds = figures["leak_seconds"]
+        self.advance(len(self.seconds))
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -164,6 +296,9 @@ class StepClock(TrainerCallback):
         self.trace.on_step(state.global_step)
         self._last = time.perf_counter()
 
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self._last = time.perf_counter()
+
     def on_log(
         self,
         args: TrainingArguments,
@@ -174,6 +309,9 @@ class StepClock(TrainerCallback):
     ) -> None:
         # train_loss is the mean over the whole task, logged at its end.
         for name, loss in (logs or {}).items():
+            if name == "train_loss" and self.world is not None:
+                # The other losses are means over the ranks; of this one each has its own.
+                loss = sum(self.world.share("the loss", loss))
             if name in ("loss", "train_loss") and not math.isfinite(loss):
                 raise FloatingPointError(
                     f"task {self.task}: the loss is {loss} by step {state.global_step}; try a smaller lr"

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from .distributed import World
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -39,15 +41,32 @@ def open_model(
         raise ValueError(f"model: cannot open {source}: {str(error).splitlines()[0]}") from error
 
 
-def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Write under a temporary name, then rename."""
+def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, world: World) -> None:
+    """Write under a temporary name, then rename; to be called by every rank. The first one gathers a sharded model's
+    weights in its CPU memory."""
     temporary = folder.with_name(folder.name + ".tmp")
-    if temporary.exists():
-        shutil.rmtree(temporary)
-    with _no_bars():
-        model.save_pretrained(temporary)
-    tokenizer.save_pretrained(temporary)
-    temporary.replace(folder)
+    gathered = _gather(model) if world.sharded else None
+
+    def write() -> None:
+        for earlier in (temporary, folder):
+            shutil.rmtree(earlier, ignore_errors=True)
+        with _no_bars():
+            model.save_pretrained(temporary, state_dict=gathered, is_main_process=True)
+        tokenizer.save_pretrained(temporary)
+        temporary.replace(folder)
+
+    world.on_first("saving the model", write)
+
+
+def _gather(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """All weights on the first rank, tied ones once; nothing on the others."""
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    weights = get_model_state_dict(model, options=options)
+    # save_pretrained finds tied weights by their memory, which gathered copies do not share.
+    kept = dict(model.named_parameters()) | dict(model.named_buffers())
+    return {name: weight for name, weight in weights.items() if name in kept and isinstance(weight, torch.Tensor)}
 
 
 @contextmanager
