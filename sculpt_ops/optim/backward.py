@@ -68,9 +68,9 @@ def fuse_into_backward(model: nn.Module, optimizer: Any, *, accumulation_steps: 
     parts. Clipping by the norm of all gradients is impossible here: `clip_grad_norm_` of the optimizer refuses, and
     torch's finds no gradients and returns 0.
 
-    Returns a handle whose `remove()` ends it. Raises TypeError for another optimizer and a DistributedDataParallel, ValueError for
-    `accumulation_steps` below 1 or above 1 with state="full", and RuntimeError if it was fused already or holds
-    gradients.
+    Returns a handle whose `remove()` ends it. Raises TypeError for another optimizer and for a model in
+    DistributedDataParallel, ValueError for `accumulation_steps` below 1 or above 1 with state="full", and RuntimeError
+    if it was fused already or holds gradients.
     """
     if isinstance(model, nn.parallel.DistributedDataParallel):
         raise TypeError(

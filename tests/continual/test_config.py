@@ -56,7 +56,9 @@ def test_quantised_weights_are_refused(short: dict[str, Any], model_folder: Path
         train(TrainConfig(**{**short, "model": folder}, output=tmp_path / "out"), quiet=True)
 
 
-def test_processes_that_nobody_started_are_refused(short: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_processes_that_nobody_started_are_refused(
+    short: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ValueError, match="2 processes, but no RANK"):
         train(TrainConfig(**short, output=tmp_path / "out"), quiet=True)

@@ -382,6 +382,17 @@ def test_autocast_checkpointing_and_accumulation_over_two_tasks(
     models: list[torch.nn.Module] = []
     save = trainer.save_model
     monkeypatch.setattr(trainer, "save_model", lambda model, *rest: (models.append(model), save(model, *rest)))
+    open_model, trained_in = trainer.open_model, []
+
+    def watched(*arguments: Any) -> Any:
+        model, tokenizer = open_model(*arguments)
+        projection = model.model.layers[0].self_attn.q_proj
+        projection.register_forward_hook(
+            lambda module, _, out: trained_in.append(out.dtype) if module.training else None
+        )
+        return model, tokenizer
+
+    monkeypatch.setattr(trainer, "open_model", watched)
     config = TrainConfig(
         **{**short, "batch_size": 4},
         output=tmp_path / "out",
@@ -394,6 +405,8 @@ def test_autocast_checkpointing_and_accumulation_over_two_tasks(
     result = train(config, quiet=True)
     assert [task.steps for task in result.learned] == [3, 3]
     assert models[0].model.layers[0].gradient_checkpointing
+    # In the second task too. Two tasks of 3 steps, 2 passes each, every one computed once more for its gradient.
+    assert trained_in == [torch.bfloat16] * 24
     # Autocast was taken off again: wrapped once more for every task, it would be there twice.
     assert models[0](input_ids=torch.arange(3, 9)[None]).logits.dtype == torch.float32
     assert not hasattr(models[0].forward, "__wrapped__")

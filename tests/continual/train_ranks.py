@@ -1,9 +1,9 @@
 """Runs of the trainer one after the other in one process, several of which torchrun starts together.
 
-    train_ranks.py JOBS.json     a list of {"config": settings of TrainConfig, "kill": [rank, task, step], "keep": folder}
+    train_ranks.py JOBS.json     a list of {"config": settings of TrainConfig, "kill": [rank, task, step], "keep": PATH}
 
-A run with "kill" loses that rank to SIGKILL right after that step, unless torchrun has restarted it; "keep" gets a copy of
-the output as it then is.
+A run with "kill" loses that rank to SIGKILL right after that step, unless torchrun has restarted it; "keep" gets a copy
+of the output as it is then.
 """
 
 from __future__ import annotations

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import datetime
 import multiprocessing
-import os
 import tempfile
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
+from pathlib import Path
 from typing import Any
 
 __all__ = ["Failure", "Ranks"]
@@ -81,7 +81,7 @@ class Ranks:
 
     def _start(self) -> None:
         context = multiprocessing.get_context("spawn")
-        store = os.path.join(tempfile.mkdtemp(), "store")
+        store = str(Path(tempfile.mkdtemp()) / "store")
         for rank in range(self.size):
             ours, theirs = context.Pipe()
             process = context.Process(target=_work, args=(rank, self.size, store, theirs), daemon=True)
