@@ -87,8 +87,8 @@ def set_gradients(model: nn.Module, step: int) -> None:
 @dataclass(frozen=True)
 class Case:
     """How to train. subspaces, optimizer: arguments of `Subspaces.from_model` and `AdamW`. how: see `sharded`, or
-    "ddp". accumulate: gradients to a step. tasks: each with subspaces of its own. passes: gradients come from forward and
-    backward passes. own: each rank has its share of the data."""
+    "ddp". accumulate: gradients to a step. tasks: each with subspaces of its own. passes: gradients come from forward
+    and backward passes. own: each rank has its share of the data."""
 
     protect: Any = 0.5
     subspaces: dict[str, Any] = field(default_factory=dict)
