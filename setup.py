@@ -38,6 +38,7 @@ setup(
         "sculpt_ops.ops",
         "sculpt_ops.optim",
         "sculpt_ops.continual",
+        "sculpt_ops.distributed",
         "sculpt_ops.continual.plan",
         "sculpt_ops.triton_kernels",
     ],
