@@ -18,6 +18,7 @@ from ..distributed.agreement import Ranks
 from .config import TrainConfig
 
 if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
     from transformers import PreTrainedModel
 
 __all__ = ["World", "is_first_process", "join_world", "parallel_mode", "restarted", "shard"]
@@ -47,13 +48,14 @@ _groups = itertools.count()
 class World:
     """The processes of a run and this one's place among them.
 
-    parallel: "fsdp", "ddp", or None for a process on its own. device: this process's.
+    parallel: "fsdp", "ddp", or None for a process on its own. device: this process's. mesh: of all of them, for "fsdp".
     """
 
     device: torch.device
     rank: int = 0
     size: int = 1
     parallel: str | None = None
+    mesh: DeviceMesh | None = None
 
     @property
     def first(self) -> bool:
@@ -74,6 +76,14 @@ class World:
             return work()
         done: list[T] = []
         self._ranks.together(what, lambda: done.append(work()))
+        return done[0]
+
+    def in_turns(self, what: str, work: Callable[[], T]) -> T:
+        """As `together`, on one process of a machine after the other: for what takes much memory for a moment."""
+        local = int(os.environ.get("LOCAL_RANK", "0"))
+        done: list[T] = []
+        for turn in range(1 + max(self.share(what, local))):
+            self.together(what, lambda turn=turn: done.append(work()) if turn == local else None)
         return done[0]
 
     def on_first(self, what: str, work: Callable[[], object]) -> None:
@@ -157,7 +167,8 @@ def join_world(config: TrainConfig) -> Iterator[World]:
     asked = os.environ.pop("ACCELERATE_USE_FSDP", None)
     lost = False
     try:
-        yield World(device, dist.get_rank(), dist.get_world_size(), parallel)
+        mesh = _mesh(device) if parallel == "fsdp" else None
+        yield World(device, dist.get_rank(), dist.get_world_size(), parallel, mesh)
     except RuntimeError as error:
         lost = any(sign in str(error) for sign in LOST)
         if not lost:
@@ -179,22 +190,26 @@ def join_world(config: TrainConfig) -> Iterator[World]:
 def shard(model: PreTrainedModel, world: World) -> None:
     """`fully_shard` every layer of `model`, then what is left, in place; tied embeddings stay together in the root.
 
-    Moves it to world.device layer by layer. Gradients are averaged in float32 whatever the weights' dtype. ValueError
+    Moves it to world.device layer by layer; sends nothing. Gradients are averaged in float32 whatever the weights' dtype. ValueError
     if the model does not name the classes of its layers.
     """
-    from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
     names = set(getattr(model, "_no_split_modules", None) or ())
     layers = [module for module in model.modules() if type(module).__name__ in names]
     if not layers:
         raise ValueError(f"model: {type(model).__name__} names no layers to shard (_no_split_modules)")
-    mesh = init_device_mesh(world.device.type, (world.size,), mesh_dim_names=("fsdp",))
     policy = MixedPrecisionPolicy(reduce_dtype=torch.float32)
     for module in (*layers, model):
-        fully_shard(module, mesh=mesh, mp_policy=policy)
+        fully_shard(module, mesh=world.mesh, mp_policy=policy)
     # An encoder is called on its own there, without the root that holds its embedding.
     register_fsdp_forward_method(model, "generate")
+
+
+def _mesh(device: torch.device) -> DeviceMesh:
+    from torch.distributed.device_mesh import init_device_mesh
+
+    return init_device_mesh(device.type, (dist.get_world_size(),), mesh_dim_names=("fsdp",))
 
 
 def _start_group(cuda: bool, seconds: int) -> None:

@@ -74,9 +74,12 @@ def train(config: TrainConfig, *, zero_shot: RunResult | None = None, quiet: boo
 def _train(config: TrainConfig, zero_shot: RunResult | None, world: World, quiet: bool) -> RunResult:
     if done := world.together("opening the output", lambda: _finished(config)):
         return done
-    run = world.together("preparing the run", lambda: _prepare(config, world, quiet))
-    if world.sharded:
-        shard(run.model, world)
+    progress = Progress(quiet or not world.first)
+    tasks = world.together("reading the tasks", lambda: _read_tasks(config, world))
+    progress.say(f"opening {config.model}")
+    # In turns where it is sharded: a machine's memory then has to hold the whole model once, and not for every process.
+    opened = (world.in_turns if world.sharded else world.together)("opening the model", lambda: _open(config, world))
+    run = world.together("preparing the run", lambda: _prepare(config, world, progress, tasks, *opened))
     if run.saved is None:
         if zero_shot is None:
             _evaluate(run, row=0)
@@ -124,19 +127,19 @@ def _finished(config: TrainConfig) -> RunResult | None:
     return result if result.complete else None
 
 
-def _prepare(config: TrainConfig, world: World, quiet: bool) -> _Run:
-    """Open and check everything that a run needs; writes nothing."""
+def _read_tasks(config: TrainConfig, world: World) -> list[Task]:
+    """The tasks, after a look at the output folder and the training arguments; writes nothing."""
     from .hf_trainer import training_arguments
 
     output = Path(config.output)
-    progress = Progress(quiet or not world.first)
-    checkpoints = Checkpoints(output, world)
-    saved = checkpoints.latest() if _resumed(config) else None
     if world.first and output.exists():
         _check_output(output, _resumed(config))
     training_arguments(config, str(output), 0)
-    tasks = [_measured(task, config) for task in load_tasks(config.tasks, config.order)]
-    progress.say(f"opening {config.model}")
+    return [_measured(task, config) for task in load_tasks(config.tasks, config.order)]
+
+
+def _open(config: TrainConfig, world: World) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Model and tokenizer, checked; the model on world.device, or its shards."""
     model, tokenizer = open_model(config.model, config.dtype, config.trust_remote_code)
     limit = longest_input(model)
     if limit is not None and config.max_length > limit:
@@ -147,21 +150,38 @@ def _prepare(config: TrainConfig, world: World, quiet: bool) -> _Run:
             # Before the model is sharded, which settles for good what has a gradient.
             for name, parameter in canonical_parameters(model)[0].items():
                 parameter.requires_grad_(name in targets)
-    encoded = [encode_task(task, tokenizer, config.max_length, model.config.is_encoder_decoder) for task in tasks]
-    if not world.sharded:
-        model.to(world.device)
     if config.gradient_checkpointing:
         # Here and not as a TrainingArgument, whose name changes between transformers 5.17 and 6; the method's does too.
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
         enable({"use_reentrant": False})
+    if world.sharded:
+        shard(model, world)
+    else:
+        model.to(world.device)
+    return model, tokenizer
+
+
+def _prepare(
+    config: TrainConfig,
+    world: World,
+    progress: Progress,
+    tasks: list[Task],
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+) -> _Run:
+    """The run as it stands: at its beginning, or where it is to go on."""
+    encoded = [encode_task(task, tokenizer, config.max_length, model.config.is_encoder_decoder) for task in tasks]
     names = [task.name for task in tasks]
     note = benchmark_note(names)
     settings = config.to_dict() | {"rows_per_step": _rows_per_step(config, world)}
     if world.parallel is not None:
         settings |= {"parallel": world.parallel, "processes": world.size}
-    result = RunResult(config.method, names, str(output), settings, versions(world.device), [note] if note else [])
+    output = str(config.output)
+    result = RunResult(config.method, names, output, settings, versions(world.device), [note] if note else [])
+    checkpoints = Checkpoints(Path(output), world)
+    saved = checkpoints.latest() if _resumed(config) else None
     if saved is not None:
-        earlier = saved.result(str(output))
+        earlier = saved.result(output)
         check_same_run(earlier.config, settings)
         result = replace(earlier, config=settings, versions=result.versions)
         progress.say(f"resuming task {saved.task + 1}/{len(tasks)} {names[saved.task]} after step {saved.step}")
