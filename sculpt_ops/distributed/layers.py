@@ -178,8 +178,10 @@ def in_place_layers(layers: Mapping[str, LayerSubspace], parameters: Mapping[str
     shards = scatter("from_model", own, places, likes, ranks)() if split else []
     wholes = broadcast("from_model", [s for _, s, _ in common], [owner for *_, owner in common], ranks, device)
     sides: dict[str, dict[int, Tensor]] = {name: {} for name in shardings}
-    for (name, _, place), shard in zip(split, shards, strict=True):
-        sides[name][shardings[name].dim] = place.sharding.wrap(shard, place.shape)
+    for i, ((name, _, place), shard) in enumerate(zip(split, shards, strict=True)):
+        # The owner has its rows already.
+        rows_here = place.part(own[i], ranks.rank) if i in own else shard
+        sides[name][shardings[name].dim] = place.sharding.wrap(rows_here, place.shape)
     for (name, _, _), whole in zip(common, wholes, strict=True):
         sides[name][1 - shardings[name].dim] = shardings[name].wrap(whole, tuple(whole.shape), replicate=True)
     return {name: _in_place(layers[name], sides[name]) for name in shardings}

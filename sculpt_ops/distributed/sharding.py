@@ -26,9 +26,9 @@ def moves_to_owner(m: int, n: int, width: int, size: int) -> bool:
     A step projects twice. In place each projection is an all-reduce of width x n coefficients, 2 width n numbers a
     rank; with an owner the gradient goes there and the step comes back, 2 m n / size numbers in all. Where the first is
     cheaper, width is at most m / (2 size), so that the other side's basis, which every rank then needs whole, is small
-    as well.
+    as well. A single rank owns all there is.
     """
-    return 2 * size * width > m
+    return size == 1 or 2 * size * width > m
 
 
 @dataclass(frozen=True)
