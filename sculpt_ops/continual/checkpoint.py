@@ -1,65 +1,98 @@
 """The state of a run on disk, from which a run that was cut short goes on.
 
-    checkpoint/task-2/                what stays the same while the second task is learned
-        run.json predictions.jsonl    the results so far
-        subspaces.safetensors         the protected subspaces, as they were derived from the weights at its start
+    state.json                        finished tasks, accuracy rows, hashes of the first weights and of the tasks' rows
+    checkpoint/task-2/                what the second task is learned from
+        start/                        the run at the end of the first: results, weights/, what the method carries on
+        subspaces.safetensors         the protected subspaces as they were derived, before the first step
         setup.json                    how long that took
-        step-0/ step-40/              what changes: weights and optimizer state in safetensors shards, one file a rank
-                                      (torch.distributed.checkpoint), scheduler, random numbers, trainer_state.json
+        step-40/                      within the task: weights and optimizer state in safetensors shards, scheduler,
+                                      random numbers, trainer_state.json
+    carried/                          of a finished run, what its method would carry into one more task
 
-A folder gets its name when it is whole. There is no pickle in it that is loaded without weights_only.
+A folder gets its name when it is whole, with the sizes of its files in manifest.json; the one before goes after that.
+There is no pickle in it that is loaded without weights_only.
 """
 
 from __future__ import annotations
 
 import json
 import shutil
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from ..subspaces import Subspaces
 from .distributed import World
-from .result import PREDICTIONS_FILE, RUN_FILE, RunResult
+from .modeling import load_model
+from .result import PREDICTIONS_FILE, RUN_FILE, RunResult, write_text
+from .shards import load_weights, save_weights
 
-__all__ = ["Checkpoints", "Saved", "load_training", "save_training"]
+__all__ = ["Checkpoints", "Saved", "check_same_run", "leftovers", "read_state", "write_state"]
 
 FOLDER = "checkpoint"
+CARRIED = "carried"
+STATE_FILE = "state.json"
+MANIFEST_FILE = "manifest.json"
 SUBSPACES_FILE = "subspaces.safetensors"
+METHOD_FILE = "method.safetensors"
 SETUP_FILE = "setup.json"
-# Of the settings, those that a run may go on with in another way; of the batch's parts only the product counts.
+# Of the settings, those that a run may go on with in another way; of the batch's parts only the product counts, and the
+# tasks are compared by their names and rows.
 FREE = frozenset(
     {"output", "name", "save_every", "leak_every", "resume", "cpu", "eval_batch_size", "parallel", "processes"}
-    | {"ddp_timeout", "batch_size", "gradient_accumulation_steps", "rows_per_step"}
+    | {"ddp_timeout", "batch_size", "gradient_accumulation_steps", "rows_per_step", "report_to", "tasks", "order"}
 )
 
 
 @dataclass(frozen=True)
 class Saved:
-    """A state on disk. task: index of the task being learned. step: optimizer steps of it that were taken."""
+    """A state on disk. task: index of the task to be learned next. step: optimizer steps of it that were taken; None
+    where it has not begun. finished: of a run whose model is written; its folder is the run's."""
 
     folder: Path
     task: int
-    step: int
+    step: int | None
+    finished: bool = False
 
     @property
-    def task_folder(self) -> Path:
-        return self.folder.parent
+    def _start(self) -> Path:
+        return self.folder if self.finished else self.folder.parent / "start"
 
-    def result(self, output: str) -> RunResult:
-        """The run as it was when the task began."""
-        return replace(RunResult.load(self.task_folder), output=output)
+    def result(self, output: Path) -> RunResult:
+        """The run at the end of the task before, or later: with its answers, if there are some already."""
+        latest = RunResult.load(output) if (output / RUN_FILE).exists() else None
+        if latest is not None and len(latest.learned) == self.task:
+            return latest
+        if self.task == 0:
+            raise ValueError(f"resume: {output / RUN_FILE} is missing, which {self.folder} goes on from")
+        return replace(RunResult.load(self._start), output=str(output))
+
+    def load_weights(self, model: nn.Module) -> None:
+        """Those at the end of the task before, into `model`, which has those before the first."""
+        if self.finished:
+            load_model(self.folder / "model", model)
+        elif self.task:
+            load_weights(self._start / "weights", model)
+
+    def carried(self, model: nn.Module) -> tuple[dict[str, Tensor], Subspaces | None]:
+        """What the method carries on from the task before: its state and the subspaces of that task."""
+        from safetensors.torch import load_file
+
+        folder = self.folder / CARRIED if self.finished else self._start
+        method, subspaces = folder / METHOD_FILE, folder / SUBSPACES_FILE
+        return (
+            load_file(method) if method.exists() else {},
+            Subspaces.load(subspaces, model) if subspaces.exists() else None,
+        )
 
     def subspaces(self, model: nn.Module) -> tuple[Subspaces | None, float]:
-        """Those of the task, bound to `model`, and the seconds they took to derive."""
-        path = self.task_folder / SUBSPACES_FILE
-        seconds = json.loads((self.task_folder / SETUP_FILE).read_text(encoding="utf-8"))["derive_seconds"]
+        """Within a task: its subspaces, bound to `model`, and the seconds they took to derive."""
+        path = self.folder.parent / SUBSPACES_FILE
+        seconds = json.loads((self.folder.parent / SETUP_FILE).read_text(encoding="utf-8"))["derive_seconds"]
         return (Subspaces.load(path, model) if path.exists() else None), seconds
 
 
@@ -67,57 +100,141 @@ class Checkpoints:
     """The states of one run, in `output`/checkpoint. All methods are to be called by every rank."""
 
     def __init__(self, output: Path, world: World) -> None:
+        self.output = output
         self.folder = output / FOLDER
         self.world = world
 
     def latest(self) -> Saved | None:
-        """The last state that is whole, None without one."""
+        """The last state that is whole, None without one; ValueError if a file of it is missing or cut short."""
         for task, folder in reversed(_numbered(self.folder, "task")):
-            for step, state in reversed(_numbered(folder, "step")):
+            steps: list[tuple[int | None, Path]] = [(None, folder / "start")] if (folder / "start").is_dir() else []
+            steps += _numbered(folder, "step")
+            if steps:
+                step, state = steps[-1]
+                _check_manifest(state)
                 return Saved(state, task - 1, step)
         return None
 
-    def begin_task(self, index: int, result: RunResult, subspaces: Subspaces | None, seconds: float) -> None:
-        """Keep what stays the same while the `index`-th task is learned; `save` must follow, at step 0."""
-        folder = self.folder / f"task-{index + 1}.tmp"
+    def end_task(
+        self, index: int, result: RunResult, model: nn.Module, method: Mapping[str, Tensor], carried: Subspaces | None
+    ) -> None:
+        """Keep the run as it is when the `index`-th task has been learned; what is older goes."""
 
-        def write() -> None:
-            shutil.rmtree(folder, ignore_errors=True)
-            folder.mkdir(parents=True)
-            replace(result, output=str(folder)).save()
-            (folder / SETUP_FILE).write_text(json.dumps({"derive_seconds": seconds}), encoding="utf-8")
+        def write(folder: Path) -> None:
+            save_weights(folder / "weights", model)
+            self._write_carried(folder, method, carried)
+            if self.world.first:
+                replace(result, output=str(folder)).save()
 
-        self.world.on_first("starting a checkpoint", write)
-        if subspaces is not None:
-            subspaces.save(folder / SUBSPACES_FILE)
+        with self._new(self.folder / f"task-{index + 2}" / "start") as folder:
+            write(folder)
+        older = [path for number, path in _numbered(self.folder, "task") if number <= index + 1]
+        self._remove(older)
+
+    def begin_task(self, index: int, subspaces: Subspaces | None, seconds: float) -> None:
+        """Keep what stays the same while the `index`-th task is learned, before `save`."""
+        folder = self.folder / f"task-{index + 1}"
+        self.world.on_first("starting a checkpoint", lambda: folder.mkdir(parents=True, exist_ok=True))
+        with _said(folder):
+            if subspaces is not None:
+                subspaces.save(folder / SUBSPACES_FILE)
+            if self.world.first:
+                write_text(folder / SETUP_FILE, json.dumps({"derive_seconds": seconds}))
 
     def save(self, index: int, step: int, write: Callable[[Path], None]) -> None:
         """Have every rank `write` its part of the `index`-th task's state after `step` steps into one folder; what is
         older is removed once that is whole."""
-        name = f"task-{index + 1}"
-        task = self.folder / (name if (self.folder / name).exists() else f"{name}.tmp")
-        folder = task / f"step-{step}.tmp"
+        task = self.folder / f"task-{index + 1}"
+        with self._new(task / f"step-{step}") as folder:
+            write(folder)
+        self._remove([path for number, path in _numbered(task, "step") if number < step])
+
+    def finish(self, method: Mapping[str, Tensor], carried: Subspaces | None) -> None:
+        """At the end of the run, whose results and model are written: keep what one more task would go on from."""
+        if method or carried is not None:
+            with self._new(self.output / CARRIED) as folder:
+                self._write_carried(folder, method, carried)
+        else:
+            self._remove([self.output / CARRIED])
+        gone = self.folder.with_suffix(".old")
+
+        def remove() -> None:
+            # Renamed first: a run killed while it removes files is not to be taken for a damaged one.
+            shutil.rmtree(gone, ignore_errors=True)
+            if self.folder.exists():
+                self.folder.replace(gone)
+            shutil.rmtree(gone, ignore_errors=True)
+
+        self.world.on_first("removing the checkpoint", remove)
+
+    def _write_carried(self, folder: Path, method: Mapping[str, Tensor], carried: Subspaces | None) -> None:
+        from safetensors.torch import save_file
+
+        if carried is not None:
+            carried.save(folder / SUBSPACES_FILE)
+        if method and self.world.first:
+            save_file(
+                {name: tensor.detach().cpu().contiguous() for name, tensor in method.items()}, folder / METHOD_FILE
+            )
+
+    @contextmanager
+    def _new(self, folder: Path) -> Iterator[Path]:
+        """A folder for every rank to write to, which gets its name at the end of the block."""
+        temporary = folder.with_name(f"{folder.name}.tmp")
 
         def prepare() -> None:
-            shutil.rmtree(folder, ignore_errors=True)
-            folder.mkdir(parents=True)
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir(parents=True)
 
         def finish() -> None:
-            folder.replace(folder.with_suffix(""))
-            task.replace(self.folder / name)
-            older = [path for number, path in _numbered(self.folder, "task") if number <= index]
-            older += [path for number, path in _numbered(self.folder / name, "step") if number < step]
-            for path in older:
-                shutil.rmtree(path)
+            sizes = {str(path.relative_to(temporary)): path.stat().st_size for path in _files(temporary)}
+            write_text(temporary / MANIFEST_FILE, json.dumps(sizes))
+            shutil.rmtree(folder, ignore_errors=True)
+            temporary.replace(folder)
 
-        self.world.on_first("starting a checkpoint", prepare)
-        write(folder)
-        self.world.share("writing a checkpoint", None)
-        self.world.on_first("finishing a checkpoint", finish)
+        with _said(folder):
+            self.world.on_first("starting a checkpoint", prepare)
+            yield temporary
+            self.world.share("writing a checkpoint", None)
+            self.world.on_first("finishing a checkpoint", finish)
 
-    def remove(self) -> None:
-        """At the end of the run, whose results and model are written."""
-        self.world.on_first("removing the checkpoint", lambda: shutil.rmtree(self.folder, ignore_errors=True))
+    def _remove(self, folders: list[Path]) -> None:
+        def remove() -> None:
+            for folder in folders:
+                shutil.rmtree(folder, ignore_errors=True)
+
+        self.world.on_first("removing older checkpoints", remove)
+
+
+@contextmanager
+def _said(folder: Path) -> Iterator[None]:
+    """A disk that is full, or gone, is said to be, with what is still there."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (TimeoutError, ConnectionError):
+        raise
+    except (OSError, RuntimeError, SafetensorError) as error:
+        # torch.save on a full disk: RuntimeError.
+        if isinstance(error, RuntimeError) and "PytorchStreamWriter" not in str(error):
+            raise
+        raise OSError(
+            f"save_every: cannot write {folder}: {error}. What was saved before is whole: make room, then --resume"
+        ) from error
+
+
+def _check_manifest(folder: Path) -> None:
+    before = f"remove {folder} to go on from what was saved before it"
+    try:
+        sizes = json.loads((folder / MANIFEST_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"resume: {folder} is incomplete, its {MANIFEST_FILE} cannot be read; {before}") from error
+    for name, size in sizes.items():
+        path = folder / name
+        if not path.exists() or path.stat().st_size != size:
+            found = f"has {path.stat().st_size} bytes of {size}" if path.exists() else "is missing"
+            raise ValueError(f"resume: {path} {found}; {before}")
 
 
 def check_same_run(saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
@@ -132,94 +249,46 @@ def check_same_run(saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
         )
 
 
-def leftovers(output: Path) -> list[str]:
-    """What lies in the output folder that no unfinished run of ours has put there."""
-    ours = {FOLDER, RUN_FILE, PREDICTIONS_FILE, "model", "model.tmp", f"{RUN_FILE}.tmp", f"{PREDICTIONS_FILE}.tmp"}
-    return sorted(path.name for path in output.iterdir() if path.name not in ours) if output.is_dir() else []
+def read_state(output: Path) -> dict[str, Any] | None:
+    """What `write_state` wrote, None without it; ValueError if it cannot be read."""
+    path = output / STATE_FILE
+    if not path.exists():
+        return None
+    try:
+        state = json.loads(path.read_text(encoding="utf-8"))
+        if not {"tasks", "finished", "accuracy", "rows", "weights"} <= state.keys():
+            raise ValueError("it lacks entries")
+    except (OSError, ValueError, AttributeError) as error:
+        raise ValueError(f"resume: {path} is damaged ({error}); name another output") from error
+    return dict(state)
 
 
-def save_training(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Write weights and optimizer state into safetensors shards, one file a rank."""
-    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
-    from torch.distributed.checkpoint.state_dict_saver import save
-
-    tensors = _weights(model)
-    state = optimizer.state_dict()
-    for index, name in _names(state).items():
-        for key, value in state["state"].get(index, {}).items():
-            tensors[f"optimizer.{name}:{key}"] = value
-    with _one_process():
-        save(tensors, storage_writer=HuggingFaceStorageWriter(str(folder), save_distributed=True))
-
-
-def load_training(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Read what `save_training` wrote, on any number of ranks, into a model and an optimizer made as they were then.
-
-    ValueError if it is of another model.
-    """
-    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
-    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
-    from torch.distributed.checkpoint.state_dict_loader import load
-
-    entries = HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
-    found = {name: entry for name, entry in entries.items() if isinstance(entry, TensorStorageMetadata)}
-    tensors = _weights(model)
-    for name, tensor in tensors.items():
-        if name not in found or found[name].size != tensor.shape:
-            raise ValueError(f"{folder} does not fit the model: {name.removeprefix('model.')} is missing or differs")
-    state = optimizer.state_dict()
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    state["state"] = {}
-    for index, name in _names(state).items():
-        prefix = f"optimizer.{name}:"
-        room = {
-            key.removeprefix(prefix): _room(parameters[index], entry.size, entry.properties.dtype)
-            for key, entry in found.items()
-            if key.startswith(prefix)
-        }
-        if room:
-            state["state"][index] = room
-            tensors |= {prefix + key: value for key, value in room.items()}
-    with _one_process():
-        load(tensors, storage_reader=HuggingFaceStorageReader(str(folder)))
-    optimizer.load_state_dict(state)
-
-
-def _weights(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters, tied ones once, and the buffers that a state dict has."""
-    kept = model.state_dict(keep_vars=True).keys()
-    buffers = {name: buffer for name, buffer in model.named_buffers() if name in kept}
-    return {f"model.{name}": value.detach() for name, value in (dict(model.named_parameters()) | buffers).items()}
-
-
-def _names(state: Mapping[str, Any]) -> dict[int, str]:
-    """Parameter names by their index in an optimizer's state dict."""
-    return {
-        index: name
-        for group in state["param_groups"]
-        for index, name in zip(group["params"], group["param_names"], strict=True)
+def write_state(result: RunResult, weights: str, rows: Mapping[str, str]) -> None:
+    """state.json: finished tasks, accuracies, and the hashes of the first weights and of the tasks' rows."""
+    state = {
+        "tasks": result.tasks,
+        "finished": [task.name for task in result.learned],
+        "accuracy": [[None if share != share else share for share in row] for row in result.accuracy],
+        "weights": weights,
+        "rows": rows,
     }
+    Path(result.output).mkdir(parents=True, exist_ok=True)
+    write_text(Path(result.output) / STATE_FILE, json.dumps(state, indent=1) + "\n")
 
 
-def _room(parameter: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
-    """Where an optimizer state of `shape` is loaded to: sharded by rows if the parameter is sharded."""
-    from torch.distributed.tensor import DTensor, Shard, zeros
+def leftovers(output: Path) -> list[str]:
+    """What lies in the output folder that no run of ours has put there."""
+    ours = {FOLDER, CARRIED, RUN_FILE, PREDICTIONS_FILE, STATE_FILE, "model", "logs", "report.md"}
+    ours |= {f"{name}.tmp" for name in ours} | {f"{FOLDER}.old"}
+    found = output.iterdir() if output.is_dir() else ()
+    return sorted(path.name for path in found if path.name not in ours and path.suffix != ".png")
 
-    if not isinstance(parameter, DTensor) or not shape:
-        return torch.zeros(shape, dtype=dtype, device=parameter.device if shape else "cpu")
-    placements = [Shard(0) if placement.is_shard() else placement for placement in parameter.placements]
-    return zeros(shape, dtype=dtype, device_mesh=parameter.device_mesh, placements=placements)
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file())
 
 
 def _numbered(folder: Path, kind: str) -> list[tuple[int, Path]]:
     """The whole entries "kind-number" of `folder` in order."""
     entries = [(path.name.removeprefix(f"{kind}-"), path) for path in folder.glob(f"{kind}-*")]
     return sorted((int(number), path) for number, path in entries if number.isdigit())
-
-
-@contextmanager
-def _one_process() -> Iterator[None]:
-    """torch warns on every save and load without a process group that it takes this for a single process."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)
-        yield

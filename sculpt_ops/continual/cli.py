@@ -6,13 +6,15 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, get_args
+from typing import Annotated, Any, get_args
 
 import typer
 
 from ..layer import Sides, check_sides
 from ..ranks import Importance
-from .config import DECAY_TO, DTYPES, MASTERS, MOMENT_DTYPES, OTHERS, PARALLEL, STATES, TrainConfig, parse_protect
+from .config import MOMENT_DTYPES, OTHERS, TrainConfig
+from .options import with_settings
+from .policies import parse_protect
 
 app = typer.Typer(
     help="Continual full fine-tuning in protected subspaces.",
@@ -48,120 +50,36 @@ def _one_line_errors() -> Iterator[None]:
 
 
 @app.command()
+@with_settings
 def train(
-    model: Model,
-    tasks: Annotated[list[Path], typer.Argument(help="Task folders, or folders of task folders, in training order.")],
-    output: Annotated[Path, typer.Option(help="New folder for the model, run.json, predictions.jsonl and the report.")],
-    protect: Protect = "0.5",
-    sides: SideNames = TrainConfig.sides,
-    targets: Targets = None,
-    others: Annotated[str, typer.Option(help=f"Weights without a basis: {', '.join(OTHERS)}.")] = TrainConfig.others,
-    basis_dtype: Annotated[str, typer.Option(help=f"Of the bases: {', '.join(DTYPES)}.")] = TrainConfig.basis_dtype,
-    state: Annotated[
-        str, typer.Option(help=f"Adam's moments, of the whole weight or of its free space: {', '.join(STATES)}.")
-    ] = TrainConfig.state,
-    master: Annotated[
-        str, typer.Option(help=f"What bfloat16 weights have beside them to lose no small step: {', '.join(MASTERS)}.")
-    ] = TrainConfig.master,
-    moment_dtype: Annotated[
-        str | None, typer.Option(help=f"Of Adam's moments: {', '.join(MOMENT_DTYPES)}; not given, AdamW's own choice.")
-    ] = TrainConfig.moment_dtype,
-    decay_to: Annotated[
-        str, typer.Option(help=f"Where weight decay pulls, to nothing or to a task's start: {', '.join(DECAY_TO)}.")
-    ] = TrainConfig.decay_to,
-    fuse_backward: Annotated[
-        bool, typer.Option("--fuse-backward", help="Step each weight during the backward pass; not with clipping.")
-    ] = False,
-    order: Annotated[str | None, typer.Option(help="Names of the tasks to take, in order: a,b,c.")] = None,
-    name: Annotated[str | None, typer.Option(help="What the report calls this run.")] = None,
-    lr: float = TrainConfig.lr,
-    epochs: Annotated[float, typer.Option(help="Per task.")] = TrainConfig.epochs,
-    max_steps: Annotated[int | None, typer.Option(help="Optimizer steps per task, in place of epochs.")] = None,
-    batch_size: int = TrainConfig.batch_size,
-    gradient_accumulation_steps: int = TrainConfig.gradient_accumulation_steps,
-    max_length: Annotated[int, typer.Option(help="Tokens of prompt and answer together.")] = TrainConfig.max_length,
-    weight_decay: float = TrainConfig.weight_decay,
-    lr_scheduler_type: Annotated[str, typer.Option(help="Per task.")] = TrainConfig.lr_scheduler_type,
-    warmup_steps: Annotated[float, typer.Option(help="Steps, or below 1 a share of them.")] = TrainConfig.warmup_steps,
-    max_grad_norm: Annotated[float, typer.Option(help="0 does not clip.")] = TrainConfig.max_grad_norm,
-    dtype: Annotated[str, typer.Option(help=f"Of the weights: {', '.join(DTYPES)}.")] = TrainConfig.dtype,
-    bf16: Annotated[bool, typer.Option("--bf16", help="bfloat16 autocast over float32 weights.")] = False,
-    gradient_checkpointing: Annotated[bool, typer.Option("--gradient-checkpointing")] = False,
-    eval_items: Annotated[int | None, typer.Option(help="Test rows per task, always the same ones.")] = None,
-    eval_batch_size: int = TrainConfig.eval_batch_size,
-    dev_items: Annotated[
-        int | None, typer.Option(help="Measure on this many held-out training rows per task, not on the test rows.")
-    ] = None,
-    leak_every: Annotated[
-        int | None, typer.Option(help="Optimizer steps from one measured leak to the next, 0 only at a task's end.")
-    ] = TrainConfig.leak_every,
+    settings: dict[str, Any],
+    config: Annotated[Path | None, typer.Option(help="YAML file of settings by name; flags win over it.")] = None,
     zero_shot: Annotated[
-        Path | None, typer.Option(help="Earlier run of the same model and items whose zero-shot answers to take over.")
+        Path | None, typer.Option(help="Run of the same model and tasks whose answers before training are taken over.")
     ] = None,
-    seed: int = TrainConfig.seed,
-    cpu: Annotated[bool, typer.Option("--cpu", help="Leave the GPU alone.")] = False,
-    trust_remote_code: RemoteCode = False,
-    parallel: Annotated[
-        str | None, typer.Option(help=f"How processes under torchrun share the work: {', '.join(PARALLEL)}.")
-    ] = None,
-    ddp_timeout: Annotated[int, typer.Option(help="Seconds to wait for other processes.")] = TrainConfig.ddp_timeout,
-    save_every: Annotated[
-        int | None, typer.Option(help="Optimizer steps from one checkpoint to the next, 0 only at a task's start.")
-    ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in the output.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show tasks, steps, ranks, memory and an estimated time; write nothing.")
+    ] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,
 ) -> None:
-    """Learn TASKS one after the other, measure on all of them after each, and write a report."""
+    """Learn TASKS one after the other, measure on them after each, and write a report."""
     from .distributed import is_first_process
-    from .report import write_report
-    from .result import RunResult
-    from .trainer import train as run
+    from .settings import make_config
 
     with _one_line_errors():
-        config = TrainConfig(
-            model=model,
-            tasks=tasks,
-            output=output,
-            protect=parse_protect(protect),
-            sides=sides,
-            targets=targets,
-            others=others,
-            basis_dtype=basis_dtype,
-            state=state,
-            master=master,
-            moment_dtype=moment_dtype,
-            decay_to=decay_to,
-            fuse_backward=fuse_backward,
-            order=None if order is None else [part.strip() for part in order.split(",")],
-            name=name,
-            lr=lr,
-            epochs=epochs,
-            max_steps=max_steps,
-            batch_size=batch_size,
-            gradient_accumulation_steps=gradient_accumulation_steps,
-            max_length=max_length,
-            weight_decay=weight_decay,
-            lr_scheduler_type=lr_scheduler_type,
-            warmup_steps=warmup_steps,
-            max_grad_norm=max_grad_norm,
-            dtype=dtype,
-            bf16=bf16,
-            gradient_checkpointing=gradient_checkpointing,
-            eval_items=eval_items,
-            eval_batch_size=eval_batch_size,
-            dev_items=dev_items,
-            leak_every=leak_every,
-            seed=seed,
-            cpu=cpu,
-            trust_remote_code=trust_remote_code,
-            parallel=parallel,
-            ddp_timeout=ddp_timeout,
-            save_every=save_every,
-            resume=resume,
-        )
-        result = run(config, zero_shot=None if zero_shot is None else RunResult.load(zero_shot), quiet=quiet)
+        chosen = make_config(config, settings)
+        if dry_run:
+            from .estimate import estimate
+
+            typer.echo(estimate(chosen).table())
+            return
+        from .report import write_report
+        from .result import RunResult
+        from .trainer import train as run
+
+        result = run(chosen, zero_shot=None if zero_shot is None else RunResult.load(zero_shot), quiet=quiet)
         if is_first_process():
-            typer.echo(write_report([result], output))
+            typer.echo(write_report([result], chosen.output))
 
 
 @app.command()

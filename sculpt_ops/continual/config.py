@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import Field, dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
-from ..layer import check_sides
+from ..layer import Sides, check_sides
 from ..optim.options import DecayTo, State
 from ..optim.precision import Master
-from ..ranks import Energy, Fraction, Importance, Rank, RankPolicy, Schedule, as_policy
+from ..ranks import as_policy
+from .policies import Protect, format_protect, parse_protect, parse_remember
 from .tasks import Task
 
-# What to protect in a sequence of tasks: "schedule" is `Schedule(i, n)` at task i of n, None nothing.
-Protect = float | RankPolicy | Importance | Literal["schedule"] | None
+__all__ = ["Protect", "TrainConfig", "format_protect", "parse_protect", "parse_remember"]
 
 OTHERS = ("train", "freeze")
 DTYPES = ("float32", "bfloat16", "float16")
@@ -23,121 +23,137 @@ MASTERS: tuple[Master, ...] = get_args(Master)
 DECAY_TO: tuple[DecayTo, ...] = get_args(DecayTo)
 PARALLEL = ("fsdp", "ddp")
 MOMENT_DTYPES = ("float32", "bfloat16")
-CHOICES: dict[str, Sequence[str | None]] = {
-    "others": OTHERS,
-    "dtype": DTYPES,
-    "state": STATES,
-    "master": MASTERS,
-    "moment_dtype": (None, *MOMENT_DTYPES),
-    "basis_dtype": DTYPES,
-    "decay_to": DECAY_TO,
-    "parallel": (None, *PARALLEL),
-}
+EVAL_ROWS = ("all", "seen")
+
+
+def about(
+    help: str, *, choices: Sequence[str] | None = None, above: float | None = None, least: float | None = None
+) -> dict[str, Any]:
+    """A field's metadata: what the command line says about it, and the values it may have beside None, where it may be
+    that: one of `choices`, more than `above`, `least` or more."""
+    return {"help": help, "choices": choices, "above": above, "least": least}
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Settings of `train`. Field names that `transformers.TrainingArguments` also has mean the same there.
+    """Settings of `train`; every field's metadata says what it means, as `sculpt train --help` shows it.
 
-    model: folder (or hub name) that `from_pretrained` opens, decoder-only or encoder-decoder.
+    Field names that `transformers.TrainingArguments` also has mean the same there. ValueError, with the field's name,
+    for values that are out of range or exclude each other.
+
+    model: decoder-only or encoder-decoder.
     tasks: in training order; each entry a `Task`, a task folder, or a folder of task folders (taken by name).
-    output: folder to make; it gets model/, run.json and predictions.jsonl.
-    protect: share of the singular directions to protect: a float, `Rank`, `Energy`, `Importance` (measured on training
-        rows of the task before, at the first task on its own) or "schedule", `Schedule(i, n)` at task i of n; None is
-        plain fine-tuning with the same optimizer.
-    sides, targets, others: as in `Subspaces.from_model`; without effect where protect is None.
-    basis_dtype: the bases are stored in; without effect where protect is None.
-    state: as in `AdamW`; without effect where protect is None.
-    master, moment_dtype, decay_to: as in `AdamW`; a master other than "none" needs dtype="bfloat16". The low bits of
-        master="split" last for one task: the next starts from the bfloat16 weights.
-    fuse_backward: step every weight as soon as its gradient is there (`fuse_into_backward`): the gradients never exist
-        together. Needs max_grad_norm=0, and state="subspace" where gradients are accumulated.
-    order: task names in the order wanted, a selection of those in `tasks`; None takes them as they come.
-    name: what the report calls this run; None makes one up from protect and sides.
-    epochs, max_steps: per task; max_steps, where given, wins.
-    batch_size: rows per forward pass of one process; times gradient_accumulation_steps times processes rows per
-        optimizer step. Of an epoch's last step the missing rows are taken from its start.
-    max_length: tokens of prompt and answer together (encoder-decoder: of the prompt); a longer prompt loses its middle.
-    warmup_steps: steps, or below 1 a share of the task's steps.
-    max_grad_norm: 0 does not clip. Protected gradients are projected before they are clipped.
-    dtype: of the weights. bf16: autocast over float32 weights.
-    eval_items: test rows per task, a selection that is the same for every run; None is all of them.
-    dev_items: hold this many training rows per task out and measure on them in place of the test rows, which are then
-        not looked at: for choosing a learning rate.
-    leak_every: measure the leak every so many optimizer steps and after the last; None is about ten times a task, 0
-        only after the last step.
-    seed: of data order and dropout.
-    cpu: leave a GPU that is there alone.
-    parallel: how the processes that torchrun started share the work: "fsdp" shards weights, gradients, bases and
-        moments (FSDP2), "ddp" has them whole on each. None is "fsdp", or what accelerate launch was configured for.
-    ddp_timeout: seconds that a process waits for the others before it gives up.
-    save_every: keep the whole state in output/checkpoint at the start of each task and every so many optimizer steps;
-        0 only at the start of each task, None never.
-    resume: go on from the last state in `output`, from the start if there is none; torchrun's restarts always do.
+    protect: a float, `Rank`, `Energy`, `Importance` (measured on training rows of the task before, at the first task on
+        its own) or "schedule", `Schedule(i, n)` at task i of n; None is plain fine-tuning with the same optimizer.
+    sides, targets, others, basis_dtype, state: as in `Subspaces.from_model` and `AdamW`; without effect where protect
+        is None. master, moment_dtype, decay_to: as in `AdamW`. The low bits of master="split" last for one task: the
+        next starts from the bfloat16 weights.
+    fuse_backward: as `fuse_into_backward`: the gradients never exist together. Needs max_grad_norm=0, and
+        state="subspace" where gradients are accumulated.
+    max_steps: wins over epochs. batch_size: times gradient_accumulation_steps times processes rows per optimizer step;
+        of an epoch's last step the missing rows are taken from its start.
+    max_length: of an encoder-decoder, of the prompt alone; a longer prompt loses its middle.
+    max_grad_norm: protected gradients are projected before they are clipped.
+    eval_items, dev_items: a selection that is the same for every run; with dev_items the test rows are not looked at.
+    parallel: None is "fsdp", or what accelerate launch was configured for.
+    save_every: 0 keeps the state between two tasks, None nothing. resume: torchrun's restarts always do.
     """
 
-    model: str | Path
-    tasks: Sequence[Task | str | Path]
-    output: str | Path
-    protect: Protect = 0.5
-    sides: str = "both"
-    targets: str | Sequence[str] | None = None
-    others: str = "train"
-    basis_dtype: str = "float32"
-    state: str = "full"
-    master: str = "none"
-    moment_dtype: str | None = None
-    decay_to: str = "zero"
-    fuse_backward: bool = False
-    order: Sequence[str] | None = None
-    name: str | None = None
-    lr: float = 1e-5
-    epochs: float = 1.0
-    max_steps: int | None = None
-    batch_size: int = 8
-    gradient_accumulation_steps: int = 1
-    max_length: int = 512
-    weight_decay: float = 0.0
-    lr_scheduler_type: str = "constant"
-    warmup_steps: float = 0
-    max_grad_norm: float = 1.0
-    dtype: str = "float32"
-    bf16: bool = False
-    gradient_checkpointing: bool = False
-    eval_items: int | None = None
-    eval_batch_size: int = 16
-    dev_items: int | None = None
-    leak_every: int | None = None
-    seed: int = 0
-    cpu: bool = False
-    trust_remote_code: bool = False
-    parallel: str | None = None
-    ddp_timeout: int = 300
-    save_every: int | None = None
-    resume: bool = False
+    model: str | Path = field(metadata=about("Model folder (or hub name) that from_pretrained opens."))
+    tasks: Sequence[Task | str | Path] = field(
+        metadata=about("Task folders, or folders of task folders, in training order.")
+    )
+    output: str | Path = field(metadata=about("New folder for the model, run.json, predictions.jsonl and the report."))
+    protect: Protect = field(
+        default=0.5,
+        metadata=about(
+            "A share such as 0.5, or rank:64, energy:0.9, importance:0.1:0.8 (mrr and trr), schedule ((i - 1) / n at "
+            "task i of n); none is plain fine-tuning."
+        ),
+    )
+    remember: str | None = field(
+        default=None,
+        metadata=about(
+            "Protect what earlier tasks have changed: rank:0.12 (a share, or a number, of each change's singular "
+            "directions), inputs:0.95 (energy of the inputs of each layer), both joined by +."
+        ),
+    )
+    sides: str = field(default="both", metadata=about("Sides to protect.", choices=get_args(Sides)))
+    targets: str | Sequence[str] | None = field(
+        default=None, metadata=about("Glob pattern of weights to protect; may be given repeatedly.")
+    )
+    others: str = field(default="train", metadata=about("Weights without a basis.", choices=OTHERS))
+    basis_dtype: str = field(default="float32", metadata=about("Of the bases.", choices=DTYPES))
+    state: str = field(
+        default="full", metadata=about("Adam's moments, of the whole weight or of its free space.", choices=STATES)
+    )
+    master: str = field(
+        default="none", metadata=about("What bfloat16 weights have beside them to lose no small step.", choices=MASTERS)
+    )
+    moment_dtype: str | None = field(
+        default=None, metadata=about("Of Adam's moments; not given, AdamW's own choice.", choices=MOMENT_DTYPES)
+    )
+    decay_to: str = field(
+        default="zero", metadata=about("Where weight decay pulls, to nothing or to a task's start.", choices=DECAY_TO)
+    )
+    fuse_backward: bool = field(
+        default=False, metadata=about("Step each weight during the backward pass; not with clipping.")
+    )
+    order: Sequence[str] | None = field(default=None, metadata=about("Names of the tasks to take, in order: a,b,c."))
+    name: str | None = field(default=None, metadata=about("What the report calls this run."))
+    lr: float = field(default=1e-5, metadata=about("Learning rate.", above=0))
+    epochs: float = field(default=1.0, metadata=about("Per task.", above=0))
+    max_steps: int | None = field(
+        default=None, metadata=about("Optimizer steps per task, in place of epochs.", least=1)
+    )
+    batch_size: int = field(default=8, metadata=about("Rows per forward pass of one process.", above=0))
+    gradient_accumulation_steps: int = field(default=1, metadata=about("Forward passes per optimizer step.", above=0))
+    max_length: int = field(default=512, metadata=about("Tokens of prompt and answer together.", above=0))
+    weight_decay: float = field(default=0.0, metadata=about("Of matrices; biases and norms have none.", least=0))
+    lr_scheduler_type: str = field(default="constant", metadata=about("Per task."))
+    warmup_steps: float = field(default=0, metadata=about("Steps, or below 1 a share of them.", least=0))
+    max_grad_norm: float = field(default=1.0, metadata=about("0 does not clip.", least=0))
+    dtype: str = field(default="float32", metadata=about("Of the weights.", choices=DTYPES))
+    bf16: bool = field(default=False, metadata=about("bfloat16 autocast over float32 weights."))
+    gradient_checkpointing: bool = field(
+        default=False, metadata=about("Compute activations again in the backward pass.")
+    )
+    eval_items: int | None = field(default=None, metadata=about("Test rows per task; not given, all.", least=1))
+    eval_rows: str = field(
+        default="all",
+        metadata=about("Measure on all tasks after each, or only on those seen so far.", choices=EVAL_ROWS),
+    )
+    eval_batch_size: int = field(default=16, metadata=about("Prompts that are answered together.", above=0))
+    dev_items: int | None = field(
+        default=None,
+        metadata=about("Measure on this many held-out training rows per task, not on the test rows.", least=1),
+    )
+    leak_every: int | None = field(
+        default=None,
+        metadata=about(
+            "Measure the leak every so many steps, 0 only after the last; not given, about ten times.", least=0
+        ),
+    )
+    report_to: str = field(
+        default="none", metadata=about("Where Trainer logs to as well: tensorboard, wandb, ... (a,b for several).")
+    )
+    seed: int = field(default=0, metadata=about("Of data order and dropout."))
+    cpu: bool = field(default=False, metadata=about("Leave the GPU alone."))
+    trust_remote_code: bool = field(default=False, metadata=about("Run model code that comes with the checkpoint."))
+    parallel: str | None = field(
+        default=None, metadata=about("How processes under torchrun share the work.", choices=PARALLEL)
+    )
+    ddp_timeout: int = field(default=300, metadata=about("Seconds to wait for other processes.", above=0))
+    save_every: int | None = field(
+        default=0,
+        metadata=about("Optimizer steps from one checkpoint to the next; 0 only between tasks, none never.", least=0),
+    )
+    resume: bool = field(default=False, metadata=about("Go on from the last checkpoint in the output."))
 
     def __post_init__(self) -> None:
         check_sides(self.sides)
-        for name, allowed in CHOICES.items():
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name}: got {getattr(self, name)!r}, wanted one of {', '.join(map(str, allowed))}")
-        for name in (
-            "lr",
-            "epochs",
-            "batch_size",
-            "gradient_accumulation_steps",
-            "max_length",
-            "eval_batch_size",
-            "ddp_timeout",
-        ):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name}: got {getattr(self, name)}, wanted more than 0")
-        for name in ("max_steps", "eval_items", "dev_items"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ValueError(f"{name}: got {getattr(self, name)}, wanted 1 or more, or None")
-        for name in ("weight_decay", "warmup_steps", "max_grad_norm", "leak_every", "save_every"):
-            if (getattr(self, name) or 0) < 0:
-                raise ValueError(f"{name}: got {getattr(self, name)}, wanted 0 or more")
+        for entry in fields(self):
+            _check(entry, getattr(self, entry.name))
         if self.protect is not None and self.protect != "schedule":
             as_policy(self.protect)
         self._check_combinations()
@@ -151,6 +167,8 @@ class TrainConfig:
             raise ValueError(
                 "state: got 'subspace' with sides 'block', whose free space has no coordinates; wanted 'full'"
             )
+        if self.remember is not None:
+            self._check_remember(self.remember)
         if not self.fuse_backward:
             return
         if self.max_grad_norm > 0:
@@ -164,19 +182,31 @@ class TrainConfig:
                 f"state {self.state!r}; wanted 1 step or state 'subspace'"
             )
 
+    def _check_remember(self, remember: str) -> None:
+        parse_remember(remember)
+        if self.protect is None:
+            raise ValueError(
+                f"remember: got {remember!r} with protect none, wanted protect 0 for what is remembered alone"
+            )
+        if self.sides == "block":
+            raise ValueError(f"remember: got {remember!r} with sides 'block', wanted 'both', 'left' or 'right'")
+
     @property
-    def method(self) -> str:
+    def title(self) -> str:
         """What the report calls the run."""
         if self.name is not None:
             return self.name
-        return "plain" if self.protect is None else f"protect {format_protect(self.protect)}, {self.sides}"
+        if self.protect is None:
+            return "plain"
+        remembered = "" if self.remember is None else f", remember {self.remember}"
+        return f"protect {format_protect(self.protect)}, {self.sides}{remembered}"
 
     def to_dict(self) -> dict[str, Any]:
         """The settings as JSON can hold them; tasks by name or path, protect as `parse_protect` reads it."""
         settings = {field.name: getattr(self, field.name) for field in fields(self)}
         settings["tasks"] = [task.name if isinstance(task, Task) else str(task) for task in self.tasks]
         settings["protect"] = format_protect(self.protect)
-        settings["name"] = self.method
+        settings["name"] = self.title
         for name in ("model", "output"):
             settings[name] = str(settings[name])
         if self.protect is None:
@@ -187,41 +217,16 @@ class TrainConfig:
         return settings
 
 
-def parse_protect(text: str) -> Protect:
-    """Read a protected share: "0.5", "rank:64", "energy:0.9", "importance" or "importance:0.1:0.8", "none".
-
-    "schedule" follows the run's tasks, "schedule:2:5" stands for task 2 of 5 throughout.
-    """
-    kind, *numbers = text.split(":")
-    try:
-        match kind, numbers:
-            case "none", []:
-                return None
-            case "schedule", []:
-                return "schedule"
-            case "schedule", [task, n_tasks]:
-                return Schedule(int(task), int(n_tasks))
-            case "rank", [rank]:
-                return Rank(int(rank))
-            case "energy", [share]:
-                return Energy(float(share))
-            case "importance", [] | [_, _]:
-                return Importance(*map(float, numbers))
-        return float(text)
-    except ValueError as error:
-        raise ValueError(
-            f"protect: got {text!r}, wanted a share as 0.5, or rank:64, energy:0.9, importance:0.1:0.8, schedule, none"
-        ) from error
-
-
-def format_protect(protect: Protect) -> str:
-    """The inverse of `parse_protect`."""
-    match protect:
-        case None:
-            return "none"
-        case str():
-            return protect
-        case float() | Fraction():
-            return f"{protect if isinstance(protect, float) else protect.share:g}"
-    values: list[float] = [getattr(protect, field.name) for field in fields(protect)] if is_dataclass(protect) else []
-    return ":".join([type(protect).__name__.lower(), *(f"{value:g}" for value in values)])
+def _check(entry: Field[Any], value: Any) -> None:
+    # Annotations are text here.
+    optional = "None" in str(entry.type)
+    if value is None and optional:
+        return
+    choices, above, least = (entry.metadata.get(limit) for limit in ("choices", "above", "least"))
+    if choices is not None and value not in choices:
+        wanted = (None, *choices) if optional else choices
+        raise ValueError(f"{entry.name}: got {value!r}, wanted one of {', '.join(map(str, wanted))}")
+    if above is not None and not value > above:
+        raise ValueError(f"{entry.name}: got {value}, wanted more than {above}")
+    if least is not None and not value >= least:
+        raise ValueError(f"{entry.name}: got {value}, wanted {least} or more{', or None' if optional else ''}")

@@ -190,8 +190,8 @@ def join_world(config: TrainConfig) -> Iterator[World]:
 def shard(model: PreTrainedModel, world: World) -> None:
     """`fully_shard` every layer of `model`, then what is left, in place; tied embeddings stay together in the root.
 
-    Moves it to world.device layer by layer; sends nothing. Gradients are averaged in float32 whatever the weights' dtype. ValueError
-    if the model does not name the classes of its layers.
+    Moves it to world.device layer by layer; sends nothing. Gradients are averaged in float32 whatever the weights'
+    dtype. ValueError if the model does not name the classes of its layers.
     """
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 

@@ -12,16 +12,18 @@ from typing import Any, cast
 
 import torch
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.integrations import get_reporting_integration_callbacks
 
 from ..binding import unwrap_optimizer
 from ..optim import AdamW, fuse_into_backward
 from ..optim.backward import FusedBackward
 from ..subspaces import Subspaces
-from .checkpoint import load_training, save_training
+from ._methods_stub import Method
 from .config import TrainConfig
 from .distributed import World
 from .encoding import IGNORED
 from .leak_trace import LeakTrace
+from .shards import load_training, save_training
 
 CLOCK_FILE = "clock.json"
 SCHEDULER_FILE = "scheduler.pt"
@@ -29,8 +31,8 @@ STATE_FILE = "trainer_state.json"
 
 
 def training_arguments(config: TrainConfig, folder: str, task: int, steps: int = 1) -> TrainingArguments:
-    """`config` as `TrainingArguments` for the `task`-th task, of `steps` optimizer steps. Nothing is saved, reported or
-    logged elsewhere."""
+    """`config` as `TrainingArguments` for the `task`-th task, of `steps` optimizer steps. Nothing is saved; reported
+    is where config.report_to says, under `folder`."""
     cuda = torch.cuda.is_available() and not config.cpu
     arguments = TrainingArguments(
         output_dir=folder,
@@ -48,12 +50,12 @@ def training_arguments(config: TrainConfig, folder: str, task: int, steps: int =
         use_cpu=not cuda,
         dataloader_pin_memory=cuda,
         remove_unused_columns=False,
-        report_to="none",
+        report_to=_reports(config),
         save_strategy="no",
         eval_strategy="no",
         push_to_hub=False,
         # 20 losses however long the task is. Of a share of the steps Trainer says on resuming that it has changed.
-        logging_steps=math.ceil(0.05 * steps),
+        logging_steps=max(math.ceil(0.05 * steps), 1),
         # The filter replaces a loss of nan by the mean before it, which hides a run that diverged.
         logging_nan_inf_filter=False,
         disable_tqdm=True,
@@ -61,6 +63,19 @@ def training_arguments(config: TrainConfig, folder: str, task: int, steps: int =
     # More than one visible GPU would mean DataParallel, which copies the weights anew in every forward pass.
     arguments._n_gpu = min(arguments.n_gpu, 1)
     return arguments
+
+
+def _reports(config: TrainConfig) -> list[str]:
+    return [name.strip() for name in config.report_to.split(",") if name.strip() not in ("", "none")]
+
+
+def check_reports(config: TrainConfig) -> None:
+    """ValueError for a report that transformers does not know, or whose package is not there."""
+    try:
+        for callback in get_reporting_integration_callbacks(_reports(config)):
+            callback()
+    except (ValueError, RuntimeError, ImportError) as error:
+        raise ValueError(f"report_to: got {config.report_to!r}: {error}") from error
 
 
 def optimizer_options(config: TrainConfig) -> dict[str, Any]:
@@ -79,6 +94,7 @@ class SubspaceTrainer(Trainer):
     options: further keyword arguments of `AdamW`. fuse_backward: step in the backward pass (`fuse_into_backward`).
     save: called with the step and a function that writes this rank's part of the state into a folder, from which
         `train(resume_from_checkpoint=folder)` goes on; None saves nothing. clock: whose figures are part of the state.
+    penalty: of a model, a tensor that is added to the loss of every optimizer step, or None.
 
     A model that `fully_shard` has sharded is trained as it is. Gradients are reduced in every pass of an accumulated
     step: kept whole until the last one, they would take as much memory as the weights that were sharded to save it.
@@ -92,6 +108,7 @@ class SubspaceTrainer(Trainer):
         fuse_backward: bool = False,
         save: Callable[[int, Callable[[Path], None]], None] | None = None,
         clock: StepClock | None = None,
+        penalty: Callable[[torch.nn.Module], torch.Tensor | None] = lambda model: None,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
@@ -103,6 +120,7 @@ class SubspaceTrainer(Trainer):
         self.subspaces = subspaces
         self.save_state = save
         self.clock = clock
+        self.penalty = penalty
         self.options = dict(options or {})
         self.fuse_backward = fuse_backward
         self._fused: FusedBackward | None = None
@@ -149,11 +167,16 @@ class SubspaceTrainer(Trainer):
         mean over the pass: the sum over accumulated passes and processes would grow with their number.
         """
         if num_items_in_batch is None or not self.model.config.is_encoder_decoder:
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        tokens = inputs["labels"].ne(IGNORED).sum()
-        loss, outputs = super().compute_loss(model, inputs, return_outputs=True)
-        # Gradients are averaged over the processes.
-        loss = loss * (tokens / num_items_in_batch * self.accelerator.num_processes)
+            loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        else:
+            tokens = inputs["labels"].ne(IGNORED).sum()
+            loss, outputs = super().compute_loss(model, inputs, return_outputs=True)
+            # Gradients are averaged over the processes.
+            loss = loss * (tokens / num_items_in_batch * self.accelerator.num_processes)
+        if model.training and (penalty := self.penalty(self.model)) is not None:
+            # Trainer itself divides what is no share of the step by the passes in it.
+            divided = num_items_in_batch is None or not self.model_accepts_loss_kwargs
+            loss = loss + (penalty if divided else penalty / self.current_gradient_accumulation_steps)
         return (loss, outputs) if return_outputs else loss
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
@@ -223,25 +246,45 @@ class CompressGradients(TrainerCallback):
 
 
 class SaveEvery(TrainerCallback):
-    """Has `trainer` save its state before the first step and every so many steps, 0 for the first time alone.
+    """Has the state saved every so many steps.
 
     Not after a task's last step: Trainer takes one step too many when it resumes there. Losses are logged with it:
     Trainer starts their mean anew when it resumes.
     """
 
-    def __init__(self, every: int, trainer: SubspaceTrainer) -> None:
+    def __init__(self, every: int) -> None:
         self.every = every
-        self.trainer = trainer
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        if state.global_step == 0:
-            self.trainer._save_checkpoint(self.trainer.model, None)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if self.every and state.global_step % self.every == 0 and state.global_step < state.max_steps:
+        if state.global_step % self.every == 0 and state.global_step < state.max_steps:
             control.should_save = control.should_log = True
+
+
+class MethodSteps(TrainerCallback):
+    """What a method does right before and after every optimizer step."""
+
+    def __init__(self, method: Method) -> None:
+        self.method = method
+
+    def on_pre_optimizer_step(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        optimizer: torch.optim.Optimizer,
+        **kwargs: Any,
+    ) -> None:
+        self.method.before_step(unwrap_optimizer(optimizer))
+
+    def on_optimizer_step(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        optimizer: torch.optim.Optimizer,
+        **kwargs: Any,
+    ) -> None:
+        self.method.after_step(unwrap_optimizer(optimizer))
 
 
 class StepClock(TrainerCallback):

@@ -58,6 +58,15 @@ def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folde
     world.on_first("saving the model", write)
 
 
+@torch.no_grad()
+def load_model(folder: Path, model: PreTrainedModel) -> None:
+    """The weights of a saved model into an opened one of the same kind; both are in CPU memory for a moment."""
+    saved, _ = open_model(folder, str(model.dtype).removeprefix("torch."))
+    weights = dict(saved.named_parameters()) | dict(saved.named_buffers())
+    for name, weight in [*model.named_parameters(), *model.named_buffers()]:
+        weight.copy_(weights[name])
+
+
 def _gather(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     """All weights on the first rank, tied ones once; nothing on the others."""
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -81,7 +82,7 @@ class RunResult:
 
     @property
     def correct(self) -> list[list[list[bool]]]:
-        """correct[row][task][item]; row 0 is zero-shot."""
+        """correct[row][task][item]; row 0 is zero-shot. Empty where a task was not measured."""
         column = {name: index for index, name in enumerate(self.tasks)}
         rows = 1 + max((prediction.row for prediction in self.predictions), default=-1)
         table: list[list[list[bool]]] = [[[] for _ in self.tasks] for _ in range(rows)]
@@ -91,12 +92,15 @@ class RunResult:
 
     @property
     def accuracy(self) -> list[list[float]]:
-        """(tasks + 1) rows x tasks, shares in [0, 1]; row 0 is zero-shot, row i right after the i-th task."""
-        return [[sum(items) / len(items) for items in row] for row in self.correct]
+        """(tasks + 1) rows x tasks, shares in [0, 1], nan where a task was not measured; row 0 is zero-shot, row i
+        right after the i-th task."""
+        return [[sum(items) / len(items) if items else math.nan for items in row] for row in self.correct]
 
     @property
     def complete(self) -> bool:
-        return len(self.correct) == len(self.tasks) + 1
+        """Whether all tasks were measured after the last."""
+        table = self.correct
+        return len(table) == len(self.tasks) + 1 and all(table[-1])
 
     @property
     def metrics(self) -> Metrics:
@@ -143,6 +147,9 @@ class RunResult:
             lines = (folder / PREDICTIONS_FILE).read_text(encoding="utf-8").splitlines()
             rows = [json.loads(line) for line in lines if line]
             record["learned"] = [LearnedTask(**_known(LearnedTask, task)) for task in record["learned"]]
+            # Written first, and so one row ahead where the run was killed between the two files.
+            there = (record["tasks"], len(record["evaluation_seconds"]))
+            rows = [row for row in rows if row["task"] in there[0] and row["row"] < there[1]]
             record["predictions"] = [Prediction(**_known(Prediction, row)) for row in rows]
             return cls(**{**_known(cls, record), "output": str(folder)})
         except (OSError, KeyError, TypeError, ValueError) as error:

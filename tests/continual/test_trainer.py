@@ -14,7 +14,8 @@ from typing import Any, cast
 import pytest
 import torch
 
-from sculpt_ops.continual import Example, RunResult, Task, TrainConfig, train, trainer
+from sculpt_ops import Subspaces
+from sculpt_ops.continual import Example, RunResult, Task, TrainConfig, _methods_stub, learn, prepare, train, trainer
 from sculpt_ops.continual.encoding import Collator, encode_task
 from sculpt_ops.continual.evaluate import greedy_answers
 from sculpt_ops.continual.leak_trace import LeakTrace
@@ -95,7 +96,7 @@ def test_the_leak_is_followed_over_time(short: dict[str, Any], tmp_path: Path) -
 
 @pytest.mark.parametrize(("every", "steps"), [(None, [3, 6, 9, 12, 15, 18, 21, 24, 25]), (10, [10, 20, 25]), (0, [25])])
 def test_the_leak_is_measured_every_so_many_steps(llama: torch.nn.Module, every: int | None, steps: list[int]) -> None:
-    trace = LeakTrace(trainer.Subspaces.from_model(llama, sides="left", targets="*.0.*.q_proj.weight"), every, 25)
+    trace = LeakTrace(Subspaces.from_model(llama, sides="left", targets="*.0.*.q_proj.weight"), every, 25)
     for step in range(1, 26):
         trace.on_step(step)
     trace.finish(25)
@@ -128,7 +129,7 @@ def test_subspaces_are_those_of_the_weights_before_each_task(
 ) -> None:
     seen: list[tuple[Any, Weights]] = []
     starts: list[Any] = []
-    derive = trainer.Subspaces.from_model
+    derive = Subspaces.from_model
 
     def spy(model: torch.nn.Module, **arguments: Any) -> Any:
         starts.append(dict(arguments["previous"]))
@@ -136,8 +137,8 @@ def test_subspaces_are_those_of_the_weights_before_each_task(
         seen.append((subspaces, {name: weight.detach().clone() for name, weight in model.named_parameters()}))
         return subspaces
 
-    monkeypatch.setattr(trainer.Subspaces, "from_model", spy)
-    monkeypatch.setattr(trainer, "search_starts", dict)
+    monkeypatch.setattr(Subspaces, "from_model", spy)
+    monkeypatch.setattr(learn, "search_starts", dict)
     train(TrainConfig(**short, output=tmp_path / "out", protect=Rank(4), sides="left"), quiet=True)
     assert len(seen) == 2
     assert starts == [{}, dict(seen[0][0])]
@@ -163,7 +164,7 @@ def test_importance_is_measured_on_rows_of_the_task_before(
     short: dict[str, Any], toy_tasks: list[Task], tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     given: list[Any] = []
-    derive = trainer.Subspaces.from_model
+    derive = Subspaces.from_model
 
     def spy(model: torch.nn.Module, **arguments: Any) -> Any:
         given.append(arguments.pop("batches"))
@@ -174,8 +175,8 @@ def test_importance_is_measured_on_rows_of_the_task_before(
                     weight.add_(torch.eye(*weight.shape))
         return derive(model, batches=given[-1], **arguments)
 
-    monkeypatch.setattr(trainer.Subspaces, "from_model", spy)
-    monkeypatch.setattr(trainer, "IMPORTANCE_ROWS", 5)
+    monkeypatch.setattr(Subspaces, "from_model", spy)
+    monkeypatch.setattr(_methods_stub, "IMPORTANCE_ROWS", 5)
     result = train(TrainConfig(**short, output=tmp_path / "out", protect=Importance(0.2, 0.6)), quiet=True)
     assert result.config["protect"] == "importance:0.2:0.6"
     rows = encode_task(toy_tasks[0], tokenizer, short["max_length"], seq2seq=False).train
@@ -195,7 +196,7 @@ def test_the_moments_of_one_task_are_gone_before_the_next(
 
     made: list[weakref.ref[torch.optim.Optimizer]] = []
     left: list[int] = []
-    create, derive = SubspaceTrainer.create_optimizer, trainer.Subspaces.from_model
+    create, derive = SubspaceTrainer.create_optimizer, Subspaces.from_model
 
     def spy_create(self: SubspaceTrainer, model: Any = None) -> torch.optim.Optimizer:
         optimizer = create(self, model)
@@ -207,7 +208,7 @@ def test_the_moments_of_one_task_are_gone_before_the_next(
         return derive(*arguments, **settings)
 
     monkeypatch.setattr(SubspaceTrainer, "create_optimizer", spy_create)
-    monkeypatch.setattr(trainer.Subspaces, "from_model", spy_derive)
+    monkeypatch.setattr(Subspaces, "from_model", spy_derive)
     train(TrainConfig(**short, output=tmp_path / "out"), quiet=True)
     assert len(made) == 2
     assert left == [0, 0]
@@ -235,10 +236,11 @@ def test_the_output_opens_with_nothing_of_ours(
     # Trainer switches the cache off while training; users of the saved model want it on.
     assert settings["use_cache"] is True
     answers = greedy_answers(model, tokenizer, encode_task(toy_tasks[1], tokenizer, 64, seq2seq=False))
-    chosen = trainer._measured(toy_tasks[1], TrainConfig(**short, output="unused")).test
+    chosen = prepare.measured_task(toy_tasks[1], TrainConfig(**short, output="unused")).test
     expected = [p.prediction for p in result.predictions if (p.row, p.task) == (2, "sounds")]
     assert [answers[list(toy_tasks[1].test).index(row)] for row in chosen] == expected
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["model", "predictions.jsonl", "run.json"]
+    files = sorted(path.name for path in (tmp_path / "out").iterdir())
+    assert files == ["model", "predictions.jsonl", "run.json", "state.json"]
 
 
 def test_the_same_seed_gives_the_same_run_and_another_seed_another(short: dict[str, Any], tmp_path: Path) -> None:
@@ -277,7 +279,7 @@ def test_gradients_are_projected_before_they_are_clipped(
     from sculpt_ops.continual.hf_trainer import SubspaceTrainer, training_arguments
 
     config = TrainConfig(model="unused", tasks=toy_tasks, output="unused", max_grad_norm=1e-3, cpu=True)
-    subspaces = trainer.Subspaces.from_model(llama, protect=0.75)
+    subspaces = Subspaces.from_model(llama, protect=0.75)
     arguments = training_arguments(config, str(tmp_path), 0)
     clipping = SubspaceTrainer(llama, arguments, train_dataset=[], subspaces=subspaces)
     clipping.create_optimizer()
@@ -360,10 +362,10 @@ def test_measured_on_held_out_rows_the_test_rows_are_not_looked_at(
 
 def test_measured_items_are_the_same_for_every_seed(settings: dict[str, Any], toy_tasks: list[Task]) -> None:
     config = TrainConfig(**settings, output="unused", eval_items=3)
-    chosen = trainer._measured(toy_tasks[0], config).test
+    chosen = prepare.measured_task(toy_tasks[0], config).test
     assert len(chosen) == 3
-    assert chosen == trainer._measured(toy_tasks[0], replace(config, seed=7)).test
-    assert trainer._measured(toy_tasks[0], replace(config, eval_items=99)) is toy_tasks[0]
+    assert chosen == prepare.measured_task(toy_tasks[0], replace(config, seed=7)).test
+    assert prepare.measured_task(toy_tasks[0], replace(config, eval_items=99)) is toy_tasks[0]
 
 
 def test_t5_learns(settings: dict[str, Any], t5_folder: Path, tmp_path: Path) -> None:
@@ -382,7 +384,7 @@ def test_autocast_checkpointing_and_accumulation_over_two_tasks(
     models: list[torch.nn.Module] = []
     save = trainer.save_model
     monkeypatch.setattr(trainer, "save_model", lambda model, *rest: (models.append(model), save(model, *rest)))
-    open_model, trained_in = trainer.open_model, []
+    open_model, trained_in = prepare.open_model, []
 
     def watched(*arguments: Any) -> Any:
         model, tokenizer = open_model(*arguments)
@@ -392,7 +394,7 @@ def test_autocast_checkpointing_and_accumulation_over_two_tasks(
         )
         return model, tokenizer
 
-    monkeypatch.setattr(trainer, "open_model", watched)
+    monkeypatch.setattr(prepare, "open_model", watched)
     config = TrainConfig(
         **{**short, "batch_size": 4},
         output=tmp_path / "out",

@@ -27,7 +27,7 @@ def kill_at(rank: int, task: int, step: int, output: str, keep: str) -> None:
     from sculpt_ops.continual.hf_trainer import StepClock
 
     learned: list[str] = []
-    learn, on_step_end = module._learn, StepClock.on_step_end
+    learn, on_step_end = module.learn, StepClock.on_step_end
 
     def count(run: Any, index: int) -> Any:
         learned.append(run.tasks[index].name)
@@ -39,7 +39,7 @@ def kill_at(rank: int, task: int, step: int, output: str, keep: str) -> None:
             shutil.copytree(output, keep)
             os.kill(os.getpid(), signal.SIGKILL)
 
-    module._learn = count  # type: ignore[assignment]
+    module.learn = count
     StepClock.on_step_end = kill  # type: ignore[method-assign]
 
 

@@ -1,0 +1,78 @@
+"""Stands in for the package of methods."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..layer import check_sides
+from ..ranks import Importance, Schedule
+from ..subspaces import Subspaces
+from .config import TrainConfig
+from .encoding import Encoded, EncodedTask
+
+IMPORTANCE_ROWS = 32
+
+
+@dataclass(frozen=True)
+class TaskContext:
+    index: int
+    tasks: Sequence[EncodedTask]
+    model: Any
+    collate: Callable[[list[Encoded]], dict[str, Any]]
+    config: TrainConfig
+    starts: dict[str, Any] = field(default_factory=dict)
+
+
+class Method:
+    def prepare(self, model: Any) -> None: ...
+    def begin_task(self, context: TaskContext) -> Subspaces | None:
+        return None
+
+    def train_rows(self, context: TaskContext) -> list[Encoded]:
+        return context.tasks[context.index].train
+
+    def penalty(self, model: Any) -> Tensor | None:
+        return None
+
+    def before_step(self, optimizer: Any) -> None: ...
+    def after_step(self, optimizer: Any) -> None: ...
+    def end_task(self, context: TaskContext) -> None: ...
+    def finish(self, model: Any) -> None: ...
+    def state(self) -> dict[str, Tensor]:
+        return {}
+
+    def load_state(self, state: dict[str, Tensor]) -> None: ...
+
+
+class Sculpt(Method):
+    def begin_task(self, context: TaskContext) -> Subspaces | None:
+        config, index = context.config, context.index
+        if config.protect is None:
+            return None
+        batches = None
+        if isinstance(config.protect, Importance):
+            rows = context.tasks[max(index - 1, 0)].train
+            chosen = random.Random(0).sample(range(len(rows)), min(IMPORTANCE_ROWS, len(rows)))
+            batches = [context.collate([rows[row]]) for row in sorted(chosen)]
+        subspaces = Subspaces.from_model(
+            context.model,
+            protect=Schedule(index + 1, len(context.tasks)) if config.protect == "schedule" else config.protect,
+            batches=batches,
+            previous=context.starts,
+            sides=check_sides(config.sides),
+            targets=config.targets,
+            others="freeze" if config.others == "freeze" else "train",
+            basis_dtype=getattr(torch, config.basis_dtype),
+        )
+        context.starts.clear()
+        return subspaces
+
+
+def make_method(config: TrainConfig) -> Method:
+    return Sculpt()

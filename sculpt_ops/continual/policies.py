@@ -1,0 +1,73 @@
+"""What to protect and what to remember, as a command line or a configuration file writes it."""
+
+from __future__ import annotations
+
+from dataclasses import fields, is_dataclass
+from typing import Literal
+
+from ..ranks import Energy, Fraction, Importance, Rank, RankPolicy, Schedule
+
+# What to protect in a sequence of tasks: "schedule" is `Schedule(i, n)` at task i of n, None nothing.
+Protect = float | RankPolicy | Importance | Literal["schedule"] | None
+
+
+def parse_protect(text: str) -> Protect:
+    """Read a protected share: "0.5", "rank:64", "energy:0.9", "importance" or "importance:0.1:0.8", "none".
+
+    "schedule" follows the run's tasks, "schedule:2:5" stands for task 2 of 5 throughout.
+    """
+    kind, *numbers = text.split(":")
+    try:
+        match kind, numbers:
+            case "none", []:
+                return None
+            case "schedule", []:
+                return "schedule"
+            case "schedule", [task, n_tasks]:
+                return Schedule(int(task), int(n_tasks))
+            case "rank", [rank]:
+                return Rank(int(rank))
+            case "energy", [share]:
+                return Energy(float(share))
+            case "importance", [] | [_, _]:
+                return Importance(*map(float, numbers))
+        return float(text)
+    except ValueError as error:
+        raise ValueError(
+            f"protect: got {text!r}, wanted a share as 0.5, or rank:64, energy:0.9, importance:0.1:0.8, schedule, none"
+        ) from error
+
+
+def format_protect(protect: Protect) -> str:
+    """The inverse of `parse_protect`."""
+    match protect:
+        case None:
+            return "none"
+        case str():
+            return protect
+        case float() | Fraction():
+            return f"{protect if isinstance(protect, float) else protect.share:g}"
+    values: list[float] = [getattr(protect, field.name) for field in fields(protect)] if is_dataclass(protect) else []
+    return ":".join([type(protect).__name__.lower(), *(f"{value:g}" for value in values)])
+
+
+def parse_remember(text: str) -> dict[str, int | float]:
+    """Read what is remembered of earlier tasks, such as "rank:0.12", "rank:64" or "rank:0.12+inputs:0.95".
+
+    Returns the argument of `Remember` under "rank" (int, or a float share) and of `RememberInputs` under "inputs".
+    """
+    kinds: dict[str, int | float] = {}
+    for part in text.split("+"):
+        kind, _, number = part.strip().partition(":")
+        try:
+            if kind not in ("rank", "inputs") or kind in kinds:
+                raise ValueError(f"no {kind}")
+            kinds[kind] = int(number) if kind == "rank" and number.isdigit() else float(number)
+            if not (kinds[kind] >= 1 if isinstance(kinds[kind], int) else 0 < kinds[kind] <= 1):
+                raise ValueError(f"{number} is out of range")
+        except ValueError as error:
+            raise ValueError(
+                f"remember: got {text!r}, wanted rank:0.12 (a share of min(m, n), or rank:64), inputs:0.95, both "
+                "joined by +, or none"
+            ) from error
+    return kinds

@@ -1,0 +1,181 @@
+"""Everything that can go wrong before the first step: output, tasks, model, and the state that a run goes on from."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..names import canonical_parameters
+from ..targets import resolve_targets
+from ._methods_stub import make_method
+from .benchmark import benchmark_note
+from .checkpoint import Checkpoints, Saved, check_same_run, leftovers, read_state
+from .config import TrainConfig
+from .distributed import World, restarted, shard
+from .encoding import encode_task
+from .environment import versions
+from .modeling import longest_input, open_model
+from .progress import Progress
+from .result import RunResult
+from .run import Run
+from .shards import fingerprint
+from .tasks import Task, hold_out, load_tasks
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+__all__ = ["finished_run", "open_for_training", "prepare", "read_tasks"]
+
+# The same for every run, whatever its seed, so that runs are compared on the same items.
+SELECTION_SEED = 0
+
+Opened = tuple["PreTrainedModel", "PreTrainedTokenizerBase", str]
+
+
+def finished_run(config: TrainConfig) -> RunResult | None:
+    """The run that is to be resumed, if its model is written; its tasks may be fewer than those of `config`."""
+    output = Path(config.output)
+    # The checkpoint goes last, so that a run cut short while it writes its model is not taken for finished.
+    if not _resumed(config) or (output / "checkpoint").exists() or not (output / "model").is_dir():
+        return None
+    result = RunResult.load(output)
+    return result if result.complete else None
+
+
+def read_tasks(config: TrainConfig, world: World) -> list[Task]:
+    """The tasks, after a look at the output folder and the training arguments; writes nothing."""
+    from .hf_trainer import check_reports, training_arguments
+
+    output = Path(config.output)
+    if world.first and output.exists():
+        _check_output(output, _resumed(config))
+    training_arguments(config, str(output), 0)
+    check_reports(config)
+    return [measured_task(task, config) for task in load_tasks(config.tasks, config.order)]
+
+
+def open_for_training(config: TrainConfig, world: World) -> Opened:
+    """Model, on world.device or its shards, and tokenizer, checked, and on the first rank a hash of the weights."""
+    model, tokenizer = open_model(config.model, config.dtype, config.trust_remote_code)
+    limit = longest_input(model)
+    if limit is not None and config.max_length > limit:
+        raise ValueError(f"max_length: got {config.max_length}, the model has positions for {limit} tokens")
+    if config.protect is not None:
+        targets = resolve_targets(model, config.targets)
+        if config.others == "freeze":
+            # Before the model is sharded, which settles for good what has a gradient.
+            for name, parameter in canonical_parameters(model)[0].items():
+                parameter.requires_grad_(name in targets)
+    if config.gradient_checkpointing:
+        # Here and not as a TrainingArgument, whose name changes between transformers 5.17 and 6; the method's does too.
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
+    weights = fingerprint(model) if world.first else ""
+    if world.sharded:
+        shard(model, world)
+    else:
+        model.to(world.device)
+    return model, tokenizer, weights
+
+
+def prepare(config: TrainConfig, world: World, progress: Progress, tasks: list[Task], opened: Opened) -> Run:
+    """The run as it stands: at its beginning, or where it is to go on."""
+    model, tokenizer, weights = opened
+    encoded = [encode_task(task, tokenizer, config.max_length, model.config.is_encoder_decoder) for task in tasks]
+    names = [task.name for task in tasks]
+    note = benchmark_note(names)
+    settings = config.to_dict() | {"rows_per_step": config.batch_size * config.gradient_accumulation_steps * world.size}
+    if world.parallel is not None:
+        settings |= {"parallel": world.parallel, "processes": world.size}
+    output = Path(config.output)
+    result = RunResult(config.title, names, str(output), settings, versions(world.device), [note] if note else [])
+    rows = {task.name: _hash_rows(task) for task in tasks}
+    saved = None
+    state = read_state(output) if _resumed(config) else None
+    if state is not None:
+        saved, earlier = _latest(config, world, len(tasks))
+        if earlier is not None:
+            check_same_run(earlier.config, settings)
+            _check_same_data(state, earlier.tasks, rows, weights if world.first else state["weights"])
+            result = replace(earlier, name=result.name, tasks=names, config=settings, versions=result.versions)
+            progress.say(_where(saved, names))
+    method = make_method(config)
+    return Run(config, world, progress, tasks, encoded, model, tokenizer, method, result, weights, rows, saved)
+
+
+def _latest(config: TrainConfig, world: World, tasks: int) -> tuple[Saved | None, RunResult | None]:
+    """The last state in the output, and the results that go with it."""
+    output = Path(config.output)
+    if (done := finished_run(config)) is not None:
+        return Saved(output, len(done.learned), None, finished=True), done
+    saved = Checkpoints(output, world).latest()
+    if saved is not None:
+        return saved, saved.result(output)
+    earlier = RunResult.load(output) if (output / "run.json").exists() else None
+    if earlier is not None and earlier.learned:
+        if config.save_every is None:
+            return None, None
+        raise ValueError(
+            f"resume: {output} has results of {len(earlier.learned)} tasks, but the state they left is gone from "
+            f"{output / 'checkpoint'}; name another output"
+        )
+    return None, earlier
+
+
+def _resumed(config: TrainConfig) -> bool:
+    return config.resume or restarted()
+
+
+def _where(saved: Saved | None, names: Sequence[str]) -> str:
+    if saved is None:
+        return "resuming before the first task"
+    if saved.task == len(names):
+        return "resuming after the last task"
+    after = "" if saved.step is None else f" after step {saved.step}"
+    return f"resuming task {saved.task + 1}/{len(names)} {names[saved.task]}{after}"
+
+
+def _check_same_data(state: dict[str, object], earlier: list[str], rows: dict[str, str], weights: str) -> None:
+    if state["weights"] != weights:
+        raise ValueError("resume: the run was started from other weights than model has now (their hashes differ)")
+    known = state["rows"]
+    assert isinstance(known, dict)
+    if list(rows)[: len(earlier)] != earlier:
+        raise ValueError(
+            f"resume: the run was started with the tasks {', '.join(earlier)}, wanted the same, or more after them, "
+            f"got {', '.join(rows)}"
+        )
+    if changed := [name for name in earlier if known.get(name) != rows[name]]:
+        raise ValueError(f"resume: the rows of task {changed[0]} are not those that the run was started with")
+
+
+def _hash_rows(task: Task) -> str:
+    digest = hashlib.sha256()
+    for part in (task.train, task.test):
+        for example in part:
+            digest.update(f"{len(example.prompt)} {example.prompt} {len(example.answer)} {example.answer}\n".encode())
+        digest.update(b"\n")
+    return digest.hexdigest()
+
+
+def _check_output(output: Path, resumed: bool) -> None:
+    if not output.is_dir() or (any(output.iterdir()) and not resumed):
+        raise FileExistsError(f"output: {output} is there and not empty; name a new folder or remove this one")
+    if found := leftovers(output):
+        raise FileExistsError(
+            f"output: {output} holds {', '.join(found)}, which no run has written; name another folder"
+        )
+
+
+def measured_task(task: Task, config: TrainConfig) -> Task:
+    """The task with the items that this run measures on as its test set."""
+    if config.dev_items is not None:
+        task = hold_out(task, config.dev_items, SELECTION_SEED)
+    if config.eval_items is None or config.eval_items >= len(task.test):
+        return task
+    chosen = sorted(random.Random(SELECTION_SEED).sample(range(len(task.test)), config.eval_items))
+    return replace(task, test=[task.test[index] for index in chosen])

@@ -1,0 +1,64 @@
+"""A run in progress: what every part of it works on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..layer import LayerSubspace
+from ._methods_stub import Method, TaskContext
+from .checkpoint import Checkpoints, Saved, write_state
+from .config import TrainConfig
+from .distributed import World
+from .encoding import Collator, EncodedTask
+from .progress import Progress
+from .result import RunResult
+from .tasks import Task
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Run:
+    """weights, rows: hashes of the first weights, and of every task's rows. saved: the state that the run goes on from.
+    starts: of the last task's subspaces, what the search for the next task's may start from."""
+
+    config: TrainConfig
+    world: World
+    progress: Progress
+    tasks: Sequence[Task]
+    encoded: Sequence[EncodedTask]
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    method: Method
+    result: RunResult
+    weights: str
+    rows: Mapping[str, str]
+    saved: Saved | None = None
+    starts: dict[str, LayerSubspace] = field(default_factory=dict)
+
+    @property
+    def checkpoints(self) -> Checkpoints:
+        return Checkpoints(Path(self.config.output), self.world)
+
+    @property
+    def keeps(self) -> bool:
+        """Whether the state is kept on disk."""
+        return self.config.save_every is not None
+
+    def context(self, index: int) -> TaskContext:
+        """What the method is told at the `index`-th task."""
+        collate = Collator(self.model, self.tokenizer)
+        return TaskContext(index, self.encoded, self.model, collate, self.config, self.starts)
+
+    def write(self) -> None:
+        """The results so far."""
+
+        def write() -> None:
+            self.result.save()
+            write_state(self.result, self.weights, self.rows)
+
+        self.world.on_first("writing the results", write)
