@@ -1,11 +1,13 @@
-// Facts about the build, for `sculpt doctor`, and the words of Philox, for tests. pybind11 does not go with the limited
-// API, so it stays out of the op library.
+// Facts about the build, the choice of a variant on a GPU, and the words of Philox, for tests. pybind11 does not go with
+// the limited API, so it stays out of the op library.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 #include <torch/version.h>
 
 #include <array>
+#include <string>
 
+#include "common/heuristics.h"
 #include "common/philox.h"
 
 namespace {
@@ -15,12 +17,50 @@ std::array<uint32_t, 4> philox(std::array<uint32_t, 4> counter, int64_t seed) {
   return {x.a, x.b, x.c, x.d};
 }
 
+sculpt::Type type_of(const std::string& name) {
+  if (name == "bfloat16") return sculpt::Type::kBFloat16;
+  if (name == "float16") return sculpt::Type::kFloat16;
+  if (name == "float32") return sculpt::Type::kFloat32;
+  if (name == "float64") return sculpt::Type::kFloat64;
+  throw pybind11::value_error("dtype: given '" + name + "', wanted bfloat16, float16, float32 or float64");
+}
+
+const char* choose(int64_t m, int64_t n, int64_t r, int64_t s, int64_t batch, const std::string& dtype,
+                   const std::string& basis, int capability, bool hip, int64_t multiprocessors, int64_t l2_bytes,
+                   bool triton, bool cuda) {
+  const sculpt::Work work{m, n, r, s, batch, type_of(dtype), type_of(basis)};
+  switch (sculpt::choose(work, {capability, hip, multiprocessors, l2_bytes}, {triton, cuda})) {
+    case sculpt::Variant::kTriton:
+      return "triton";
+    case sculpt::Variant::kCuda:
+      return "cuda";
+    default:
+      return "cublas";
+  }
+}
+
+bool stacked(int64_t m, int64_t n, int64_t r, int64_t s, const std::string& dtype) {
+  return sculpt::stacked(m, n, r, s, type_of(dtype));
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_host, m) {
-  m.doc() = "Build facts of sculpt-ops, and its random words.";
-  m.def("philox", &philox, pybind11::arg("counter"), pybind11::arg("seed"),
+  using pybind11::arg;
+  m.doc() = "Build facts of sculpt-ops, its choice of a variant on a GPU, and its random words.";
+  m.def("philox", &philox, arg("counter"), arg("seed"),
         "The four words that Philox4x32-10 makes of a counter of four.");
+  m.def("choose", &choose, arg("m"), arg("n"), arg("r"), arg("s"), arg("batch"), arg("dtype"), arg("basis"),
+        arg("capability"), arg("hip"), arg("multiprocessors"), arg("l2_bytes"), arg("triton"), arg("cuda"),
+        "The variant, cublas, triton or cuda, for batch matrices m x n with bases of ranks r and s (0: no basis).");
+  m.def("stacked", &stacked, arg("m"), arg("n"), arg("r"), arg("s"), arg("dtype"),
+        "Whether library products take both sides at once and not one after the other.");
+  m.attr("thresholds") = pybind11::dict(
+      arg("cuda_proven") = sculpt::kCudaProven, arg("max_rank") = sculpt::kMaxRank,
+      arg("max_rank_float32") = sculpt::kMaxRankFloat32, arg("max_rank_float16") = sculpt::kMaxRankFloat16,
+      arg("rank_unit") = sculpt::kRankUnit, arg("panel") = sculpt::kPanel, arg("l2_share") = sculpt::kL2Share,
+      arg("least_fit") = sculpt::kLeastFit, arg("least_capability") = sculpt::kLeastCapability,
+      arg("ops_per_byte_half") = sculpt::kOpsPerByteHalf, arg("ops_per_byte_float32") = sculpt::kOpsPerByteFloat32);
   m.attr("torch_version") = TORCH_VERSION;
 #if defined(__VERSION__)
   m.attr("compiler") = __VERSION__;

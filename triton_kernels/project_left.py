@@ -26,7 +26,14 @@ from .launch import batch_of, batch_stride, check_operands, device_for, on_devic
 from .panels import max_rank, panel_config, why_not
 from .products import coefficient_dtype, product
 
-__all__ = ["can_use_left", "panel_coefficients", "project_left", "project_one_side", "why_not_left"]
+__all__ = [
+    "can_use_left",
+    "panel_coefficients",
+    "project_left",
+    "project_one_side",
+    "project_panel",
+    "why_not_left",
+]
 
 
 @triton.jit
@@ -72,6 +79,70 @@ def panel_coefficients(
 
 
 @triton.jit
+def project_panel(
+    grad_ptr,
+    basis_ptr,
+    out_ptr,
+    columns,
+    length,
+    extent,
+    rank,
+    grad_stride_row,
+    grad_stride_column,
+    basis_stride_row,
+    basis_stride_rank,
+    out_stride_row,
+    out_stride_column,
+    KEEP: tl.constexpr,
+    RANK: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    STAGES: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Both passes over the panel of `columns`."""
+    rows = tl.arange(0, BLOCK_K)
+    ranks = tl.arange(0, RANK)
+    tiles = tl.cdiv(length, BLOCK_K)
+    dtype: tl.constexpr = coefficient_dtype(grad_ptr.dtype.element_ty)
+    coefficients = panel_coefficients(
+        grad_ptr,
+        basis_ptr,
+        columns,
+        0,
+        length,
+        extent,
+        rank,
+        grad_stride_row,
+        grad_stride_column,
+        basis_stride_row,
+        basis_stride_rank,
+        RANK,
+        BLOCK_K,
+        BLOCK_N,
+        PRECISION,
+    )
+    basis_offsets = rows.to(tl.int64)[:, None] * basis_stride_row + ranks.to(tl.int64)[None, :] * basis_stride_rank
+    grad_offsets = rows.to(tl.int64)[:, None] * grad_stride_row + columns.to(tl.int64)[None, :] * grad_stride_column
+    out_offsets = rows.to(tl.int64)[:, None] * out_stride_row + columns.to(tl.int64)[None, :] * out_stride_column
+    # num_stages is spelt out: without it only the basis, which feeds a product, would be loaded ahead, not G.
+    for tile in tl.range(tiles, num_stages=STAGES):
+        first = ((tiles - 1 - tile) * BLOCK_K).to(tl.int64)
+        left = length - first
+        inside = (rows[:, None] < left) & (columns[None, :] < extent)
+        basis = tl.load(
+            basis_ptr + first * basis_stride_row + basis_offsets,
+            mask=(rows[:, None] < left) & (ranks[None, :] < rank),
+            other=0.0,
+        )
+        result = product(basis, coefficients, tl.zeros((BLOCK_K, BLOCK_N), tl.float32), dtype, PRECISION)
+        if not KEEP:
+            grad = tl.load(grad_ptr + first * grad_stride_row + grad_offsets, mask=inside, other=0.0)
+            result = grad.to(tl.float32) - result
+        tl.store(out_ptr + first * out_stride_row + out_offsets, result.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
 def project_one_side_kernel(
     grad_ptr,
     basis_ptr,
@@ -97,23 +168,14 @@ def project_one_side_kernel(
     PRECISION: tl.constexpr,
 ):
     panels = tl.cdiv(extent, BLOCK_N)
-    tiles = tl.cdiv(length, BLOCK_K)
-    rows = tl.arange(0, BLOCK_K)
-    ranks = tl.arange(0, RANK)
-    basis_offsets = rows.to(tl.int64)[:, None] * basis_stride_row + ranks.to(tl.int64)[None, :] * basis_stride_rank
-    dtype: tl.constexpr = coefficient_dtype(grad_ptr.dtype.element_ty)
     # One program a multiprocessor, several panels each: more panels at a time than that would not fit L2.
     for panel in range(tl.program_id(0), batch * panels, tl.num_programs(0)):
         item = (panel // panels).to(tl.int64)
-        columns = (panel % panels) * BLOCK_N + tl.arange(0, BLOCK_N)
-        grad_item = grad_ptr + item * grad_stride_batch
-        basis_item = basis_ptr + item * basis_stride_batch
-        out_item = out_ptr + item * out_stride_batch
-        coefficients = panel_coefficients(
-            grad_item,
-            basis_item,
-            columns,
-            0,
+        project_panel(
+            grad_ptr + item * grad_stride_batch,
+            basis_ptr + item * basis_stride_batch,
+            out_ptr + item * out_stride_batch,
+            (panel % panels) * BLOCK_N + tl.arange(0, BLOCK_N),
             length,
             extent,
             rank,
@@ -121,28 +183,15 @@ def project_one_side_kernel(
             grad_stride_column,
             basis_stride_row,
             basis_stride_rank,
+            out_stride_row,
+            out_stride_column,
+            KEEP,
             RANK,
             BLOCK_K,
             BLOCK_N,
+            STAGES,
             PRECISION,
         )
-        grad_offsets = rows.to(tl.int64)[:, None] * grad_stride_row + columns.to(tl.int64)[None, :] * grad_stride_column
-        out_offsets = rows.to(tl.int64)[:, None] * out_stride_row + columns.to(tl.int64)[None, :] * out_stride_column
-        # num_stages is spelt out: without it only the basis, which feeds a product, would be loaded ahead, not G.
-        for tile in tl.range(tiles, num_stages=STAGES):
-            first = ((tiles - 1 - tile) * BLOCK_K).to(tl.int64)
-            left = length - first
-            inside = (rows[:, None] < left) & (columns[None, :] < extent)
-            basis = tl.load(
-                basis_item + first * basis_stride_row + basis_offsets,
-                mask=(rows[:, None] < left) & (ranks[None, :] < rank),
-                other=0.0,
-            )
-            result = product(basis, coefficients, tl.zeros((BLOCK_K, BLOCK_N), tl.float32), dtype, PRECISION)
-            if not KEEP:
-                grad = tl.load(grad_item + first * grad_stride_row + grad_offsets, mask=inside, other=0.0)
-                result = grad.to(tl.float32) - result
-            tl.store(out_item + first * out_stride_row + out_offsets, result.to(out_ptr.dtype.element_ty), mask=inside)
 
 
 def why_not_left(m: int, n: int, r: int, dtype: torch.dtype, basis_dtype: torch.dtype) -> str | None:

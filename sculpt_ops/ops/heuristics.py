@@ -1,31 +1,60 @@
-"""Which variant projects a matrix on a GPU: one pure function of sizes and dtypes.
-
-The thresholds are calculated from an H100's published figures (3.0 TB/s, 790 TFLOP/s in bf16), not measured: no kernel
-here has run on a GPU yet. They are set below the calculated crossovers (docs/kernels.md), so that a wrong estimate
-costs a missed gain and not a loss.
+"""Which variant projects a matrix on a GPU. The choice itself is csrc/common/heuristics.h: pure functions of sizes,
+dtypes and the device, whose thresholds are calculated and not measured. Here are the device's facts and
+``SCULPT_BACKEND``.
 """
 
 from __future__ import annotations
 
 import os
-from typing import Literal
+from functools import cache
+from typing import Literal, NamedTuple
 
 import torch
 
-__all__ = ["Backend", "choose", "forced_backend"]
+from .._host import choose as _choose
+from .._host import stacked as _stacked
 
-Backend = Literal["triton", "cublas"]
+__all__ = ["BACKENDS", "H100", "Backend", "Gpu", "choose", "forced_backend", "gpu_of", "stacked", "triton_missing"]
 
-# Calculated crossovers: one side 175 (own dtype) and 105 (float32 operand); the next power of two below.
-MAX_RANK = 128
-MAX_RANK_FLOAT32 = 64
-# Two sides, both thin products from one read: r + s up to the same bounds. Ranks that are no multiple of 16 spill 56 to
-# 240 bytes of registers in some variants when compiled; they go to the library until a measurement says otherwise.
-RANK_UNIT = 16
-# A panel is at least 32 wide, and one program a multiprocessor keeps it busy: fewer panels leave the GPU idle.
-PANEL = 32
+Backend = Literal["cublas", "triton", "cuda"]
+BACKENDS: tuple[Backend, ...] = ("cublas", "triton", "cuda")
 
 
+class Gpu(NamedTuple):
+    """What the choice depends on. capability: 10 major + minor."""
+
+    capability: int
+    hip: bool
+    multiprocessors: int
+    l2_bytes: int
+
+
+H100 = Gpu(90, False, 132, 50 * 2**20)
+
+
+@cache
+def gpu_of(index: int | None) -> Gpu:
+    """CUDA or HIP device `index`; an H100 for None (a tensor that is on no GPU)."""
+    if index is None:
+        return H100
+    properties = torch.cuda.get_device_properties(index)
+    capability = 10 * properties.major + properties.minor
+    return Gpu(
+        capability, torch.version.hip is not None, properties.multi_processor_count, int(properties.L2_cache_size)
+    )
+
+
+@cache
+def triton_missing() -> str | None:
+    """Why there is no Triton; None if there is."""
+    try:
+        import triton  # noqa: F401
+    except ImportError as error:
+        return str(error)
+    return None
+
+
+@cache
 def choose(
     m: int,
     n: int,
@@ -35,26 +64,29 @@ def choose(
     basis_dtype: torch.dtype,
     *,
     batch: int = 1,
-    multiprocessors: int = 132,
+    gpu: Gpu = H100,
+    triton: bool = True,
+    cuda: bool = False,
 ) -> Backend:
-    """The faster of the Triton kernels and two library products (mm + addmm_) for one matrix.
+    """The variant that is expected to be the fastest.
 
     Args:
         m, n: rows and columns of the matrix.
         r, s: ranks of the left and right basis; None for a side that is left alone.
         dtype, basis_dtype: of the matrix and of its bases.
-        batch: matrices of this size in the call.
-        multiprocessors: of the device.
+        batch: matrices of about this size in the call.
+        gpu: the device.
+        triton, cuda: whether Triton, and the CUDA C++ kernels, are there. The latter are not chosen before they have
+            passed their tests on a GPU (``_host.thresholds["cuda_proven"]``).
     """
-    if dtype not in (torch.bfloat16, torch.float16, torch.float32):
-        return "cublas"
-    limit = MAX_RANK_FLOAT32 if torch.float32 in (dtype, basis_dtype) else MAX_RANK
-    if dtype is torch.float16:
-        limit = MAX_RANK_FLOAT32 // 2  # its second product runs in float32 altogether
-    if (r or 0) + (s or 0) > limit or (r or 0) % RANK_UNIT or (s or 0) % RANK_UNIT:
-        return "cublas"
-    extent = min(n if r is not None else m, m if s is not None else n) * batch
-    return "triton" if extent >= PANEL * multiprocessors else "cublas"
+    names = (str(dtype).removeprefix("torch."), str(basis_dtype).removeprefix("torch."))
+    return _choose(m, n, r or 0, s or 0, batch, *names, **gpu._asdict(), triton=triton, cuda=cuda)
+
+
+@cache
+def stacked(m: int, n: int, r: int, s: int, dtype: torch.dtype) -> bool:
+    """Whether library products remove both sides at once and not one after the other."""
+    return _stacked(m, n, r, s, str(dtype).removeprefix("torch."))
 
 
 def forced_backend() -> Backend | None:
@@ -64,8 +96,8 @@ def forced_backend() -> Backend | None:
         ValueError: for a name that is no backend.
     """
     name = os.environ.get("SCULPT_BACKEND", "")
-    if name in ("triton", "cublas"):
-        return name  # type: ignore[return-value]
-    if name:
-        raise ValueError(f"SCULPT_BACKEND: given '{name}', wanted 'triton' or 'cublas'")
-    return None
+    if not name:
+        return None
+    if name not in BACKENDS:
+        raise ValueError(f"SCULPT_BACKEND: given '{name}', wanted 'cublas', 'triton' or 'cuda'")
+    return name

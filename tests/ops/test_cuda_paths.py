@@ -8,10 +8,12 @@ import sys
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from sculpt_ops import reference
-from sculpt_ops.ops import cuda
-from sculpt_ops.ops.heuristics import choose, forced_backend
+from sculpt_ops.ops import foreach_cuda, variants
+from sculpt_ops.ops.heuristics import forced_backend
+from sculpt_ops.ops.library_products import project_cublas, stacked_into
 
 from .accuracy import DTYPES, REMOVE_AND_KEEP, assert_accurate, gaussian, orthonormal
 
@@ -24,36 +26,55 @@ def test_library_products(dtype: torch.dtype, flags: dict[str, bool], batch: tup
     left, right = orthonormal(31, 6, dtype), orthonormal(45, 9, dtype, seed=2)
     full = {"keep_left": False, "keep_right": False, "block": False, **flags}
     out = torch.empty_like(grad)
-    cuda.project_cublas(grad, left, right, out, **full)
+    project_cublas(grad, left, right, out, **full)
     assert_accurate(out, reference.project, grad, left, right, **flags)
     in_place = grad.clone()
-    cuda.project_cublas(in_place, left, right, in_place, **full)
+    project_cublas(in_place, left, right, in_place, **full)
     assert torch.equal(in_place, out)
 
 
 def test_library_products_of_a_half_matrix_with_a_float32_basis_and_of_one_side() -> None:
     grad, left = gaussian(31, 45, dtype=torch.bfloat16), orthonormal(31, 6, torch.float32)
-    cuda.project_into(grad, left, None, out := torch.empty_like(grad), False, False, False)
+    variants.project_into(grad, left, None, out := torch.empty_like(grad), False, False, False)
     assert_accurate(out, reference.project, grad, left)
     right = orthonormal(45, 6, torch.bfloat16)
-    cuda.project_into(grad, None, right, out := torch.empty_like(grad), False, True, False)
+    variants.project_into(grad, None, right, out := torch.empty_like(grad), False, True, False)
     assert_accurate(out, reference.project, grad, None, right, keep_right=True)
 
 
-def test_the_choice_of_variant() -> None:
-    bf16, f32 = torch.bfloat16, torch.float32
-    assert choose(4096, 11008, 64, None, bf16, bf16) == "triton"
-    assert choose(4096, 11008, None, 128, bf16, bf16) == "cublas"  # 4096 rows are fewer panels than multiprocessors
-    assert choose(11008, 4096, None, 128, bf16, bf16) == "triton"
-    assert choose(4096, 11008, 129, None, bf16, bf16) == "cublas"  # arithmetic is the limit
-    assert choose(8192, 11008, 64, 65, bf16, bf16) == "cublas"
-    assert choose(8192, 11008, 64, 64, bf16, bf16) == "triton"
-    assert choose(8192, 11008, 65, None, bf16, f32) == "cublas"
-    assert choose(8192, 11008, 64, None, f32, f32) == "triton"
-    assert choose(8192, 11008, 16, None, torch.float64, torch.float64) == "cublas"
-    assert choose(8192, 11008, 50, None, bf16, bf16) == "cublas"  # spills registers
-    assert choose(64, 64, 16, None, bf16, bf16) == "cublas"  # two panels
-    assert choose(64, 64, 16, None, bf16, bf16, batch=66) == "triton"
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("m", "n"), [(64, 90), (90, 64)])
+def test_both_sides_at_once(dtype: torch.dtype, m: int, n: int) -> None:
+    grad, left, right = gaussian(m, n, dtype=dtype), orthonormal(m, 24, dtype), orthonormal(n, 10, dtype, seed=2)
+    stacked_into(grad, left, right, out := torch.empty_like(grad))
+    assert_accurate(out, reference.project, grad, left, right)
+    stacked_into(grad, left, right, grad)
+    assert torch.equal(grad, out)
+
+
+def multiplications(grad: torch.Tensor, left: torch.Tensor, right: torch.Tensor, **flags: bool) -> int:
+    full = {"keep_left": False, "keep_right": False, "block": False, **flags}
+    with FlopCounterMode(display=False) as counter:
+        project_cublas(grad, left, right, torch.empty_like(grad), **full)
+    return int(counter.get_total_flops()) // 2
+
+
+def test_the_operations_of_two_sides() -> None:
+    """The thin factor takes the second side where one is kept; never more than one side after the other."""
+    m, n, r, s = 96, 160, 12, 40
+    grad = gaussian(m, n, dtype=torch.float32)
+    left, right = orthonormal(m, r, torch.float32), orthonormal(n, s, torch.float32, seed=2)
+    apart = 2 * m * n * (r + s)
+    assert multiplications(grad, left, right, keep_left=True) == 2 * m * n * r + 2 * n * r * s
+    assert multiplications(grad, left, right, keep_right=True) == 2 * m * n * s + 2 * m * r * s
+    for flags in ({"block": True}, {"keep_left": True, "keep_right": True}):
+        assert multiplications(grad, left, right, **flags) == 2 * m * n * r + 2 * n * r * s < apart
+        assert multiplications(grad.mT, right, left, **flags) == 2 * m * n * r + 2 * n * r * s
+    # Bytes are the limit, and both at once save a read and a write.
+    assert multiplications(grad, left, right) == apart + 2 * min(m, n) * r * s
+    # From a rank of 88 in float32, without tensor cores, arithmetic is.
+    left, right = orthonormal(m, 90, torch.float32), orthonormal(n, 90, torch.float32, seed=2)
+    assert multiplications(grad, left, right) == 2 * m * n * 180
 
 
 def test_the_backend_can_be_forced_and_fails_aloud(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -62,20 +83,42 @@ def test_the_backend_can_be_forced_and_fails_aloud(monkeypatch: pytest.MonkeyPat
     monkeypatch.setenv("SCULPT_BACKEND", "cublas")
     assert forced_backend() == "cublas"
     monkeypatch.setenv("SCULPT_BACKEND", "mkl")
-    with pytest.raises(ValueError, match="SCULPT_BACKEND: given 'mkl', wanted 'triton' or 'cublas'"):
+    with pytest.raises(ValueError, match="SCULPT_BACKEND: given 'mkl', wanted 'cublas', 'triton' or 'cuda'"):
         forced_backend()
     monkeypatch.setenv("SCULPT_BACKEND", "triton")
     grad, left = gaussian(31, 45), orthonormal(31, 6, torch.float64)
     before = grad.clone()
-    with pytest.raises(RuntimeError, match=r"SCULPT_BACKEND: given 'triton', but it cannot run here: .*"):
-        cuda.project_into(grad, left, None, grad, False, False, False)
+    asked = r"grad \(31, 45\) torch\.float64, left \(31, 6\) torch\.float64"
+    with pytest.raises(RuntimeError, match=rf"project_: SCULPT_BACKEND: given 'triton', but it cannot run {asked}: .*"):
+        variants.project_into(grad, left, None, grad, False, False, False, "project_")
     assert torch.equal(grad, before)
+
+
+@pytest.mark.skipif(variants.cuda_missing() is None, reason="the CUDA C++ kernels are there")
+def test_the_cuda_kernels_fail_aloud_where_they_are_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SCULPT_BACKEND", "cuda")
+    grad, left = gaussian(31, 45), orthonormal(31, 6, torch.float64)
+    with pytest.raises(RuntimeError, match=r"project: SCULPT_BACKEND: given 'cuda', but it cannot run grad \(31, 45\)"):
+        variants.project_into(grad, left, None, grad.clone(), False, False, False)
+    with pytest.raises(RuntimeError, match="foreach_project_: SCULPT_BACKEND: given 'cuda'"):
+        foreach_cuda.foreach_into([grad], [left], [None], (), (), False)
+
+
+def test_a_list_without_triton_goes_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(foreach_cuda, "triton_missing", lambda: "no triton")
+    monkeypatch.setattr(variants, "choose", lambda *args, **kwargs: "cublas")
+    grads = [gaussian(31 + i, 45) for i in range(3)]
+    lefts = [orthonormal(31 + i, 3 + i, torch.float64) for i in range(3)]
+    wanted = [reference.project(grad, left) for grad, left in zip(grads, lefts, strict=True)]
+    foreach_cuda.foreach_into(grads, lefts, [None] * 3, (), (), False)
+    for grad, exact in zip(grads, wanted, strict=True):
+        torch.testing.assert_close(grad, exact)
 
 
 _INTERPRETED = """
 import torch
 from sculpt_ops import reference
-from sculpt_ops.ops import cuda
+from sculpt_ops.ops import foreach_cuda, variants
 torch.manual_seed(0)
 def basis(*shape): return torch.linalg.qr(torch.randn(*shape))[0]
 for batch in ((), (3,), (2, 2)):
@@ -88,9 +131,9 @@ for batch in ((), (3,), (2, 2)):
                     b is None and ("keep_right" in flags or "block" in flags)):
                     continue
                 out = torch.empty_like(grad)
-                assert cuda.project_triton(grad, a, b, out, **full) is None
+                assert variants.project_triton(grad, a, b, out, **full) is None
                 torch.testing.assert_close(out, reference.project(grad, a, b, **flags), rtol=0, atol=2e-5)
-                cuda.project_into(grad.clone(), a, b, out, **full)
+                variants.project_into(grad.clone(), a, b, out, **full)
                 torch.testing.assert_close(out, reference.project(grad, a, b, **flags), rtol=0, atol=2e-5)
 print("all equal")
 """

@@ -1,0 +1,24 @@
+from collections.abc import Sequence
+from typing import Literal
+
+thresholds: dict[str, float]
+torch_version: str
+compiler: str
+
+def philox(counter: Sequence[int], seed: int) -> list[int]: ...
+def choose(
+    m: int,
+    n: int,
+    r: int,
+    s: int,
+    batch: int,
+    dtype: str,
+    basis: str,
+    capability: int,
+    hip: bool,
+    multiprocessors: int,
+    l2_bytes: int,
+    triton: bool,
+    cuda: bool,
+) -> Literal["cublas", "triton", "cuda"]: ...
+def stacked(m: int, n: int, r: int, s: int, dtype: str) -> bool: ...

@@ -1,0 +1,157 @@
+"""One projection on a GPU: Triton where it is expected to win, library products elsewhere, CUDA C++ where
+``SCULPT_BACKEND`` asks for it.
+
+Written against tensors of any device, so that the library path is tested on the CPU and the Triton path in the
+interpreter. None of them has run on a GPU yet.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+
+from .heuristics import choose, forced_backend, gpu_of, triton_missing
+from .library_products import project_cublas
+
+__all__ = ["cuda_missing", "project_cuda", "project_into", "project_triton"]
+
+
+def _flat(tensor: Tensor) -> Tensor | None:
+    """As the Triton launchers take it: at most one batch dimension, sharing memory; None if the strides forbid it."""
+    if tensor.dim() <= 3:
+        return tensor
+    try:
+        return tensor.view(-1, *tensor.shape[-2:])
+    except RuntimeError:
+        return None
+
+
+def project_triton(
+    grad: Tensor, left: Tensor | None, right: Tensor | None, out: Tensor, keep_left: bool, keep_right: bool, block: bool
+) -> str | None:
+    """Run the Triton kernels; a string says why they cannot, and then nothing has been written."""
+    missing = triton_missing()
+    if missing:
+        return missing
+    from ..triton_kernels.project_block import project_block, why_not_block
+    from ..triton_kernels.project_both import project_both, why_not_both
+    from ..triton_kernels.project_left import project_left, why_not_left
+    from ..triton_kernels.project_right import project_right, why_not_right
+
+    flat, flat_out = _flat(grad), _flat(out)
+    if flat is None or flat_out is None:
+        return "given batch dimensions that no view can merge"
+    batch = grad.shape[:-2]
+    bases = []
+    for basis in (left, right):
+        if basis is not None and basis.dim() > 2:
+            basis = basis.expand(*batch, *basis.shape[-2:]).reshape(-1, *basis.shape[-2:])
+        bases.append(basis)
+    left, right = bases
+    m, n = grad.shape[-2:]
+    dtype = grad.dtype
+    if left is not None and right is not None and not (keep_left or keep_right):
+        why_not = why_not_block if block else why_not_both
+        why: str | None = why_not(m, n, left.shape[-1], right.shape[-1], dtype, left.dtype, right.dtype)
+        if why is None:
+            (project_block if block else project_both)(flat, left, right, flat_out)
+            return None
+        if block:
+            return why
+    reasons: tuple[str | None, str | None] = (
+        None if left is None else why_not_left(m, n, left.shape[-1], dtype, left.dtype),
+        None if right is None else why_not_right(m, n, right.shape[-1], dtype, right.dtype),
+    )
+    why = reasons[0] or reasons[1]
+    if why is not None:
+        return why
+    source = flat
+    if left is not None:
+        project_left(source, left, flat_out, keep=keep_left)
+        source = flat_out
+    if right is not None:
+        project_right(source, right, flat_out, keep=keep_right)
+    return None
+
+
+@cache
+def cuda_missing() -> str | None:
+    """Loads the CUDA C++ kernels; why they are not there, or None."""
+    if torch.version.cuda is None:
+        return "given a torch without CUDA, wanted a CUDA build"
+    spec = find_spec("sculpt_ops._cuda")
+    if spec is None or spec.origin is None:
+        return "sculpt_ops._cuda was not built; build with nvcc in reach"
+    torch.ops.load_library(spec.origin)
+    return None
+
+
+def project_cuda(
+    grad: Tensor, left: Tensor | None, right: Tensor | None, out: Tensor, keep_left: bool, keep_right: bool, block: bool
+) -> str | None:
+    """Run the CUDA C++ kernels; a string says why they cannot, and then nothing has been written."""
+    why = cuda_missing()
+    if why is not None:
+        return why
+    work = grad if out is grad else grad.clone()
+    try:
+        torch.ops.sculpt._cuda_project_(work, left, right, keep_left=keep_left, keep_right=keep_right, block=block)
+    except RuntimeError as error:
+        return str(error)
+    if work is not out:
+        out.copy_(work)
+    return None
+
+
+def _asked(matrix: Tensor, left: Tensor | None, right: Tensor | None) -> str:
+    """Shapes, dtypes and ranks, as an error names them."""
+    bases = [
+        f"{name} {tuple(basis.shape)} {basis.dtype}"
+        for name, basis in (("left", left), ("right", right))
+        if basis is not None
+    ]
+    return f"grad {tuple(matrix.shape)} {matrix.dtype}, {', '.join(bases)}"
+
+
+def project_into(
+    grad: Tensor,
+    left: Tensor | None,
+    right: Tensor | None,
+    out: Tensor,
+    keep_left: bool,
+    keep_right: bool,
+    block: bool,
+    op: str = "project",
+) -> None:
+    """``out`` (which may be ``grad``) becomes the projection of ``grad``, by the variant that the heuristics choose."""
+    if left is None and right is None:
+        if out is not grad:
+            out.copy_(grad)
+        return
+    if grad.numel() == 0:
+        return
+    forced = forced_backend()
+    basis = left if left is not None else right
+    assert basis is not None
+    backend = forced or choose(
+        grad.shape[-2],
+        grad.shape[-1],
+        None if left is None else left.shape[-1],
+        None if right is None else right.shape[-1],
+        grad.dtype,
+        basis.dtype,
+        batch=grad.shape[:-2].numel(),
+        gpu=gpu_of(grad.device.index if grad.is_cuda else None),
+    )
+    if backend != "cublas":
+        run = project_triton if backend == "triton" else project_cuda
+        why = run(grad, left, right, out, keep_left, keep_right, block)
+        if why is None:
+            return
+        if forced is not None:
+            asked = _asked(grad, left, right)
+            raise RuntimeError(f"{op}: SCULPT_BACKEND: given '{forced}', but it cannot run {asked}: {why}")
+    project_cublas(grad, left, right, out, keep_left, keep_right, block)
