@@ -144,7 +144,7 @@ def grouped_thin_kernel(
         )
         out = scratch_at(scratch, table, row, LEFT_PRODUCT)
         inside = (ranks[:, None] < r) & (columns[None, :] < n)
-        tl.store(out + ranks.to(tl.int64)[:, None] * n + columns[None, :], product, mask=inside)
+        tl.store(out + (ranks.to(tl.int64)[:, None] * n + columns[None, :]), product, mask=inside)
     else:
         s = size(table, row, S, RANK_ALIGNED)
         right = address(pointers, row, RIGHT, BASIS, RANK_ALIGNED) + first_rank
@@ -156,7 +156,7 @@ def grouped_thin_kernel(
         )  # fmt: skip
         out = scratch_at(scratch, table, row, RIGHT_PRODUCT) + slot.to(tl.int64) * s * m
         inside = (ranks[:, None] < s) & (columns[None, :] < m)
-        tl.store(out + ranks.to(tl.int64)[:, None] * m + columns[None, :], product, mask=inside)
+        tl.store(out + (ranks.to(tl.int64)[:, None] * m + columns[None, :]), product, mask=inside)
 
 
 @triton.jit
@@ -192,7 +192,7 @@ def grouped_core_kernel(
             dtype, BLOCK_K, PRECISION,
         )  # fmt: skip
     tl.store(
-        scratch_at(scratch, table, row, CORE) + lines[:, None] * r + columns[None, :],
+        scratch_at(scratch, table, row, CORE) + (lines.to(tl.int64)[:, None] * r + columns[None, :]),
         core,
         mask=(lines[:, None] < s) & (columns[None, :] < r),
     )
@@ -231,7 +231,7 @@ def grouped_correct_kernel(
     )  # fmt: skip
     result = result * q.to(tl.float32)
     inside = (lines[:, None] < s) & (columns[None, :] < m)
-    out = scratch_at(scratch, table, row, RIGHT_PRODUCT) + lines.to(tl.int64)[:, None] * m + columns[None, :]
+    out = scratch_at(scratch, table, row, RIGHT_PRODUCT) + (lines.to(tl.int64)[:, None] * m + columns[None, :])
     kept = inside & (field(table, row, SIGN_P) != 0)
     for slot in range(field(table, row, SLOTS).to(tl.int32)):
         result += tl.load(out + tl.cast(slot, tl.int64) * s * m, mask=kept, other=0.0)

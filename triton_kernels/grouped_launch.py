@@ -172,7 +172,7 @@ def prepare_wave(members: Sequence[Member], device: Device, keep: bool | None) -
         pairs = [upload(array, first.device) for array in plan if isinstance(array, np.ndarray)]
         return Uploaded(plan, tuple(pair[0] for pair in pairs), tuple(pair[1] for pair in pairs))
 
-    uploaded = held((items, dtype, basis_dtype, keep is None), tables, first.device)
+    uploaded = held((items, dtype, basis_dtype, device, keep is None), tables, first.device)
     addresses = tuple(
         0 if tensor is None else tensor.data_ptr()
         for member in members

@@ -38,9 +38,9 @@ def stacked_into(grad: Tensor, left: Tensor, right: Tensor, out: Tensor) -> None
     torch.mm(grad, right, out=tall[:, r:])
     # One of the thin factors is cleared of what both contain: the shorter one.
     if m <= n:
-        tall[:, r:].addmm_(left, left.mT @ tall[:, r:], alpha=-1)
+        _subtract(tall[:, r:], left, left.mT @ tall[:, r:], tall[:, r:])
     else:
-        flat[:r].addmm_(flat[:r] @ right, right.mT, alpha=-1)
+        _subtract(flat[:r], flat[:r] @ right, right.mT, flat[:r])
     tall[:, :r].copy_(left)
     flat[r:].copy_(right.mT)
     _subtract(grad, tall, flat, out)
