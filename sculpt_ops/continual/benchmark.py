@@ -1,12 +1,15 @@
-"""The public continual-learning benchmark of O-LoRA: its folder layout, the questions, and its published task lists."""
+"""The public continual-learning benchmark of O-LoRA: folder layout, questions, and the published task sequences."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .tasks import Example, Task, check_answer, read_json, split
+from .tasks import Example, Task, check_answer, read_json, read_task, split, task_folders
+from .trace import TRACE_TASKS
 
 # The parent folder's name is the type. The layout is the benchmark's; the wording is ours.
 INSTRUCTIONS = {
@@ -26,6 +29,27 @@ LONG_TASKS = (
     *("dbpedia", "agnews", "yahoo", "MultiRC", "BoolQA", "WiC"),
 )
 
+# Published task orders. "long" is the benchmark's list, "long-paper" the order in which arXiv 2504.07097 runs it; TRACE
+# has a layout of its own.
+SEQUENCES = {
+    "standard-1": STANDARD_TASKS,
+    "standard-2": ("dbpedia", "amazon", "agnews", "yahoo"),
+    "standard-3": ("yahoo", "amazon", "agnews", "dbpedia"),
+    "long": LONG_TASKS,
+    "long-paper": (
+        *("MNLI", "CB", "WiC", "COPA", "QQP", "BoolQA", "RTE", "IMDB"),
+        *("yelp", "amazon", "SST-2", "dbpedia", "agnews", "MultiRC", "yahoo"),
+    ),
+    "trace": TRACE_TASKS,
+}
+# The text that several instances share, up to the question; of BoolQA from the passage on, of NLI the first sentence.
+# Of the 2000 training rows 114 of BoolQA and 70 of RTE share theirs with an earlier one.
+SHARED_TEXT = {
+    "MultiRC": re.compile(r"(.*?)\nquestion:", re.DOTALL),
+    "BoolQA": re.compile(r".*?\npassage:(.*)", re.DOTALL),
+    "NLI": re.compile(r"(.*?)\nsentence 2:", re.DOTALL),
+}
+
 SPLIT_SEED = 0
 HELD_OUT_ROWS = 500
 TRAINING_ROWS = 5000
@@ -36,7 +60,7 @@ def read_benchmark_task(folder: str | Path) -> Task:
 
     Where only one of the two files is there it is split with a fixed seed, and the task's note says so: without
     test.json the last 500 shuffled rows are held out (at most a quarter), without train.json the first 5000 are for
-    training (at most two thirds). MultiRC is split by passage: nearly every row shares its passage with others.
+    training (at most two thirds). Rows that share a passage or a first sentence are not separated.
     """
     folder = Path(folder)
     kind = folder.resolve().parent.name
@@ -78,8 +102,42 @@ def _read_instance(row: Any, kind: str, options: Sequence[str], where: str) -> E
         raise ValueError(f"{where}: wanted `label` and `sentence`, both text")
     sentence = row["sentence"].strip()
     lines = (f"{INSTRUCTIONS[kind]} Choose one from the option.", f"Option: {', '.join(options)}", sentence, "Answer:")
-    group = sentence.split("\nquestion:")[0] if kind == "MultiRC" else None
-    return Example("\n".join(lines), check_answer(row["label"], options, where), group)
+    shared = SHARED_TEXT[kind].match(sentence) if kind in SHARED_TEXT else None
+    return Example("\n".join(lines), check_answer(row["label"], options, where), shared and shared[1])
+
+
+@dataclass(frozen=True)
+class TaskSequence:
+    """A published sequence of tasks in its order, as far as the data is there. name: says so where it is partial."""
+
+    name: str
+    tasks: list[Task]
+    missing: tuple[str, ...] = ()
+
+    @property
+    def note(self) -> str | None:
+        """What it lacks; None if nothing."""
+        if not self.missing:
+            return None
+        return f"{self.name}: {len(self.tasks)} of {len(self.tasks) + len(self.missing)} tasks; it lacks " + ", ".join(
+            self.missing
+        )
+
+
+def load_sequence(name: str, folder: str | Path) -> TaskSequence:
+    """The sequence `name` of `SEQUENCES`, of the task folders under `folder`; those that are missing are left out.
+
+    ValueError for an unknown name, and where no task of it is there.
+    """
+    if name not in SEQUENCES:
+        raise ValueError(f"sequence: got {name!r}, wanted one of {', '.join(SEQUENCES)}")
+    folders = {path.resolve().name: path for path in task_folders(Path(folder))}
+    there = [task for task in SEQUENCES[name] if task in folders]
+    if not there:
+        raise ValueError(f"sequence: {folder} holds no task of {name}, which are {', '.join(SEQUENCES[name])}")
+    missing = tuple(task for task in SEQUENCES[name] if task not in folders)
+    called = f"{name} (partial)" if missing else name
+    return TaskSequence(called, [read_task(folders[task]) for task in there], missing)
 
 
 def benchmark_note(names: Sequence[str]) -> str | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -27,45 +27,91 @@ class Encoded:
 
 @dataclass(frozen=True)
 class EncodedTask:
-    """max_new_tokens: one more than the longest answer, so that a right answer always ends by itself."""
+    """max_new_tokens: one more than the longest answer, so that a right answer always ends by itself. options: token
+    ids of the answers to choose from, each with the end-of-sequence token. multiline: whether an answer may have
+    several lines."""
 
     train: list[Encoded]
     test: list[Encoded]
     max_new_tokens: int
+    options: list[list[int]] = field(default_factory=list)
+    multiline: bool = False
 
 
-def encode_task(task: Task, tokenizer: PreTrainedTokenizerBase, max_length: int, seq2seq: bool) -> EncodedTask:
+def encode_task(
+    task: Task, tokenizer: PreTrainedTokenizerBase, max_length: int, seq2seq: bool, chat_template: bool = False
+) -> EncodedTask:
     """Tokenize a task's rows.
 
     A decoder-only model's prompt may take what the task's longest answer leaves of `max_length`, the same for every
     row: a limit that went by the row's own answer would tell its length. An encoder's may take all of it. A longer
     prompt loses its middle: the question stands at the start, the cue to answer at the end. ValueError if there is room
     for less than 2 tokens.
+
+    chat_template: put every prompt into the tokenizer's chat template, as a user's turn that the answer follows;
+    ValueError if it has none.
     """
     if tokenizer.eos_token_id is None:
         raise ValueError(f"model: the tokenizer {type(tokenizer).__name__} has no end-of-sequence token")
-    pairs = [_tokenize(part, tokenizer, seq2seq) for part in (task.train, task.test)]
+    # The options after one prompt: the token in front of them, the cue's last, is the same for every row of a task.
+    asked = [Example(task.test[0].prompt, option) for option in task.options or ()]
+    chat = ChatTemplate(tokenizer) if chat_template else None
+    pairs = [_tokenize(part, tokenizer, seq2seq, chat) for part in (task.train, task.test, asked)]
     longest = max(len(pair.answer) for part in pairs for pair in part)
     room = max_length - (0 if seq2seq else longest)
     if room < 2:
         least = max_length - room + 2
         raise ValueError(f"max_length: got {max_length}, wanted {least} or more for task {task.name}, with its answers")
-    train, test = ([Encoded(_cut_middle(pair.prompt, room), pair.answer) for pair in part] for part in pairs)
-    return EncodedTask(train, test, longest + 1)
+    train, test = ([Encoded(_cut_middle(pair.prompt, room), pair.answer) for pair in part] for part in pairs[:2])
+    return EncodedTask(train, test, longest + 1, [pair.answer for pair in pairs[2]], task.metric != "exact")
 
 
-def _tokenize(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, seq2seq: bool) -> list[Encoded]:
+class ChatTemplate:
+    """A tokenizer's chat template, as far as one question and its answer need it.
+
+    gap: what the template puts between its cue to answer and the answer.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        if not tokenizer.chat_template:
+            raise ValueError(f"chat_template: got True, the tokenizer {type(tokenizer).__name__} has no chat template")
+        self.tokenizer = tokenizer
+        answer = "answer"
+        asked, told = self.render("question"), self._apply([("user", "question"), ("assistant", answer)])
+        if not told.startswith(asked) or answer not in told[len(asked) :]:
+            raise ValueError("chat_template: got True, in the tokenizer's the answer does not follow the cue to answer")
+        self.gap = told[len(asked) :].split(answer)[0]
+
+    def render(self, prompt: str) -> str:
+        """The text up to where the answer begins, special tokens written out."""
+        return self._apply([("user", prompt)], add_generation_prompt=True)
+
+    def _apply(self, turns: Sequence[tuple[str, str]], **options: bool) -> str:
+        messages = [{"role": role, "content": content} for role, content in turns]
+        return str(self.tokenizer.apply_chat_template(messages, tokenize=False, **options))
+
+
+def _tokenize(
+    examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, seq2seq: bool, chat: ChatTemplate | None
+) -> list[Encoded]:
+    if not examples:
+        return []
     prompts = [example.prompt.rstrip() for example in examples]
     answers = [example.answer for example in examples]
     eos = tokenizer.eos_token_id
+    gap = " "
+    options = {"verbose": False}
+    if chat is not None:
+        prompts, gap = [chat.render(prompt) for prompt in prompts], chat.gap
+        options["add_special_tokens"] = False  # The template has written them.
     if seq2seq:
         targets = tokenizer(text_target=answers, verbose=False)["input_ids"]
-        inputs = tokenizer(prompts, verbose=False)["input_ids"]
+        inputs = tokenizer(prompts, **options)["input_ids"]
         return [Encoded(ids, [*_strip(target, eos), eos]) for ids, target in zip(inputs, targets, strict=True)]
-    prompt_ids = [_strip(ids, eos) for ids in tokenizer(prompts, verbose=False)["input_ids"]]
-    texts = [f"{prompt} {answer}" for prompt, answer in zip(prompts, answers, strict=True)]
-    text_ids = [_strip(ids, eos) for ids in tokenizer(texts, verbose=False)["input_ids"]]
-    alone = tokenizer([f" {answer}" for answer in answers], add_special_tokens=False, verbose=False)["input_ids"]
+    prompt_ids = [_strip(ids, eos) for ids in tokenizer(prompts, **options)["input_ids"]]
+    texts = [f"{prompt}{gap}{answer}" for prompt, answer in zip(prompts, answers, strict=True)]
+    text_ids = [_strip(ids, eos) for ids in tokenizer(texts, **options)["input_ids"]]
+    alone = tokenizer([f"{gap}{answer}" for answer in answers], add_special_tokens=False, verbose=False)["input_ids"]
     # The answer in its sentence is tokenized as in pre-training; a merge over the boundary leaves no such answer, since
     # generation starts from the prompt's own tokens.
     return [

@@ -1,4 +1,4 @@
-"""Tasks: prompts with one-line answers, and the folders they are read from."""
+"""Tasks: prompts with their answers, and the folders they are read from."""
 
 from __future__ import annotations
 
@@ -9,9 +9,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from .score import check_metric
+
 LAYOUTS = (
     "A task folder holds train.jsonl and test.jsonl (one object a line with `prompt` and `answer`), "
-    "or labels.json with train.json or test.json (the TYPE/DATASET layout of the O-LoRA benchmark)."
+    "or labels.json with train.json or test.json (the TYPE/DATASET layout of the O-LoRA benchmark), "
+    "or train.json and test.json (lists of `prompt` and `answer`, the layout of TRACE)."
 )
 
 
@@ -29,6 +32,7 @@ class Task:
     """A named set of training and test examples.
 
     options: the answers there are, where they are few. note: what a reader of the figures has to know about the data.
+    metric: how an answer is measured, one of `score.METRICS`; where it is not "exact", answers may have several lines.
     """
 
     name: str
@@ -36,6 +40,7 @@ class Task:
     test: Sequence[Example]
     options: Sequence[str] | None = None
     note: str | None = None
+    metric: str = "exact"
 
 
 def split(examples: Sequence[Example], held_out: int, seed: int = 0) -> tuple[list[Example], list[Example]]:
@@ -74,17 +79,26 @@ def read_json(path: Path) -> Any:
 def read_jsonl_task(folder: str | Path) -> Task:
     """A task from train.jsonl and test.jsonl, `prompt` and `answer` per line, and options.json (a list) if it is there.
 
-    The folder's name is the task's name. ValueError names the file and line.
+    A line's `group`, where it has one, marks the rows that share a text: what is held out of training is held out by
+    group, and rows of test.jsonl that share one with train.jsonl are counted in the task's note. metric.json, where it
+    is there, names the metric as JSON text ("rouge-l"). The folder's name is the task's name. ValueError names the
+    file and line.
     """
     folder = Path(folder)
-    options = None
+    options, metric = None, "exact"
     if (folder / "options.json").exists():
         options = _check_options(read_json(folder / "options.json"), folder / "options.json")
-    train, test = (_read_jsonl(folder / f"{part}.jsonl", options) for part in ("train", "test"))
-    return Task(folder.resolve().name, train, test, options)
+    if (folder / "metric.json").exists():
+        metric = read_json(folder / "metric.json")
+        check_metric(metric)
+    train, test = (_read_jsonl(folder / f"{part}.jsonl", options, metric != "exact") for part in ("train", "test"))
+    groups = {example.group for example in train} - {None}
+    shared = sum(example.group in groups for example in test)
+    note = f"{shared} of the {len(test)} test rows share their text with training rows" if shared else None
+    return Task(folder.resolve().name, train, test, options, note, metric)
 
 
-def _read_jsonl(path: Path, options: Sequence[str] | None) -> list[Example]:
+def _read_jsonl(path: Path, options: Sequence[str] | None, multiline: bool) -> list[Example]:
     if not path.exists():
         raise ValueError(f"{path} is missing. {LAYOUTS}")
     examples = []
@@ -99,7 +113,8 @@ def _read_jsonl(path: Path, options: Sequence[str] | None) -> list[Example]:
         if not isinstance(row, dict):
             raise ValueError(f"{where}: got {type(row).__name__}, wanted an object with `prompt` and `answer`")
         prompt, answer = (_text(row, key, where) for key in ("prompt", "answer"))
-        examples.append(Example(prompt, check_answer(answer, options, where)))
+        group = _text(row, "group", where) if row.get("group") is not None else None
+        examples.append(Example(prompt, check_answer(answer, options, where, multiline), group))
     if not examples:
         raise ValueError(f"{path}: no rows")
     return examples
@@ -112,10 +127,11 @@ def _text(row: dict[str, Any], key: str, where: str) -> str:
     return value
 
 
-def check_answer(answer: str, options: Sequence[str] | None, where: str) -> str:
-    """The answer without the space around it; ValueError if it has several lines or is none of the options."""
+def check_answer(answer: str, options: Sequence[str] | None, where: str, multiline: bool = False) -> str:
+    """The answer without the space around it; ValueError if it has several lines, unless it may, or is none of the
+    options."""
     answer = answer.strip()
-    if "\n" in answer:
+    if "\n" in answer and not multiline:
         raise ValueError(f"{where}: the answer has several lines, wanted one: {answer!r}")
     if options is not None and answer not in options:
         raise ValueError(f"{where}: the answer {answer!r} is none of the options {', '.join(options)}")
@@ -135,7 +151,7 @@ def load_tasks(sources: Iterable[Task | str | Path], order: Sequence[str] | None
     """
     entries: list[Task | Path] = []
     for source in sources:
-        entries += [source] if isinstance(source, Task) else _task_folders(Path(source))
+        entries += [source] if isinstance(source, Task) else task_folders(Path(source))
     names = [entry.name if isinstance(entry, Task) else entry.resolve().name for entry in entries]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
@@ -149,14 +165,15 @@ def load_tasks(sources: Iterable[Task | str | Path], order: Sequence[str] | None
 
 
 def read_task(folder: str | Path) -> Task:
-    """A task from a folder in either layout."""
+    """A task from a folder in any of the layouts."""
     from .benchmark import read_benchmark_task
+    from .trace import read_trace_task
 
     folder = Path(folder)
     layout = _layout(folder)
     if layout is None:
         raise ValueError(f"tasks: {folder} is no task folder. {LAYOUTS}")
-    return read_jsonl_task(folder) if layout == "jsonl" else read_benchmark_task(folder)
+    return {"jsonl": read_jsonl_task, "benchmark": read_benchmark_task, "trace": read_trace_task}[layout](folder)
 
 
 def _layout(folder: Path) -> str | None:
@@ -164,10 +181,13 @@ def _layout(folder: Path) -> str | None:
         return "jsonl"
     if (folder / "labels.json").exists():
         return "benchmark"
+    if (folder / "train.json").exists() and (folder / "test.json").exists():
+        return "trace"
     return None
 
 
-def _task_folders(folder: Path) -> list[Path]:
+def task_folders(folder: Path) -> list[Path]:
+    """`folder` itself, or the task folders in it or one level deeper, by name; ValueError if there are none."""
     if not folder.is_dir():
         raise ValueError(f"tasks: there is no folder {folder}")
     if _layout(folder):
