@@ -156,10 +156,13 @@ class Checkpoints:
                 self._write_carried(folder, method, carried)
         else:
             self._remove([self.output / CARRIED])
+        self.clear()
+
+    def clear(self) -> None:
+        """Remove all states of tasks; a run killed while it does so is a finished one."""
         gone = self.folder.with_suffix(".old")
 
         def remove() -> None:
-            # Renamed first: a run killed while it removes files is not to be taken for a damaged one.
             shutil.rmtree(gone, ignore_errors=True)
             if self.folder.exists():
                 self.folder.replace(gone)

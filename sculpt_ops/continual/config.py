@@ -109,6 +109,10 @@ class TrainConfig:
     batch_size: int = field(default=8, metadata=about("Rows per forward pass of one process.", above=0))
     gradient_accumulation_steps: int = field(default=1, metadata=about("Forward passes per optimizer step.", above=0))
     max_length: int = field(default=512, metadata=about("Tokens of prompt and answer together.", above=0))
+    chat_template: bool = field(
+        default=False, metadata=about("Put every prompt into the tokenizer's chat template, as a user's turn.")
+    )
+    group_by_length: bool = field(default=False, metadata=about("Rows of similar length share a batch."))
     weight_decay: float = field(default=0.0, metadata=about("Of matrices; biases and norms have none.", least=0))
     lr_scheduler_type: str = field(default="constant", metadata=about("Per task."))
     warmup_steps: float = field(default=0, metadata=about("Steps, or below 1 a share of them.", least=0))
@@ -124,6 +128,9 @@ class TrainConfig:
         metadata=about("Measure on all tasks after each, or only on those seen so far.", choices=EVAL_ROWS),
     )
     eval_batch_size: int = field(default=16, metadata=about("Prompts that are answered together.", above=0))
+    eval_options: bool = field(
+        default=True, metadata=about("Of tasks with options, find the likeliest option too, by log-probability.")
+    )
     dev_items: int | None = field(
         default=None,
         metadata=about("Measure on this many held-out training rows per task, not on the test rows.", least=1),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import functools
 import gc
 import itertools
 import os
@@ -82,8 +83,13 @@ class World:
         """As `together`, on one process of a machine after the other: for what takes much memory for a moment."""
         local = int(os.environ.get("LOCAL_RANK", "0"))
         done: list[T] = []
+
+        def attempt(mine: bool) -> None:
+            if mine:
+                done.append(work())
+
         for turn in range(1 + max(self.share(what, local))):
-            self.together(what, lambda turn=turn: done.append(work()) if turn == local else None)
+            self.together(what, functools.partial(attempt, turn == local))
         return done[0]
 
     def on_first(self, what: str, work: Callable[[], object]) -> None:

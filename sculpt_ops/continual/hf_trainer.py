@@ -6,7 +6,7 @@ import functools
 import json
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -23,6 +23,7 @@ from .config import TrainConfig
 from .distributed import World
 from .encoding import IGNORED
 from .leak_trace import LeakTrace
+from .sampler import LengthGrouped
 from .shards import load_training, save_training
 
 CLOCK_FILE = "clock.json"
@@ -94,7 +95,8 @@ class SubspaceTrainer(Trainer):
     options: further keyword arguments of `AdamW`. fuse_backward: step in the backward pass (`fuse_into_backward`).
     save: called with the step and a function that writes this rank's part of the state into a folder, from which
         `train(resume_from_checkpoint=folder)` goes on; None saves nothing. clock: whose figures are part of the state.
-    penalty: of a model, a tensor that is added to the loss of every optimizer step, or None.
+    penalty: of a model, a tensor that is added to the loss of every optimizer step, or None. lengths: of the training
+        rows, to have those of similar length in one batch; None shuffles them all.
 
     A model that `fully_shard` has sharded is trained as it is. Gradients are reduced in every pass of an accumulated
     step: kept whole until the last one, they would take as much memory as the weights that were sharded to save it.
@@ -109,6 +111,7 @@ class SubspaceTrainer(Trainer):
         save: Callable[[int, Callable[[Path], None]], None] | None = None,
         clock: StepClock | None = None,
         penalty: Callable[[torch.nn.Module], torch.Tensor | None] = lambda model: None,
+        lengths: Sequence[int] | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
@@ -121,6 +124,7 @@ class SubspaceTrainer(Trainer):
         self.save_state = save
         self.clock = clock
         self.penalty = penalty
+        self.lengths = lengths
         self.options = dict(options or {})
         self.fuse_backward = fuse_backward
         self._fused: FusedBackward | None = None
@@ -131,6 +135,12 @@ class SubspaceTrainer(Trainer):
         # Sharded parameters are there already, and to() would put others in the place of those that have a basis.
         if not _is_sharded(model):
             super()._move_model_to_device(model, device)
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        if self.lengths is None:
+            return super()._get_train_sampler(train_dataset)
+        rows = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+        return LengthGrouped(self.lengths, rows, self.args.seed)
 
     def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
         model = self.model if model is None else model

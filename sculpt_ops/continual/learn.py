@@ -62,6 +62,7 @@ def learn(run: Run, index: int) -> None:
             options=optimizer_options(config),
             fuse_backward=config.fuse_backward,
             penalty=run.method.penalty,
+            lengths=[len(row.prompt) + len(row.answer) for row in rows] if config.group_by_length else None,
             save=functools.partial(run.checkpoints.save, index) if config.save_every else None,
             clock=clock,
         )

@@ -5,14 +5,14 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 
-from .evaluate import greedy_answers
+from .evaluate import answer_task
 from .result import Prediction, RunResult
 from .run import Run
 
 __all__ = ["measure_row", "take_over"]
 
 # What has to agree for one run's zero-shot answers to be another's.
-ZERO_SHOT_SETTINGS = ("model", "max_length", "dtype", "bf16")
+ZERO_SHOT_SETTINGS = ("model", "max_length", "chat_template", "dtype", "bf16", "eval_options")
 
 
 def measure_row(run: Run, row: int) -> None:
@@ -33,17 +33,19 @@ def _answer(run: Run, row: int, indices: Sequence[int]) -> None:
     label = "zero-shot" if row == 0 else f"after task {row}/{len(run.tasks)}"
     with run.progress.bar(f"{label}: evaluating", sum(len(run.tasks[index].test) for index in indices)) as advance:
         for index in indices:
-            answers = greedy_answers(
+            answers = answer_task(
                 run.model,
                 run.tokenizer,
+                run.tasks[index],
                 run.encoded[index],
                 batch_size=run.config.eval_batch_size,
                 bf16=run.config.bf16,
                 advance=advance,
                 world=run.world,
+                options=run.config.eval_options,
             )
             run.result.predictions.extend(
-                Prediction(row, run.tasks[index].name, item, example.answer, answer)
+                Prediction(row, run.tasks[index].name, item, example.answer, answer.text, answer.option, answer.score)
                 for item, (example, answer) in enumerate(zip(run.tasks[index].test, answers, strict=True))
             )
     seconds = run.world.share("evaluation", time.perf_counter() - start)[0]

@@ -85,7 +85,8 @@ def open_for_training(config: TrainConfig, world: World) -> Opened:
 def prepare(config: TrainConfig, world: World, progress: Progress, tasks: list[Task], opened: Opened) -> Run:
     """The run as it stands: at its beginning, or where it is to go on."""
     model, tokenizer, weights = opened
-    encoded = [encode_task(task, tokenizer, config.max_length, model.config.is_encoder_decoder) for task in tasks]
+    seq2seq = bool(model.config.is_encoder_decoder)
+    encoded = [encode_task(task, tokenizer, config.max_length, seq2seq, config.chat_template) for task in tasks]
     names = [task.name for task in tasks]
     note = benchmark_note(names)
     settings = config.to_dict() | {"rows_per_step": config.batch_size * config.gradient_accumulation_steps * world.size}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,8 @@ PREDICTIONS_FILE = "predictions.jsonl"
 class Prediction:
     """One item's outcome.
 
-    row: 0 before the first task, i right after the i-th. item: index among the measured items.
+    row: 0 before the first task, i right after the i-th. item: index among the measured items. option: the likeliest of
+    the task's options, None where they were not compared. score: by the task's metric, in [0, 1]; None for exact match.
     """
 
     row: int
@@ -26,10 +28,17 @@ class Prediction:
     item: int
     answer: str
     prediction: str
+    option: str | None = None
+    score: float | None = None
 
     @property
     def correct(self) -> bool:
         return self.prediction == self.answer
+
+    @property
+    def value(self) -> float:
+        """What counts in the accuracy matrix."""
+        return self.correct if self.score is None else self.score
 
 
 @dataclass(frozen=True)
@@ -81,20 +90,30 @@ class RunResult:
     evaluation_seconds: list[float] = field(default_factory=list)
 
     @property
-    def correct(self) -> list[list[list[bool]]]:
-        """correct[row][task][item]; row 0 is zero-shot. Empty where a task was not measured."""
+    def correct(self) -> list[list[list[float]]]:
+        """correct[row][task][item], True and False, or the score by the task's metric; row 0 is zero-shot. Empty where
+        a task was not measured."""
+        return self._table([(entry, entry.value) for entry in self.predictions])
+
+    @property
+    def option_accuracy(self) -> list[list[float]]:
+        """As `accuracy`, of the likeliest options in place of the greedy answers; nan where they were not compared."""
+        compared = [(entry, entry.option == entry.answer) for entry in self.predictions if entry.option is not None]
+        return _means(self._table(compared))
+
+    def _table(self, values: Sequence[tuple[Prediction, float]]) -> list[list[list[float]]]:
         column = {name: index for index, name in enumerate(self.tasks)}
         rows = 1 + max((prediction.row for prediction in self.predictions), default=-1)
-        table: list[list[list[bool]]] = [[[] for _ in self.tasks] for _ in range(rows)]
-        for prediction in self.predictions:
-            table[prediction.row][column[prediction.task]].append(prediction.correct)
+        table: list[list[list[float]]] = [[[] for _ in self.tasks] for _ in range(rows)]
+        for prediction, value in values:
+            table[prediction.row][column[prediction.task]].append(value)
         return table
 
     @property
     def accuracy(self) -> list[list[float]]:
         """(tasks + 1) rows x tasks, shares in [0, 1], nan where a task was not measured; row 0 is zero-shot, row i
         right after the i-th task."""
-        return [[sum(items) / len(items) if items else math.nan for items in row] for row in self.correct]
+        return _means(self.correct)
 
     @property
     def complete(self) -> bool:
@@ -127,6 +146,7 @@ class RunResult:
         summary = {
             "complete": self.complete,
             "accuracy": self.accuracy,
+            "option_accuracy": self.option_accuracy,
             "seconds_per_step": self.seconds_per_step,
             "peak_memory_bytes": self.peak_memory_bytes,
         }
@@ -161,6 +181,10 @@ def write_text(path: Path, text: str) -> None:
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(text, encoding="utf-8")
     temporary.replace(path)
+
+
+def _means(table: list[list[list[float]]]) -> list[list[float]]:
+    return [[sum(items) / len(items) if items else math.nan for items in row] for row in table]
 
 
 def _known(kind: type, record: dict[str, Any]) -> dict[str, Any]:

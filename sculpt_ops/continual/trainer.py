@@ -9,6 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from ..derive import search_starts
+from .checkpoint import Checkpoints
 from .config import TrainConfig
 from .distributed import World, join_world
 from .learn import learn
@@ -50,6 +51,7 @@ def _train(config: TrainConfig, zero_shot: RunResult | None, world: World, quiet
     tasks = world.together("reading the tasks", lambda: read_tasks(config, world))
     done = world.together("opening the output", lambda: finished_run(config))
     if done is not None and done.tasks == [task.name for task in tasks]:
+        Checkpoints(Path(config.output), world).clear()
         return done
     progress.say(f"opening {config.model}")
     # In turns where it is sharded: a machine's memory then has to hold the whole model once, and not for every process.

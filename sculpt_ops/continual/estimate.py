@@ -1,0 +1,225 @@
+"""What a run would do, and about how long it would take: `sculpt train --dry-run`."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import torch
+
+from ..ranks import Fraction, Schedule, SizePolicy
+from ..targets import resolve_targets
+from .config import Protect, TrainConfig, format_protect
+from .distributed import World
+from .encoding import Collator, Encoded, EncodedTask, encode_task
+from .evaluate import greedy_answers
+from .learn import steps_of
+from .plan import make_plan
+from .prepare import open_for_training, read_tasks
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+__all__ = ["Estimate", "TaskEstimate", "estimate"]
+
+
+@dataclass(frozen=True)
+class TaskEstimate:
+    """tokens: of all its training, prompts and answers. ranks: the smallest and the largest of the protected matrices;
+    None where the weights or the data decide, and for nothing protected. seconds: of training and of evaluation."""
+
+    name: str
+    train_rows: int
+    test_rows: int
+    steps: int
+    tokens: int
+    ranks: tuple[int, int] | None
+    training_seconds: float
+    evaluation_seconds: float
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """matrices: how many are protected. memory: bytes at the peak of training, None where it is not known before the
+    ranks are. Seconds are extrapolated from one forward and backward pass and one batch of answers; the optimizer's
+    step and the decomposition are not in them."""
+
+    model: str
+    parameters: int
+    trained: int
+    matrices: int
+    protect: str
+    memory: int | None
+    tasks: Sequence[TaskEstimate]
+
+    @property
+    def seconds(self) -> float:
+        return sum(task.training_seconds + task.evaluation_seconds for task in self.tasks)
+
+    def table(self) -> str:
+        """For people."""
+        head = f"{'task':<20} {'train':>7} {'test':>6} {'steps':>7} {'tokens':>11} {'ranks':>11}"
+        head += f" {'train s':>9} {'test s':>8}"
+        rows = [
+            f"{task.name:<20} {task.train_rows:>7} {task.test_rows:>6} {task.steps:>7} {task.tokens:>11} "
+            f"{_ranks(task.ranks):>11} {task.training_seconds:>9.1f} {task.evaluation_seconds:>8.1f}"
+            for task in self.tasks
+        ]
+        peak = "not known beforehand" if self.memory is None else f"{self.memory / 2**30:.2f} GiB at the peak"
+        lines = [
+            f"{self.model}: {self.parameters:,} parameters, {self.trained:,} trained, {self.matrices} matrices "
+            f"protected ({self.protect})",
+            f"memory: {peak}",
+            f"time: an estimate of {self.seconds:.0f} s, from one forward and backward pass and one batch of answers "
+            "measured here; optimizer steps and decompositions not counted",
+            "nothing was written",
+        ]
+        return "\n".join([head, *rows, "", *lines])
+
+
+def estimate(config: TrainConfig) -> Estimate:
+    """Read the tasks, open the model, measure one forward and backward pass and one batch of answers; write nothing.
+
+    Refuses what `train` would refuse before its first step, by the same errors; ValueError under torchrun.
+    """
+    if "RANK" in os.environ:
+        raise ValueError("dry_run: got several processes, wanted one: start it without torchrun")
+    cuda = torch.cuda.is_available() and not config.cpu
+    world = World(torch.device("cuda" if cuda else "cpu"))
+    tasks = read_tasks(config, world)
+    model, tokenizer, _ = open_for_training(config, world)
+    seq2seq = bool(model.config.is_encoder_decoder)
+    encoded = [encode_task(task, tokenizer, config.max_length, seq2seq, config.chat_template) for task in tasks]
+    targets = resolve_targets(model, config.targets) if config.protect is not None else {}
+    pass_seconds = _pass_seconds(config, model, tokenizer, encoded[0]) if encoded[0].train else 0.0
+    item_seconds = _item_seconds(config, model, tokenizer, encoded[0])
+    sizes = [min(weight.shape) for weight in targets.values()]
+    made = []
+    for index, (task, rows) in enumerate(zip(tasks, encoded, strict=True)):
+        steps = steps_of(config, len(rows.train), world)
+        mean = sum(map(_length, rows.train)) / max(len(rows.train), 1)
+        per_step = config.batch_size * config.gradient_accumulation_steps
+        policy = _size_policy(config.protect, index + 1, len(tasks))
+        ranks = None if policy is None or not sizes else [policy.rank_of(size) for size in sizes]
+        answered = sum(_measured_in(config, row, index) for row in range(len(tasks) + 1))
+        made.append(
+            TaskEstimate(
+                name=task.name,
+                train_rows=len(task.train),
+                test_rows=len(task.test),
+                steps=steps,
+                tokens=round(steps * per_step * mean),
+                ranks=None if ranks is None else (min(ranks), max(ranks)),
+                training_seconds=steps * per_step * mean * pass_seconds,
+                evaluation_seconds=answered * len(task.test) * item_seconds,
+            )
+        )
+    return Estimate(
+        model=str(config.model),
+        parameters=sum(weight.numel() for weight in model.parameters()),
+        trained=sum(weight.numel() for weight in model.parameters() if weight.requires_grad),
+        matrices=len(targets),
+        protect=format_protect(config.protect),
+        memory=_memory(config, encoded),
+        tasks=made,
+    )
+
+
+def _pass_seconds(
+    config: TrainConfig, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: EncodedTask
+) -> float:
+    """Of a forward and backward pass, by token; of the rows around the median length, the first pass not counted."""
+    rows = sorted(task.train, key=_length)
+    middle = max((len(rows) - config.batch_size) // 2, 0)
+    chosen = rows[middle : middle + config.batch_size]
+    batch = Collator(model, tokenizer)(chosen)
+    inputs = {name: value.to(model.device) if torch.is_tensor(value) else value for name, value in batch.items()}
+    model.train()
+    for _ in range(2):
+        start = time.perf_counter()
+        with torch.autocast(model.device.type, torch.bfloat16, config.bf16):
+            loss = model(**inputs).loss
+        loss.backward()
+        model.zero_grad()
+        _wait(model)
+    return (time.perf_counter() - start) / sum(map(_length, chosen))
+
+
+def _item_seconds(
+    config: TrainConfig, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: EncodedTask
+) -> float:
+    items = sorted(task.test, key=_length)
+    middle = max((len(items) - config.eval_batch_size) // 2, 0)
+    chosen = items[middle : middle + config.eval_batch_size]
+    start = time.perf_counter()
+    greedy_answers(model, tokenizer, replace(task, test=chosen), batch_size=config.eval_batch_size, bf16=config.bf16)
+    _wait(model)
+    return (time.perf_counter() - start) / len(chosen)
+
+
+def _measured_in(config: TrainConfig, row: int, index: int) -> bool:
+    return config.eval_rows == "all" or row == 0 or index < row
+
+
+def _memory(config: TrainConfig, encoded: Sequence[EncodedTask]) -> int | None:
+    """Bytes at the peak of training by `sculpt plan`, at the longest batch there can be and the task with the most
+    protected; None where it has no such row."""
+    protect = config.protect
+    if protect == "schedule":
+        # The bases are widest at half.
+        share = min((Fraction(i / len(encoded)) for i in range(len(encoded))), key=lambda s: abs(s.share - 0.5))
+        protect = share
+    if config.dtype == "float16" or not (protect is None or _size_policy(protect, 1, 1)):
+        return None
+    length = max(_length(row) for task in encoded for row in task.train)
+    plan = make_plan(
+        config.model,
+        protect=[0.5 if protect is None else protect],
+        sides=config.sides,
+        targets=config.targets,
+        others=config.others,
+        dtypes=[config.dtype],
+        bf16=config.bf16,
+        tokens=length * config.batch_size,
+        batch_size=config.batch_size,
+        gradient_checkpointing=config.gradient_checkpointing,
+        moment_dtype=config.moment_dtype,
+        peers=False,
+        trust_remote_code=config.trust_remote_code,
+    )
+    for row in plan.settings:
+        setting = row.setting
+        same = (
+            setting.method == ("AdamW" if protect is None else "sculpt")
+            and (protect is None or setting.state == config.state)
+            and (setting.basis_dtype or "float32") == config.basis_dtype
+            and (setting.master == config.master or config.dtype == "float32")
+        )
+        if same and row.memory is not None:
+            return replace(row, setting=replace(setting, in_backward=config.fuse_backward)).peak
+    return None
+
+
+def _size_policy(protect: Protect, task: int, n_tasks: int) -> SizePolicy | None:
+    policy: object = Fraction(protect) if isinstance(protect, float) else protect
+    if protect == "schedule":
+        policy = Schedule(task, n_tasks)
+    return policy if isinstance(policy, SizePolicy) else None
+
+
+def _length(row: Encoded) -> int:
+    return len(row.prompt) + len(row.answer)
+
+
+def _wait(model: PreTrainedModel) -> None:
+    if model.device.type == "cuda":
+        torch.cuda.synchronize(model.device)
+
+
+def _ranks(ranks: tuple[int, int] | None) -> str:
+    if ranks is None:
+        return "-"
+    return str(ranks[0]) if ranks[0] == ranks[1] else f"{ranks[0]}..{ranks[1]}"
