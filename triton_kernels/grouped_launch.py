@@ -120,7 +120,9 @@ class Group(NamedTuple):
     def launch_two_sides(self, plan: TwoSidePlan) -> None:
         table, *lists = self.uploaded.arrays
         scratch = torch.empty(max(plan.scratch, 1), dtype=torch.float32, device=self.device)
-        square = {"BLOCK_K": THIN_DEPTH}
+        # Operands that are split or float32 fill the registers of sm_80 at half the depth.
+        plain = self.dtype == self.basis_dtype == torch.bfloat16
+        square = {"BLOCK_K": THIN_DEPTH if plain else THIN_DEPTH // 2}
         update = {"BLOCK_M": self.update.rows, "BLOCK_N": self.update.columns, "BLOCK_R": self.update.depth}
         options: dict[str, int] = {"num_warps": self.update.warps, "num_stages": self.update.stages}
         kernels: Sequence[tuple[Any, dict[str, int]]] = (
@@ -161,7 +163,9 @@ def prepare_wave(members: Sequence[Member], device: Device, keep: bool | None) -
     first = members[0].grad
     dtype, basis_dtype = first.dtype, members[0].basis_dtype()
     items = tuple(member.item() for member in members)
-    update = update_config(max(item.m for item in items), sum(item.n for item in items), dtype, device)
+    # Tiles of float32 arithmetic for a float32 basis: both operands of a product are split, and sm_80 spills at more.
+    arithmetic = torch.float32 if basis_dtype == torch.float32 else dtype
+    update = update_config(max(item.m for item in items), sum(item.n for item in items), arithmetic, device)
 
     def tables() -> Uploaded:
         plan: OneSidePlan | TwoSidePlan

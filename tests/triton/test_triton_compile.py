@@ -115,7 +115,7 @@ def test_rounding_compiles(target: str, n: int) -> None:
         assert not re.findall(r"tt\.addptr.*(?:xi32>|, i32) loc", assert_fits(entry, target, spill_bytes=0).ir)
 
 
-@pytest.mark.parametrize(("target", "dtype", "basis"), PAIRS)
+@pytest.mark.parametrize(("target", "dtype", "basis"), [*PAIRS, ("sm_80", BF16, F32), ("sm_80", F16, F16)])
 def test_grouped_launches_of_the_largest_rank_compile_without_spills(
     target: str, dtype: torch.dtype, basis: torch.dtype
 ) -> None:
