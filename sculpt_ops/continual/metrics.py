@@ -1,9 +1,12 @@
-"""Average accuracy, backward transfer and forgetting, with 95 % intervals.
+"""Average accuracy, backward and forward transfer, forgetting and learning accuracy, with 95 % intervals.
 
 `accuracy` is (tasks + 1) x tasks, accuracy[i][j] the share of task j's items answered right after i tasks; row 0 is
 zero-shot. Definitions as in Lopez-Paz and Ranzato, NeurIPS 2017 (arXiv 1706.08840) and Chaudhry et al., ECCV 2018
 (arXiv 1801.10112), except that forgetting counts from the best accuracy ever, zero-shot and final included, and so is
 never negative.
+
+A task may be absent from a row, its entry then nan or None. Where only the tasks seen so far are measured, forgetting
+counts from the best of those rows and of zero-shot, and forward transfer, which looks at tasks to come, is nan.
 """
 
 from __future__ import annotations
@@ -17,9 +20,12 @@ import numpy as np
 import numpy.typing as npt
 
 Array: TypeAlias = npt.NDArray[np.float64]
-Matrix: TypeAlias = Sequence[Sequence[float]] | Array
-Correct: TypeAlias = Sequence[Sequence[Sequence[bool]]]
+Matrix: TypeAlias = Sequence[Sequence[float | None]] | Array
+# correct[row][task][item]: right or not, or a score in [0, 1]; no items where a task is absent from a row.
+Correct: TypeAlias = Sequence[Sequence[Sequence[float]]]
 RESAMPLES = 4000
+# At once: of scores every item is of a kind of its own, and 4000 times 7600 counts are 240 MB.
+CHUNK = 500
 RESAMPLE_SEED = 0
 Z_95 = 1.959963984540054
 
@@ -38,6 +44,8 @@ class Metrics:
     average_accuracy: Estimate
     backward_transfer: Estimate
     forgetting: Estimate
+    learning_accuracy: Estimate
+    forward_transfer: Estimate
 
 
 def _matrix(accuracy: Matrix) -> Array:
@@ -62,7 +70,17 @@ def forgetting(accuracy: Matrix) -> float:
     return float(_forgetting(_matrix(accuracy)))
 
 
-# These three take leading batch dimensions, so that all resamples are worked out at once.
+def learning_accuracy(accuracy: Matrix) -> float:
+    """Mean over all tasks of the accuracy right after that task."""
+    return float(_learning_accuracy(_matrix(accuracy)))
+
+
+def forward_transfer(accuracy: Matrix) -> float:
+    """Mean over the later tasks of accuracy right before that task minus zero-shot; nan for a single task."""
+    return float(_forward_transfer(_matrix(accuracy)))
+
+
+# These five take leading batch dimensions, so that all resamples are worked out at once.
 def _average_accuracy(table: Array) -> Array:
     return np.asarray(table[..., -1, :].mean(-1))
 
@@ -77,7 +95,20 @@ def _backward_transfer(table: Array) -> Array:
 def _forgetting(table: Array) -> Array:
     if table.shape[-1] == 1:
         return np.full(table.shape[:-2], math.nan)
-    return np.asarray((table.max(-2) - table[..., -1, :])[..., :-1].mean(-1))
+    # fmax passes over what is absent.
+    best = np.fmax.reduce(table, axis=-2)
+    return np.asarray((best - table[..., -1, :])[..., :-1].mean(-1))
+
+
+def _learning_accuracy(table: Array) -> Array:
+    return np.asarray(np.diagonal(table[..., 1:, :], axis1=-2, axis2=-1).mean(-1))
+
+
+def _forward_transfer(table: Array) -> Array:
+    if table.shape[-1] == 1:
+        return np.full(table.shape[:-2], math.nan)
+    before = np.diagonal(table, axis1=-2, axis2=-1)
+    return np.asarray((before - table[..., 0, :])[..., 1:].mean(-1))
 
 
 def wilson_interval(right: int, items: int) -> tuple[float, float]:
@@ -97,46 +128,62 @@ def resample(correct: Correct, resamples: int = RESAMPLES, seed: int = RESAMPLE_
     history are interchangeable: drawing how many of each history there are is exact, and cheap for thousands of items.
     """
     generator = np.random.default_rng(seed)
-    tasks = []
+    samples = np.full((resamples, len(correct), len(correct[0])), math.nan)
     for task in range(len(correct[0])):
-        histories = np.array([row[task] for row in correct], dtype=np.float64).T
-        kinds, counts = np.unique(histories, axis=0, return_counts=True)
-        draws = generator.multinomial(len(histories), counts / len(histories), size=resamples)
-        tasks.append(draws @ kinds / len(histories))
-    return np.stack(tasks, axis=-1)
+        present = [row for row, tasks in enumerate(correct) if len(tasks[task])]
+        if present:
+            histories = np.array([correct[row][task] for row in present], dtype=np.float64).T
+            samples[:, present, task] = draw(histories, resamples, generator)
+    return samples
+
+
+def draw(histories: Array, resamples: int, generator: np.random.Generator) -> Array:
+    """Means (resamples, columns) of as many rows of `histories` (items, columns), drawn with replacement."""
+    kinds, counts = np.unique(histories, axis=0, return_counts=True)
+    means = np.empty((resamples, histories.shape[1]))
+    for start in range(0, resamples, CHUNK):
+        size = min(CHUNK, resamples - start)
+        drawn = generator.multinomial(len(histories), counts / len(histories), size=size)
+        means[start : start + size] = drawn @ kinds / len(histories)
+    return means
 
 
 def measure(correct: Correct) -> Metrics:
-    """The three metrics, with percentile intervals of a bootstrap over items.
+    """The five metrics, with percentile intervals of a bootstrap over items.
 
     The intervals say how far other items of the same tasks could move the figures; not what another seed of training
     would do. Where no item differs the interval has no width, few items or many. Forgetting is a maximum of noisy
     numbers, so its resamples lie a little high.
     """
-    table = _matrix([[sum(items) / len(items) for items in row] for row in correct])
+    table = _table(correct)
     samples = resample(correct)
-    return Metrics(*(_estimate(metric(table), metric(samples)) for metric in _METRICS))
+    return Metrics(*(estimate(metric(table), metric(samples)) for metric in _METRICS))
 
 
 def difference(correct: Correct, baseline: Correct) -> Metrics:
-    """The three metrics of one run minus those of another on the same items, the bootstrap paired over items."""
-    sizes = [[len(items) for items in run[0]] for run in (correct, baseline)]
+    """The metrics of one run minus those of another on the same items, the bootstrap paired over items."""
+    sizes = [[max(map(len, items)) for items in zip(*run, strict=True)] for run in (correct, baseline)]
     if sizes[0] != sizes[1]:
         raise ValueError(f"baseline: got {sizes[1]} items a task, wanted the same items, {sizes[0]}")
     rows = len(correct)
     both = resample([*correct, *baseline])
-    tables = [_matrix([[sum(items) / len(items) for items in row] for row in run]) for run in (correct, baseline)]
+    tables = [_table(run) for run in (correct, baseline)]
     return Metrics(
         *(
-            _estimate(metric(tables[0]) - metric(tables[1]), metric(both[:, :rows]) - metric(both[:, rows:]))
+            estimate(metric(tables[0]) - metric(tables[1]), metric(both[:, :rows]) - metric(both[:, rows:]))
             for metric in _METRICS
         )
     )
 
 
-_METRICS = (_average_accuracy, _backward_transfer, _forgetting)
+_METRICS = (_average_accuracy, _backward_transfer, _forgetting, _learning_accuracy, _forward_transfer)
 
 
-def _estimate(value: Array, samples: Array) -> Estimate:
+def _table(correct: Correct) -> Array:
+    return _matrix([[sum(items) / len(items) if len(items) else None for items in row] for row in correct])
+
+
+def estimate(value: Array | float, samples: Array) -> Estimate:
+    """A value with the 2.5 and 97.5 % quantiles of its resamples."""
     low, high = np.quantile(samples, (0.025, 0.975))
     return Estimate(float(value), float(low), float(high))
