@@ -100,7 +100,7 @@ def _answers(
     order = sorted(range(len(task.test)), key=lambda index: len(task.test[index].prompt))
     batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
     answers: dict[int, tuple[str, int | None]] = {}
-    with _evaluating(model), torch.autocast(model.device.type, torch.bfloat16, bf16):
+    with evaluating(model), torch.autocast(model.device.type, torch.bfloat16, bf16):
         opening = Opening(model, collator, task.test)
         for start in range(0, len(batches), world.size):
             # Sharded weights are gathered in every forward pass: a rank that is left without a batch repeats the last.
@@ -149,7 +149,7 @@ def _batch(
 
 
 @contextmanager
-def _evaluating(model: PreTrainedModel) -> Iterator[None]:
+def evaluating(model: PreTrainedModel) -> Iterator[None]:
     training, use_cache = model.training, model.config.use_cache
     # Gradient checkpointing turns the cache off where the model trains.
     model.config.use_cache = True
