@@ -65,6 +65,14 @@ def _kernels() -> Iterator[Finding]:
         found = "all" if len(there) == len(OPS) else ", ".join(there) or "none"
         advice = None if len(there) == len(OPS) else "build it anew: pip install --no-build-isolation ."
         yield Finding(f"ops on {key}", found, advice)
+    heuristics = importlib.import_module("sculpt_ops.ops.heuristics")
+    missing = importlib.import_module("sculpt_ops.ops.variants").cuda_missing()
+    reach = "built, but not proven on a GPU: reached by SCULPT_BACKEND=cuda alone"
+    yield Finding("CUDA C++ kernels", f"none: {missing}" if missing else reach)
+    try:
+        yield Finding("backend", heuristics.forced_backend() or "chosen by shape and device")
+    except ValueError as error:
+        yield Finding("backend", str(error), "unset SCULPT_BACKEND")
 
 
 def _has_kernel(op: str, key: str) -> bool:

@@ -1,0 +1,52 @@
+"""Runs every GPU path once on small shapes, for compute-sanitizer, and checks the results roughly."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+import sculpt_ops
+from sculpt_ops import reference
+from sculpt_ops.bench_rows import basis
+from sculpt_ops.bench_timing import backend
+
+DEVICE = torch.device(os.environ.get("SCULPT_TEST_DEVICE", "cuda"))
+FLAGS = ({}, {"keep_left": True}, {"keep_right": True}, {"block": True})
+
+
+def close(out: torch.Tensor, exact: torch.Tensor) -> None:
+    assert float((out.double() - exact).norm()) <= 2e-2 * float(exact.norm()) + 1e-6
+
+
+def projections(variant: str) -> None:
+    with backend(variant):
+        for m, n, r, s in ((96, 160, 16, 32), (70, 45, 7, 5)):
+            grad = torch.randn(m, n, device=DEVICE).bfloat16()
+            left, right = basis(m, r, grad.dtype, DEVICE), basis(n, s, grad.dtype, DEVICE)
+            for flags in FLAGS:
+                exact = reference.project(grad.double(), left.double(), right.double(), **flags)
+                close(sculpt_ops.project(grad, left, right, **flags), exact)
+            copies = [grad.clone(), grad.clone()]
+            sculpt_ops.foreach_project_(copies, [left, left], [right, right])
+            close(copies[1], reference.project(grad.double(), left.double(), right.double()))
+            sculpt_ops.foreach_project_(copies, [left, None], [None, right])
+
+
+def main() -> None:
+    torch.manual_seed(0)
+    for variant in ("triton", "cublas"):
+        projections(variant)
+    matrix = torch.randn(96, 64, device=DEVICE)
+    sculpt_ops.orthonormalize(sculpt_ops.sketch(matrix, 16, seed=1))
+    U, S, V = sculpt_ops.rsvd(matrix, 8)
+    assert U.shape == (96, 8)
+    assert V.shape == (64, 8)
+    assert bool(S.isfinite().all())
+    if DEVICE.type == "cuda":
+        torch.cuda.synchronize()
+    print("small shapes: done")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,166 @@
+"""The benchmark behind `sculpt bench` and bench/gpu_check.sh: rows in one JSON file, and a table and a roofline of it.
+
+python -m sculpt_ops.bench --output results --seconds 240
+python -m sculpt_ops.bench --output results --dry-run            # tiny sizes on the CPU, to try the machinery
+python -m sculpt_ops.bench --repeat 1000                         # bitwise repeatability instead of times
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import platform
+import subprocess
+import time
+from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from . import ops
+from .bench_report import write_report
+from .bench_rows import Setting, basis, decompositions, models, optimizer_step, projections
+from .bench_timing import measure_ceilings, synchronize
+
+__all__ = ["facts", "main", "repeat", "run"]
+
+# Share of the time that the tables before the large one of single projections may take together.
+FIRST = 0.5
+
+
+def _output(*command: str) -> str | None:
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip() or None
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def facts(device: torch.device) -> dict[str, Any]:
+    """GPU, driver, versions and commit: what a figure is worth nothing without."""
+    cuda = device.type == "cuda"
+    here = str(Path(__file__).parent)
+    changed = _output("git", "-C", here, "status", "--porcelain", "--untracked-files=no", "--", ".")
+    commit = _output("git", "-C", here, "rev-parse", "--short", "HEAD")
+    properties = torch.cuda.get_device_properties(device) if cuda else None
+    return {
+        "date": datetime.date.today().isoformat(),
+        "device": properties.name if properties else f"CPU ({platform.machine()})",
+        "capability": f"{properties.major}.{properties.minor}" if properties else None,
+        "multiprocessors": properties.multi_processor_count if properties else None,
+        "l2_bytes": int(properties.L2_cache_size) if properties else None,
+        "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") if cuda else None,
+        "cuda": torch.version.cuda,
+        "hip": torch.version.hip,
+        "torch": torch.__version__,
+        "triton": _version("triton"),
+        "python": platform.python_version(),
+        "sculpt_ops": _version("sculpt-ops"),
+        "commit": None if commit is None else commit + ("+changes" if changed else ""),
+    }
+
+
+def run(device: torch.device, seconds: float, small: bool = False, say: Callable[[str], Any] = print) -> dict[str, Any]:
+    """All tables within about `seconds`: what fails is in `failed`, what there was no time for is not in `rows`."""
+    begin = time.monotonic()
+    torch.manual_seed(0)
+    ceilings = measure_ceilings(device, small)
+    result: dict[str, Any] = {
+        "dry_run": small,
+        "machine": facts(device),
+        "ceilings": ceilings.__dict__,
+        "rows": [],
+        "failed": [],
+        "complete": True,
+    }
+    first = Setting(device, ceilings, small, begin + FIRST * seconds)
+    last = Setting(device, ceilings, small, begin + seconds)
+    for table, setting in ((models, first), (optimizer_step, first), (decompositions, first), (projections, last)):
+        try:
+            for row in table(setting):
+                result["rows"].append(row)
+                say(f"{time.monotonic() - begin:6.1f} s  {table.__name__}  {_brief(row)}")
+        except Exception as error:
+            result["failed"].append(f"{table.__name__}: {type(error).__name__}: {error}")
+            say(result["failed"][-1])
+        result["complete"] &= not setting.over()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+    result["seconds"] = time.monotonic() - begin
+    return result
+
+
+def _brief(row: dict[str, Any]) -> str:
+    keys = ("model", "kind", "m", "n", "rank", "dtype")
+    times = (f"{name} {entry['us']:.1f}" for name, entry in row["contenders"].items() if "us" in entry)
+    return " ".join(str(row[key]) for key in keys if key in row) + " us: " + ", ".join(times)
+
+
+def repeat(device: torch.device, times: int) -> dict[str, int]:
+    """How many of `times` runs on equal input gave other bits than the first, by op."""
+    torch.manual_seed(0)
+    grads = [torch.randn(m, n, device=device).bfloat16() for m, n in ((192, 320), (320, 192), (130, 70))]
+    lefts = [basis(grad.shape[0], 16, grad.dtype, device) for grad in grads]
+    rights = [basis(grad.shape[1], 32, grad.dtype, device) for grad in grads]
+    single = torch.randn(96, 64, device=device)
+
+    def foreach(rights: list[Any]) -> torch.Tensor:
+        copies = [grad.clone() for grad in grads]
+        ops.foreach_project_(copies, lefts, rights)
+        return torch.cat([copy.flatten() for copy in copies])
+
+    calls: dict[str, Callable[[], torch.Tensor]] = {
+        "project, left": lambda: ops.project(grads[0], lefts[0]),
+        "project, both": lambda: ops.project(grads[0], lefts[0], rights[0]),
+        "project, block": lambda: ops.project(grads[0], lefts[0], rights[0], block=True),
+        "foreach_project_, left": lambda: foreach([None] * 3),
+        "foreach_project_, both": lambda: foreach(rights),
+        "sketch": lambda: ops.sketch(single, 24, seed=3),
+        "orthonormalize": lambda: ops.orthonormalize(single),
+        "rsvd": lambda: ops.rsvd(single, 8, seed=3)[0],
+    }
+    different = {}
+    for name, call in calls.items():
+        first = call()
+        # Summed on the device, so that nothing waits in between.
+        count = torch.zeros((), dtype=torch.int64, device=device)
+        for _ in range(times - 1):
+            count += (call() != first).any()
+        different[name] = int(count)
+    synchronize(device)
+    return different
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=Path("bench/results"), help="folder for the results")
+    parser.add_argument("--seconds", type=float, default=240.0, help="time for all tables")
+    parser.add_argument("--dry-run", action="store_true", help="tiny sizes on the CPU; its figures mean nothing")
+    parser.add_argument("--repeat", type=int, help="runs of each op that must agree to the bit, in place of times")
+    parser.add_argument("--device", help="cuda, or cpu with --repeat")
+    given = parser.parse_args(arguments)
+    if not given.dry_run and given.device != "cpu" and not torch.cuda.is_available():
+        parser.error("no GPU visible to torch; --dry-run tries the machinery on the CPU")
+    device = torch.device("cpu" if given.dry_run else given.device or "cuda")
+    if given.repeat is not None:
+        different = repeat(device, given.repeat)
+        print(json.dumps({"times": given.repeat, "different": different}))
+        return 1 if any(different.values()) else 0
+    if device.type == "cpu" and not given.dry_run:
+        parser.error("--device cpu: wanted with --repeat, or --dry-run")
+    for path in write_report(run(device, given.seconds, given.dry_run), given.output):
+        print(f"written: {path}")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,304 @@
+"""The rows of the GPU benchmark: single projections, whole models, decompositions, an optimizer step."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import reference
+from .bench_timing import Ceilings, Contender, copies_beyond_l2, measure, synchronize
+from .decompose import top_subspace
+from .ops import foreach_project_, project_, rsvd
+from .optim import AdamW
+from .ranks import Rank
+from .subspaces import Subspaces
+
+__all__ = ["MODELS", "TINY", "Row", "Setting", "decompositions", "models", "optimizer_step", "projections"]
+
+Row = dict[str, Any]
+Layers = tuple[tuple[tuple[int, int], ...], int]
+
+# (rows, columns) of the matrices of a layer, and layers. T5-Large: of its encoder and decoder alike.
+MODELS: dict[str, Layers] = {
+    "LLaMA-2-7B": ((*[(4096, 4096)] * 4, (11008, 4096), (11008, 4096), (4096, 11008)), 32),
+    "LLaMA-2-13B": ((*[(5120, 5120)] * 4, (13824, 5120), (13824, 5120), (5120, 13824)), 40),
+    "LLaMA-2-70B": ((*[(8192, 8192)] * 2, (1024, 8192), (1024, 8192), (28672, 8192), (28672, 8192), (8192, 28672)), 80),
+    "T5-Large": ((*[(1024, 1024)] * 4, (4096, 1024), (1024, 4096)), 48),
+    "SmolLM2-135M": ((*[(576, 576)] * 2, (192, 576), (192, 576), (1536, 576), (1536, 576), (576, 1536)), 30),
+}
+TINY: dict[str, Layers] = {"tiny": (((64, 64), (96, 64)), 2)}
+RANKS = (64, 16, 128, 256, 32, 512, 1024, 2048)
+DTYPES = (torch.bfloat16, torch.float32)
+KINDS = ("left", "both", "right", "block")
+
+
+@dataclass
+class Setting:
+    """small: sizes for a dry run. deadline: of time.monotonic(); what has not begun by then is left out."""
+
+    device: torch.device
+    ceilings: Ceilings
+    small: bool
+    deadline: float
+
+    def over(self) -> bool:
+        return time.monotonic() > self.deadline
+
+    @property
+    def rounds(self) -> int:
+        return 2 if self.small else 7
+
+    @property
+    def models(self) -> dict[str, Layers]:
+        return TINY if self.small else MODELS
+
+
+def basis(rows: int, rank: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    columns: Tensor = torch.linalg.qr(torch.randn(rows, rank, device=device))[0]
+    return columns.to(dtype).contiguous()
+
+
+def expression(grad: Tensor, left: Tensor | None, right: Tensor | None, block: bool) -> Tensor:
+    """What one writes first."""
+    if block:
+        assert left is not None
+        assert right is not None
+        return grad - left @ (left.mT @ grad @ right) @ right.mT
+    if left is not None:
+        grad = grad - left @ (left.mT @ grad)
+    return grad if right is None else grad - (grad @ right) @ right.mT
+
+
+def library(grad: Tensor, left: Tensor | None, right: Tensor | None, block: bool) -> None:
+    """mm + addmm_, one side after the other."""
+    if block:
+        assert left is not None
+        assert right is not None
+        grad.addmm_(left @ ((left.mT @ grad) @ right), right.mT, alpha=-1)
+        return
+    if left is not None:
+        grad.addmm_(left, left.mT @ grad, alpha=-1)
+    if right is not None:
+        grad.addmm_(grad @ right, right.mT, alpha=-1)
+
+
+def work(kind: str, m: int, n: int, r: int, itemsize: int) -> tuple[float, float]:
+    """Least bytes and operations: one side a read and a write, two sides another read first."""
+    passes = 2 if kind in ("left", "right") else 3
+    return float(passes * m * n * itemsize), 4.0 * m * n * r * (2 if kind == "both" else 1)
+
+
+def with_rates(entries: dict[str, Row], floor: float, moved: float, operations: float) -> dict[str, Row]:
+    for entry in entries.values():
+        if "us" in entry:
+            seconds = entry["us"] * 1e-6
+            entry["bytes_per_s"], entry["flop_per_s"] = moved / seconds, operations / seconds
+            entry["share_of_floor"] = floor / seconds
+    return entries
+
+
+def error_of(call: Callable[[], Tensor], exact: Tensor) -> float:
+    return float((call().double() - exact).norm() / exact.norm())
+
+
+def projections(setting: Setting, compile_rows: int = 4) -> Iterator[Row]:
+    """Every model's shapes, ranks up to half the shorter side, usual ones first; torch.compile in the first rows."""
+    seen: set[tuple[Any, ...]] = set()
+    for rank in (8, 16) if setting.small else RANKS:
+        for name, (shapes, _) in setting.models.items():
+            for dtype in DTYPES:
+                for m, n in shapes:
+                    for kind in KINDS:
+                        key = (rank, dtype, m, n, kind)
+                        if rank > min(m, n) // 2 or key in seen:
+                            continue
+                        seen.add(key)
+                        if setting.over():
+                            return
+                        yield projection(setting, name, m, n, rank, dtype, kind, compile_rows > 0)
+                        compile_rows -= 1
+
+
+def projection(
+    setting: Setting, model: str, m: int, n: int, rank: int, dtype: torch.dtype, kind: str, compile: bool
+) -> Row:
+    device = setting.device
+    left = basis(m, rank, dtype, device) if kind != "right" else None
+    right = basis(n, rank, dtype, device) if kind != "left" else None
+    block = kind == "block"
+    count = copies_beyond_l2(m * n * dtype.itemsize, device)
+    grads = [torch.randn(m, n, device=device).to(dtype) for _ in range(count)]
+    exact = reference.project(grads[0].double(), *(b if b is None else b.double() for b in (left, right)), block=block)
+    error = error_of(lambda: project_(grads[0].clone(), left, right, block=block), exact)
+
+    def ours(i: int) -> None:
+        project_(grads[i], left, right, block=block)
+
+    contenders = [
+        Contender("sculpt", ours),
+        Contender("sculpt, triton", ours, "triton"),
+        Contender("sculpt, cublas", ours, "cublas"),
+        Contender("mm + addmm_", lambda i: library(grads[i], left, right, block)),
+        Contender("expression", lambda i: expression(grads[i], left, right, block)),
+    ]
+    if compile and not setting.small:
+        fused = torch.compile(expression, fullgraph=True)
+        contenders.append(Contender("torch.compile", lambda i: fused(grads[i], left, right, block)))
+    moved, operations = work(kind, m, n, rank, dtype.itemsize)
+    floor = setting.ceilings.floor(moved, operations, dtype)
+    entries = with_rates(measure(contenders, count, device, setting.rounds), floor, moved, operations)
+    return {
+        "table": "projection",
+        "model": model,
+        "kind": kind,
+        "m": m,
+        "n": n,
+        "rank": rank,
+        "dtype": str(dtype).removeprefix("torch."),
+        "floor_us": floor * 1e6,
+        "relative_error": error,
+        "contenders": entries,
+    }
+
+
+def fitting_layers(
+    shapes: tuple[tuple[int, int], ...], layers: int, bytes_an_element: int, device: torch.device
+) -> int:
+    """As many layers of a model as 70 % of the free memory holds."""
+    if device.type != "cuda":
+        return layers
+    free = torch.cuda.mem_get_info(device)[0] * 0.7
+    return max(1, min(layers, int(free // (sum(m * n for m, n in shapes) * bytes_an_element))))
+
+
+def models(setting: Setting) -> Iterator[Row]:
+    """foreach_project_ over whole models: host time of a repeated call, and time on the device."""
+    names = ["tiny"] if setting.small else ["LLaMA-2-7B", "SmolLM2-135M"]
+    for name in names:
+        for ranks in ("8",) if setting.small else ("64", "16 to 64", "16", "128", "512"):
+            for kind in ("both", "left"):
+                if setting.over():
+                    return
+                shapes = setting.models[name][0]
+                if int(ranks.split()[-1]) <= min(min(shape) for shape in shapes):
+                    yield whole_model(setting, name, ranks, kind)
+
+
+def whole_model(setting: Setting, name: str, ranks: str, kind: str) -> Row:
+    """`ranks`: of every matrix, or "16 to 64": multiples of 16 that change from matrix to matrix."""
+    device, dtype = setting.device, torch.bfloat16
+    shapes, layers = setting.models[name]
+    layers = fitting_layers(shapes, layers, 3, device)
+    top = int(ranks.split()[-1])
+    sizes = [shape for _ in range(layers) for shape in shapes]
+    chosen = [top if " " not in ranks else 16 * (1 + i % (top // 16)) for i in range(len(sizes))]
+    grads = [torch.randn(m, n, device=device).to(dtype) for m, n in sizes]
+    lefts = [basis(m, r, dtype, device) for (m, _), r in zip(sizes, chosen, strict=True)]
+    rights = [basis(n, r, dtype, device) if kind == "both" else None for (_, n), r in zip(sizes, chosen, strict=True)]
+
+    def each(call: Callable[..., Any]) -> Callable[[int], None]:
+        def run(_: int) -> None:
+            for grad, left, right in zip(grads, lefts, rights, strict=True):
+                call(grad, left, right, False)
+
+        return run
+
+    contenders = [
+        Contender("sculpt", lambda _: foreach_project_(grads, lefts, rights)),
+        Contender("sculpt, triton", lambda _: foreach_project_(grads, lefts, rights), "triton"),
+        Contender("sculpt, cublas", lambda _: foreach_project_(grads, lefts, rights), "cublas"),
+        Contender("mm + addmm_", each(library)),
+        Contender("expression", each(expression)),
+    ]
+    entries = measure(contenders, 1, device, setting.rounds)
+    amounts = [work(kind, m, n, r, dtype.itemsize) for (m, n), r in zip(sizes, chosen, strict=True)]
+    moved, operations = (sum(parts) for parts in zip(*amounts, strict=True))
+    synchronize(device)
+    begin = time.perf_counter()
+    foreach_project_(grads, lefts, rights)
+    host = time.perf_counter() - begin
+    synchronize(device)
+    floor = setting.ceilings.floor(moved, operations, dtype)
+    return {
+        "table": "model",
+        "model": name,
+        "matrices": len(grads),
+        "kind": kind,
+        "rank": ranks,
+        "dtype": "bfloat16",
+        "floor_us": floor * 1e6,
+        "host_us": host * 1e6,
+        "contenders": with_rates(entries, floor, moved, operations),
+    }
+
+
+def decompositions(setting: Setting) -> Iterator[Row]:
+    """rsvd and top_subspace against torch's, a few rounds each: a full SVD takes seconds."""
+    for m, n, rank in ((96, 64, 8),) if setting.small else ((4096, 4096, 128), (4096, 11008, 128), (1024, 1024, 512)):
+        if setting.over():
+            return
+        matrix, q = torch.randn(m, n, device=setting.device), rank
+        calls: dict[str, Callable[[], Any]] = {
+            "sculpt.rsvd": partial(rsvd, matrix, q),
+            "sculpt.top_subspace": partial(top_subspace, matrix, q),
+            "torch.svd_lowrank": partial(torch.svd_lowrank, matrix, q + 16),
+            "torch.linalg.svd": partial(torch.linalg.svd, matrix, full_matrices=False),
+        }
+        contenders = [Contender(name, lambda _, call=call: call()) for name, call in calls.items()]  # type: ignore[misc]
+        entries = measure(contenders, 1, setting.device, 3)
+        # Reading the matrix once for the sketch and twice for each of two power iterations.
+        moved, operations = 5.0 * m * n * 4, 10.0 * m * n * (rank + 16)
+        floor = setting.ceilings.floor(moved, operations, torch.float32)
+        yield {
+            "table": "decomposition",
+            "m": m,
+            "n": n,
+            "rank": rank,
+            "dtype": "float32",
+            "floor_us": floor * 1e6,
+            "contenders": with_rates(entries, floor, moved, operations),
+        }
+
+
+def optimizer_step(setting: Setting) -> Iterator[Row]:
+    """A step of AdamW on a model's bfloat16 matrices, both sides of rank 64 protected, against torch's fused one."""
+    if setting.over():
+        return
+    name = "tiny" if setting.small else "LLaMA-2-7B"
+    shapes, layers = setting.models[name]
+    layers = fitting_layers(shapes, layers, 16, setting.device)
+    rank = 8 if setting.small else 64
+    dtype = torch.bfloat16
+    model = nn.ModuleList(
+        nn.Linear(n, m, bias=False, device=setting.device, dtype=dtype) for _ in range(layers) for m, n in shapes
+    )
+    for parameter in model.parameters():
+        parameter.grad = torch.randn_like(parameter)
+    subspaces = Subspaces.from_model(model, protect=Rank(rank), targets="*")
+    full = AdamW(model.named_parameters(), lr=1e-5, subspaces=subspaces)
+    compact = AdamW(model.named_parameters(), lr=1e-5, subspaces=subspaces, state="subspace")
+    plain = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=setting.device.type == "cuda")
+    contenders = [
+        Contender("sculpt.AdamW", lambda _: full.step()),
+        Contender("sculpt.AdamW, state=subspace", lambda _: compact.step()),
+        Contender("torch.optim.AdamW, fused", lambda _: plain.step()),
+    ]
+    entries = measure(contenders, 1, setting.device, setting.rounds)
+    # Weight and moments read and written, gradient read, in bfloat16.
+    moved = 7.0 * 2 * sum(m * n for m, n in shapes) * layers
+    floor = setting.ceilings.floor(moved, 0, dtype)
+    yield {
+        "table": "optimizer",
+        "model": name,
+        "matrices": len(model),
+        "rank": rank,
+        "dtype": "bfloat16",
+        "floor_us": floor * 1e6,
+        "contenders": with_rates(entries, floor, moved, 0.0),
+    }

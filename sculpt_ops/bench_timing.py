@@ -1,0 +1,151 @@
+"""Times calls on a GPU (on a CPU to try the machinery): inputs that outgrow L2, contenders in turn, graph replays."""
+
+from __future__ import annotations
+
+import os
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+__all__ = ["Ceilings", "Contender", "backend", "copies_beyond_l2", "measure", "measure_ceilings", "synchronize"]
+
+# Calls of a round shorter than this are captured and replayed: a launch from Python takes tens of microseconds.
+GRAPH_SECONDS = 1e-3
+ROUNDS = 7
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+@contextmanager
+def backend(name: str | None) -> Iterator[None]:
+    """SCULPT_BACKEND inside; None leaves the choice to the heuristics."""
+    before = os.environ.pop("SCULPT_BACKEND", None)
+    if name is not None:
+        os.environ["SCULPT_BACKEND"] = name
+    try:
+        yield
+    finally:
+        os.environ.pop("SCULPT_BACKEND", None)
+        if before is not None:
+            os.environ["SCULPT_BACKEND"] = before
+
+
+def copies_beyond_l2(bytes_of_one: int, device: torch.device) -> int:
+    """Inputs to rotate among, so that more than three times L2 lies between two uses of one."""
+    if device.type != "cuda":
+        return 2
+    l2 = int(torch.cuda.get_device_properties(device).L2_cache_size)
+    return 3 * l2 // max(bytes_of_one, 1) + 2
+
+
+@dataclass
+class Contender:
+    """call(i) works on the i-th of the rotating inputs. backend: SCULPT_BACKEND while it runs."""
+
+    name: str
+    call: Callable[[int], Any]
+    backend: str | None = None
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """What this device does: bytes read plus written in a large copy, operations in a large square product."""
+
+    bytes_per_s: float
+    half_flops: float
+    float32_flops: float
+
+    def floor(self, bytes_moved: float, operations: float, dtype: torch.dtype) -> float:
+        """Least seconds."""
+        rate = self.half_flops if dtype.itemsize == 2 else self.float32_flops
+        return max(bytes_moved / self.bytes_per_s, operations / rate)
+
+
+def elapsed(run: Callable[[], Any], device: torch.device) -> float:
+    """Seconds between two events of the device around run, or of the clock."""
+    if device.type != "cuda":
+        begin = time.perf_counter()
+        run()
+        return time.perf_counter() - begin
+    begin_event, end_event = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin_event.record()
+    run()
+    end_event.record()
+    end_event.synchronize()
+    return float(begin_event.elapsed_time(end_event)) * 1e-3
+
+
+def captured(contender: Contender, count: int) -> Callable[[], Any]:
+    """A graph of one call on each input; raises where something in it cannot be captured."""
+    graph = torch.cuda.CUDAGraph()
+    with backend(contender.backend), torch.cuda.graph(graph):
+        for i in range(count):
+            contender.call(i)
+    return graph.replay
+
+
+def prepared(contender: Contender, count: int, device: torch.device) -> tuple[Callable[[], Any], bool]:
+    """One call on each input, warmed up; and whether a graph is replayed."""
+
+    def run() -> None:
+        with backend(contender.backend):
+            for i in range(count):
+                contender.call(i)
+
+    run()
+    synchronize(device)
+    if device.type == "cuda" and elapsed(run, device) / count < GRAPH_SECONDS:
+        try:
+            return captured(contender, count), True
+        except RuntimeError:
+            synchronize(device)
+    return run, False
+
+
+def measure(
+    contenders: list[Contender], count: int, device: torch.device, rounds: int = ROUNDS
+) -> dict[str, dict[str, Any]]:
+    """Every round times each contender once over all inputs, in turn. A contender that fails says so in its entry."""
+    ready: dict[str, tuple[Callable[[], Any], bool]] = {}
+    entries: dict[str, dict[str, Any]] = {}
+    for contender in contenders:
+        try:
+            ready[contender.name] = prepared(contender, count, device)
+        except Exception as error:
+            entries[contender.name] = {"failed": f"{type(error).__name__}: {error}".splitlines()[0]}
+    seconds: dict[str, list[float]] = {name: [] for name in ready}
+    for _ in range(rounds):
+        for name, (run, _) in ready.items():
+            seconds[name].append(elapsed(run, device) / count)
+    for name, values in seconds.items():
+        low, middle, high = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else values * 3
+        entries[name] = {"us": middle * 1e6, "us_low": low * 1e6, "us_high": high * 1e6, "graph": ready[name][1]}
+    return {contender.name: entries[contender.name] for contender in contenders}
+
+
+def measure_ceilings(device: torch.device, small: bool) -> Ceilings:
+    """small: sizes for a CPU, whose figures say nothing of a GPU."""
+    elements, side = (2**20, 256) if small else (2**29, 8192)
+    source = torch.empty(elements, dtype=torch.bfloat16, device=device).normal_()
+    target = torch.empty_like(source)
+
+    def rate(call: Callable[[], Any], work: float) -> float:
+        call()
+        synchronize(device)
+        return work / statistics.median(elapsed(call, device) for _ in range(5))
+
+    copy = rate(lambda: target.copy_(source), 4.0 * elements)
+    products = []
+    for dtype in (torch.bfloat16, torch.float32):
+        a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
+        out = torch.empty_like(a)
+        products.append(rate(lambda a=a, b=b, out=out: torch.mm(a, b, out=out), 2.0 * side**3))  # type: ignore[misc]
+    return Ceilings(copy, *products)

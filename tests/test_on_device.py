@@ -1,0 +1,162 @@
+"""The ops on the device that SCULPT_TEST_DEVICE names: what CPU tests cannot see of the kernels of a GPU.
+
+Not run without it: on the CPU the other tests ask for the same and more.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import sculpt_ops
+from sculpt_ops import reference
+
+NAME = os.environ.get("SCULPT_TEST_DEVICE", "")
+pytestmark = pytest.mark.skipif(not NAME, reason="SCULPT_TEST_DEVICE names no device")
+DEVICE = torch.device(NAME or "cpu")
+CUDA = DEVICE.type == "cuda"
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+FLAGS: dict[str, dict[str, bool]] = {
+    "remove": {},
+    "keep_left": {"keep_left": True},
+    "keep_right": {"keep_right": True},
+    "keep_both": {"keep_left": True, "keep_right": True},
+    "block": {"block": True},
+}
+# Sizes that Triton takes, that fill a GPU, and ranks where arithmetic is the limit.
+SHAPES = ((199, 321, 17, 33), (512, 8448, 32, 64), (1024, 768, 400, 300))
+BACKENDS = ("", "cublas", "triton") if CUDA else ("",)
+
+
+@pytest.fixture(params=BACKENDS, ids=lambda name: name or "chosen")
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setenv("SCULPT_BACKEND", request.param)
+    return str(request.param)
+
+
+def gaussian(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE, dtype)
+
+
+def orthonormal(rows: int, rank: int, dtype: torch.dtype = torch.float32, seed: int = 1) -> Tensor:
+    columns = torch.randn(rows, rank, generator=torch.Generator().manual_seed(seed))
+    return torch.linalg.qr(columns)[0].to(DEVICE, dtype).contiguous()
+
+
+def assert_close(out: Tensor, grad: Tensor, left: Tensor | None, right: Tensor | None, **flags: bool) -> None:
+    """At most twice the error of the plain expression in the same dtype, plus rounding of the result and a floor."""
+    exact = reference.project(grad.double(), *(b if b is None else b.double() for b in (left, right)), **flags)
+    plain = reference.project(grad, left, right, **flags).double()
+    rounding = (exact.to(grad.dtype).double() - exact).abs().max()
+    floor = 8 * torch.finfo(grad.dtype).eps * float(grad.double().abs().max())
+    assert (out.double() - exact).abs().max() <= 2 * (plain - exact).abs().max() + 2 * rounding + floor
+
+
+def refused(backend: str, error: RuntimeError) -> None:
+    """A forced variant may refuse; any other error is one."""
+    if backend != "triton" or "cannot run" not in str(error):
+        raise error
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
+@pytest.mark.parametrize("flags", FLAGS.values(), ids=FLAGS)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_project(dtype: torch.dtype, flags: dict[str, bool], shape: tuple[int, ...], backend: str) -> None:
+    m, n, r, s = shape
+    grad, left, right = gaussian(m, n, dtype=dtype), orthonormal(m, r, dtype), orthonormal(n, s, dtype, 2)
+    cases: list[tuple[Tensor | None, Tensor | None]] = [(left, right)]
+    if not flags:
+        cases += [(left, None), (None, right)]
+    for a, b in cases:
+        try:
+            out = sculpt_ops.project(grad, a, b, **flags)
+        except RuntimeError as error:
+            refused(backend, error)
+            continue
+        assert_close(out, grad, a, b, **flags)
+        assert torch.equal(sculpt_ops.project_(grad.clone(), a, b, **flags), out)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=lambda d: str(d).removeprefix("torch."))
+def test_foreach_project_of_remove_and_keep(dtype: torch.dtype, backend: str) -> None:
+    sizes = [(128, 320, 16, 32), (320, 128, 48, 16), (96, 96, 16, 16), (70, 45, 7, 5)] * 3
+    grads = [gaussian(m, n, dtype=dtype, seed=i) for i, (m, n, _, _) in enumerate(sizes)]
+    lefts: list[Tensor | None] = [orthonormal(m, r, dtype) for m, _, r, _ in sizes]
+    rights: list[Tensor | None] = [orthonormal(n, s, dtype, 2) for _, n, _, s in sizes]
+    keeps = [i % 4 == 1 for i in range(len(sizes))], [i % 3 == 1 for i in range(len(sizes))]
+    outs = [grad.clone() for grad in grads]
+    sculpt_ops.foreach_project_(outs, lefts, rights, keep_lefts=keeps[0], keep_rights=keeps[1])
+    for out, grad, left, right, keep_left, keep_right in zip(outs, grads, lefts, rights, *keeps, strict=True):
+        assert_close(out, grad, left, right, keep_left=keep_left, keep_right=keep_right)
+    outs = [grad.clone() for grad in grads]
+    sculpt_ops.foreach_project_(outs, lefts, [None] * len(sizes))
+    for out, grad, left in zip(outs, grads, lefts, strict=True):
+        assert_close(out, grad, left, None)
+
+
+def test_float32_bases_views_and_batches(backend: str) -> None:
+    grad = gaussian(2, 130, 400, dtype=torch.bfloat16)[:, :, 40:360]
+    left, right = orthonormal(130, 16), orthonormal(320, 32, seed=2)
+    for kept in ({}, {"keep_left": True}):
+        assert_close(
+            sculpt_ops.project(grad, left, right, **kept), grad.contiguous(), left.float(), right.float(), **kept
+        )
+    column_major = gaussian(320, 130).mT
+    assert_close(sculpt_ops.project(column_major, left), column_major, left, None)
+
+
+def test_float32_gradients_of_remove() -> None:
+    inputs = [gaussian(9, 7).double(), orthonormal(9, 2).double(), orthonormal(7, 3).double()]
+    assert torch.autograd.gradcheck(sculpt_ops.project, [x.requires_grad_() for x in inputs])
+
+
+@pytest.mark.skipif(not CUDA, reason="needs a GPU")
+def test_compiled_and_in_a_graph() -> None:
+    grad, left, right = gaussian(256, 512), orthonormal(256, 16), orthonormal(512, 16, seed=2)
+    wanted = sculpt_ops.project(grad, left, right)
+    compiled: Any = torch.compile(lambda g: sculpt_ops.project(g, left, right), fullgraph=True)
+    assert torch.equal(compiled(grad), wanted)
+    work = [grad.clone(), grad.clone()]
+    sculpt_ops.foreach_project_([grad.clone(), grad.clone()], [left, left], [right, right])
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        sculpt_ops.foreach_project_(work, [left, left], [right, right])
+    for item in work:
+        item.copy_(grad)
+    graph.replay()
+    for item in work:
+        torch.testing.assert_close(item, wanted, rtol=0, atol=1e-5)
+
+
+@pytest.mark.skipif(not CUDA, reason="needs a GPU")
+def test_every_other_device_makes_the_same_sketch_and_the_same_subspace() -> None:
+    matrix = gaussian(300, 200)
+    torch.testing.assert_close(
+        sculpt_ops.sketch(matrix, 24, seed=3).cpu(), sculpt_ops.sketch(matrix.cpu(), 24, seed=3), rtol=0, atol=1e-3
+    )
+    ours, host = sculpt_ops.rsvd(matrix, 8, seed=3), sculpt_ops.rsvd(matrix.cpu(), 8, seed=3)
+    torch.testing.assert_close(ours[1].cpu(), host[1], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32], ids=lambda d: str(d).removeprefix("torch."))
+@pytest.mark.parametrize("flags", [FLAGS["remove"]], ids=["remove"])
+def test_optimizer_leaves_the_protected_part(dtype: torch.dtype, flags: dict[str, bool]) -> None:
+    model = torch.nn.ModuleList([torch.nn.Linear(64, 48, bias=False, device=DEVICE, dtype=dtype) for _ in range(2)])
+    subspaces = sculpt_ops.Subspaces.from_model(model, protect=0.25, targets="*")
+    optimizer = sculpt_ops.AdamW(model.named_parameters(), lr=1e-2, subspaces=subspaces)
+    before = [p.detach().clone() for p in model.parameters()]
+    for step in range(3):
+        for p in model.parameters():
+            p.grad = gaussian(*p.shape, seed=step)
+        optimizer.step()
+    assert all(not torch.equal(p, start) for p, start in zip(model.parameters(), before, strict=True))
+    for (name, p), start in zip(model.named_parameters(), before, strict=True):
+        change, layer = (p.detach() - start).double(), subspaces[name]
+        assert layer.left is not None
+        leak = (layer.left.double().mT @ change).norm() / change.norm()
+        assert leak < 1e-5
