@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 
 import pytest
@@ -136,3 +137,59 @@ def test_the_cut_does_not_depend_on_the_rows_own_answer(tokenizer: transformers.
 def test_an_answer_too_long_for_max_length_is_refused(tokenizer: transformers.PreTrainedTokenizerFast) -> None:
     with pytest.raises(ValueError, match=r"max_length: got 4, wanted \d+ or more for task t"):
         encode_task(task_of([("a", "deep blue green white black")]), tokenizer, 4, seq2seq=False)
+
+
+CHATML = (
+    "{% for message in messages %}<|{{ message.role }}|>\n{{ message.content }}</s>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+)
+# As that of LLaMA-2-chat.
+BRACKETS = (
+    "{% for message in messages %}{% if message.role == 'user' %}<s>[INST] {{ message.content }} [/INST]"
+    "{% else %} {{ message.content }} </s>{% endif %}{% endfor %}"
+)
+
+
+@pytest.fixture
+def chatting(tokenizer: transformers.PreTrainedTokenizerFast) -> transformers.PreTrainedTokenizerFast:
+    return copy.deepcopy(tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("template", "cue", "answer"),
+    [(CHATML, "<|user|>\n{}</s>\n<|assistant|>\n", "green"), (BRACKETS, "<s>[INST] {} [/INST]", " green")],
+)
+def test_a_chat_template_goes_around_the_prompt_alone(
+    chatting: transformers.PreTrainedTokenizerFast, template: str, cue: str, answer: str
+) -> None:
+    prompt = "what colour has grass ?\nAnswer:"
+    task = Task("t", [Example(prompt, "green")], [Example(prompt, "green")], ["green", "deep blue"])
+    with pytest.raises(ValueError, match=r"chat_template: got True, the tokenizer .* has no chat template"):
+        encode_task(task, chatting, 128, seq2seq=False, chat_template=True)
+    chatting.chat_template = template
+    encoded = encode_task(task, chatting, 128, seq2seq=False, chat_template=True)
+    (row,) = encoded.train
+    # One beginning-of-sequence token at most: the template writes its own.
+    assert chatting.decode(row.prompt) == cue.format(prompt)
+    assert chatting.decode(row.answer) == f"{answer}</s>"
+    assert [chatting.decode(option) for option in encoded.options] == [
+        f"{answer}</s>",
+        f"{answer.replace('green', 'deep blue')}</s>",
+    ]
+
+
+def test_a_template_that_hides_the_answer_is_refused(chatting: transformers.PreTrainedTokenizerFast) -> None:
+    chatting.chat_template = "{{ messages[0].content }}{% if add_generation_prompt %} now:{% endif %}"
+    with pytest.raises(ValueError, match="the answer does not follow the cue"):
+        encode_task(task_of([("a", "b")]), chatting, 128, seq2seq=False, chat_template=True)
+
+
+def test_options_are_tokenized_as_answers(
+    tokenizer: transformers.PreTrainedTokenizerFast, toy_tasks: list[Task]
+) -> None:
+    for seq2seq in (False, True):
+        encoded = encode_task(toy_tasks[0], tokenizer, 64, seq2seq)
+        options = dict(zip(toy_tasks[0].options or (), encoded.options, strict=True))
+        assert options == {
+            example.answer: row.answer for example, row in zip(toy_tasks[0].train, encoded.train, strict=True)
+        }

@@ -14,6 +14,8 @@ from sculpt_ops.continual.metrics import (
     backward_transfer,
     difference,
     forgetting,
+    forward_transfer,
+    learning_accuracy,
     measure,
     resample,
     wilson_interval,
@@ -27,6 +29,47 @@ def test_three_tasks_by_hand() -> None:
     assert average_accuracy(HAND) == pytest.approx((0.5 + 0.7 + 0.9) / 3)
     assert backward_transfer(HAND) == pytest.approx(((0.5 - 0.8) + (0.7 - 0.6)) / 2)
     assert forgetting(HAND) == pytest.approx(((0.8 - 0.5) + (0.7 - 0.7)) / 2)
+
+
+def test_learning_and_forward_transfer_by_hand() -> None:
+    assert learning_accuracy(HAND) == pytest.approx((0.8 + 0.6 + 0.9) / 3)
+    assert forward_transfer(HAND) == pytest.approx(((0.2 - 0.1) + (0.4 - 0.3)) / 2)
+    assert math.isnan(forward_transfer([[0.1], [0.9]]))
+
+
+def test_tasks_to_come_may_be_absent() -> None:
+    seen = [HAND[0], [0.8, None, None], [0.6, 0.6, float("nan")], HAND[3]]
+    for metric in (average_accuracy, backward_transfer, learning_accuracy):
+        assert metric(seen) == metric(HAND)
+    # The best that was measured: 0.8 and 0.7.
+    assert forgetting(seen) == pytest.approx(((0.8 - 0.5) + (0.7 - 0.7)) / 2)
+    assert math.isnan(forward_transfer(seen))
+    # Without zero-shot, too; but not without the rows that a figure is made of.
+    assert backward_transfer([[None] * 3, *seen[1:]]) == backward_transfer(HAND)
+    assert math.isnan(average_accuracy([*HAND[:3], [0.5, None, 0.9]]))
+
+
+def test_absent_tasks_leave_the_other_intervals_as_they_are() -> None:
+    whole = run(0, 60, [[0.2, 0.2], [0.8, 0.3], [0.6, 0.7]])
+    seen = [whole[0], [whole[1][0], []], whole[2]]
+    metrics, less = measure(whole), measure(seen)
+    assert less.average_accuracy.value == metrics.average_accuracy.value
+    assert less.backward_transfer == metrics.backward_transfer
+    assert math.isnan(less.forward_transfer.value)
+    assert math.isnan(less.forward_transfer.low)
+    assert difference(seen, whole).backward_transfer.value == 0
+    assert np.isnan(resample(seen)[:, 1, 1]).all()
+
+
+def test_scores_are_averaged_as_right_and_wrong_are() -> None:
+    generator = np.random.default_rng(0)
+    scores = [[generator.random(300).tolist() for _ in range(2)] for _ in range(3)]
+    metrics = measure(scores)
+    final = np.array(scores[-1])
+    assert metrics.average_accuracy.value == pytest.approx(final.mean())
+    # Of a mean of 300 uniform numbers a task, two tasks: 1.96 sqrt(2 / 12 / 300) / 2 to either side.
+    width = metrics.average_accuracy.high - metrics.average_accuracy.low
+    assert width == pytest.approx(2 * 1.96 * math.sqrt(2 / 12 / 300) / 2, rel=0.1)
 
 
 def test_the_best_accuracy_ever_may_be_zero_shot() -> None:

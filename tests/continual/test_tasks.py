@@ -68,6 +68,30 @@ def test_a_line_separator_inside_text_does_not_end_the_line(tmp_path: Path) -> N
     assert read_jsonl_task(write_jsonl(tmp_path / "sums", train=row)).train == [Example("one\u2028two", "4")]
 
 
+def test_a_line_may_name_its_group(tmp_path: Path) -> None:
+    rows = [{"prompt": f"p {n}", "answer": "4", "group": f"text {n // 3}"} for n in range(12)]
+    lines = [json.dumps(row) for row in rows]
+    task = read_jsonl_task(
+        write_jsonl(tmp_path / "sums", "\n".join(lines), "\n".join([*lines[:2], json.dumps(TRAIN[0])]))
+    )
+    assert [example.group for example in task.train] == [f"text {n // 3}" for n in range(12)]
+    assert task.note == "2 of the 3 test rows share their text with training rows"
+    held = hold_out(task, 4)
+    assert {example.group for example in held.train}.isdisjoint(example.group for example in held.test)
+    with pytest.raises(ValueError, match="line 1: `group` is 3"):
+        read_jsonl_task(write_jsonl(tmp_path / "bad", json.dumps({**rows[0], "group": 3})))
+
+
+def test_a_folder_may_name_its_metric_and_then_have_long_answers(tmp_path: Path) -> None:
+    folder = write_jsonl(tmp_path / "told", json.dumps({"prompt": "x", "answer": "a\nb"}))
+    (folder / "metric.json").write_text('"choice"')
+    task = read_jsonl_task(folder)
+    assert (task.metric, task.train[0].answer) == ("choice", "a\nb")
+    (folder / "metric.json").write_text('"bleu"')
+    with pytest.raises(ValueError, match="metric: got 'bleu', wanted one of exact"):
+        read_jsonl_task(folder)
+
+
 def test_a_missing_half_is_named(tmp_path: Path) -> None:
     folder = write_jsonl(tmp_path / "sums")
     (folder / "test.jsonl").unlink()
@@ -203,6 +227,10 @@ def test_the_real_benchmark(benchmark_folder: Path) -> None:
     passages = [{example.group for example in rows} for rows in (tasks["MultiRC"].train, tasks["MultiRC"].test)]
     assert passages[0].isdisjoint(passages[1])
     assert {name for name, task in tasks.items() if task.note} == {"dbpedia", "yelp", "IMDB", "MultiRC"}
+    for name in ("MultiRC", "BoolQA", "RTE"):
+        held = hold_out(tasks[name], 100)
+        assert {example.group for example in held.train}.isdisjoint(example.group for example in held.test)
+        assert None not in {example.group for example in held.test}
     for task in tasks.values():
         assert task.options is not None
         assert all(f"Option: {', '.join(task.options)}\n" in example.prompt for example in task.test)
