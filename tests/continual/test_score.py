@@ -47,9 +47,9 @@ def test_sari_by_hand() -> None:
     # One-word texts: nothing of two words and more to keep, add or delete, which is right.
     assert score("sari", "old", "new", "new") == 1
     # Words a b c, to be a d. Written a c d: of a, c one is rightly kept (F1 of 1/2 and 1), d rightly added (1), b
-    # rightly deleted (1). Pairs a-b, b-c, to be a-d; written a-c, c-d: none kept nor to be kept (1), none of two rightly
-    # added (0), both deleted and both to be (1). Triples: one to delete, deleted (1), one added, none to be added (F1 of
-    # 0 and 1: 0), none to keep (1). Fours: nothing at all (1).
+    # rightly deleted (1). Pairs a-b, b-c, to be a-d; written a-c, c-d: none kept nor to be kept (1), none of two
+    # rightly added (0), both deleted and both to be (1). Triples: one to delete, deleted (1), one added, none to be
+    # added (F1 of 0 and 1: 0), none to keep (1). Fours: nothing at all (1).
     ones, twos, threes, fours = (2 / 3 + 1 + 1) / 3, (1 + 0 + 1) / 3, (1 + 0 + 1) / 3, 1
     assert score("sari", "a b c", "a c d", "a d") == pytest.approx((ones + twos + threes + fours) / 4)
     # To copy the question is not to simplify it.
