@@ -60,8 +60,10 @@ def _train(config: TrainConfig, zero_shot: RunResult | None, world: World, quiet
     run = world.together("preparing the run", lambda: prepare(config, world, progress, tasks, opened))
     if zero_shot is not None and not run.result.predictions:
         world.together("zero_shot", lambda: take_over(run, zero_shot))
+    if run.result.predictions:
+        # What is taken over, or what a killed run had not yet written of what it had done.
+        run.write()
     measure_row(run, 0)
-    run.write()
     _go_on(run)
     for index in range(len(run.result.learned), len(run.tasks)):
         # Of the task before; it was killed in between, or has one more task to answer, where anything is missing.

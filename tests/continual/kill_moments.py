@@ -1,9 +1,9 @@
 """Kills a run at every moment at which it changes something on disk, and in between, and goes on from what is left.
 
-    kill_moments.py SETTINGS.json FOLDER
+    kill_moments.py SETTINGS.json FOLDER EVERY
 
-Prints what a run led to as one JSON object, then the same for every moment at which it was killed and resumed. Such a
-moment is the end of an optimizer step, right before a file gets its name, or a folder half removed. Every run is a
+Prints what a run led to as one JSON object, then the same for every EVERY-th moment, at which it was killed and then
+resumed. A moment is the end of an optimizer step, right before a file gets its name, or a folder half removed. Every run is a
 process of its own, forked so that the packages are imported once.
 """
 
@@ -100,13 +100,13 @@ def forked(work: Callable[[], dict[str, Any]], file: Path) -> dict[str, Any] | N
     return json.loads(file.read_text()) if status == 0 else {"failed": True}
 
 
-def main(settings: dict[str, Any], folder: Path) -> None:
+def main(settings: dict[str, Any], folder: Path, every: int) -> None:
     torch.set_num_threads(1)
     answer = folder / "answer.json"
     straight = forked(lambda: run(TrainConfig(**settings, output=folder / "straight"), None), answer)
     assert straight is not None
     print(json.dumps(straight), flush=True)
-    for moment, name in enumerate(straight["moments"]):
+    for moment, name in list(enumerate(straight["moments"]))[::every]:
         output = folder / f"killed-{moment}"
         died = forked(lambda: run(TrainConfig(**settings, output=output), moment), answer)  # noqa: B023
         resumed = forked(lambda: run(TrainConfig(**settings, output=output, resume=True), None), answer)  # noqa: B023
@@ -116,4 +116,4 @@ def main(settings: dict[str, Any], folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2]))
+    main(json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2]), int(sys.argv[3]))

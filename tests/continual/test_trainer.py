@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import statistics
 import weakref
 from collections.abc import Callable
@@ -331,6 +332,46 @@ def test_a_zero_shot_row_of_another_measurement_is_refused(
     with pytest.raises(ValueError, match=complaint):
         train(TrainConfig(**{**settings, **change}, output=tmp_path / "out"), zero_shot=plain, quiet=True)
     assert not (tmp_path / "out").exists()
+
+
+def test_only_seen_tasks_are_measured_where_that_is_asked_for(short: dict[str, Any], tmp_path: Path) -> None:
+    result = train(TrainConfig(**short, output=tmp_path / "out", eval_rows="seen"), quiet=True)
+    measured = {(p.row, p.task) for p in result.predictions}
+    assert measured == {(0, "colours"), (0, "sounds"), (1, "colours"), (2, "colours"), (2, "sounds")}
+    assert math.isnan(result.accuracy[1][1])
+    record = json.loads((tmp_path / "out" / "run.json").read_text())
+    assert (record["accuracy"][1][1], record["complete"]) == (None, True)
+    final = sum(result.accuracy[2]) / 2
+    assert RunResult.load(tmp_path / "out").metrics.average_accuracy.value == pytest.approx(final)
+
+
+def test_options_are_compared_unless_they_are_not_to_be(short: dict[str, Any], tmp_path: Path) -> None:
+    compared = train(TrainConfig(**short, output=tmp_path / "a"), quiet=True)
+    options = {"colours": {"black", "deep blue", "green", "white"}, "sounds": {"bark", "meow", "moo", "quack"}}
+    assert all(p.option in options[p.task] for p in compared.predictions)
+    assert all(0 <= share <= 1 for row in compared.option_accuracy for share in row)
+    alone = train(TrainConfig(**short, output=tmp_path / "b", eval_options=False), quiet=True)
+    assert {p.option for p in alone.predictions} == {None}
+    assert [p.prediction for p in alone.predictions] == [p.prediction for p in compared.predictions]
+
+
+def test_rows_of_similar_length_share_a_batch(
+    short: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spread: dict[bool, list[int]] = {True: [], False: []}
+    collate = Collator.__call__
+
+    def spy(self: Collator, rows: Any) -> dict[str, Any]:
+        lengths = [len(row.prompt) + len(row.answer) for row in rows]
+        spread[grouped].append(max(lengths) - min(lengths))
+        return collate(self, rows)
+
+    monkeypatch.setattr(Collator, "__call__", spy)
+    rows = [Example("word " * (1 + index % 8), "yes") for index in range(32)]
+    for grouped in (True, False):
+        change = {"tasks": [Task("words", rows, rows[:1])], "batch_size": 4, "max_steps": 8, "group_by_length": grouped}
+        train(TrainConfig(**{**short, **change}, output=tmp_path / f"{grouped}", protect=None), quiet=True)
+    assert sum(spread[True]) < 0.5 * sum(spread[False])
 
 
 def test_a_run_is_read_back_as_it_was_written(plain: RunResult, protected: RunResult) -> None:
