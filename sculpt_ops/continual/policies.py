@@ -6,6 +6,7 @@ from dataclasses import fields, is_dataclass
 from typing import Literal
 
 from ..ranks import Energy, Fraction, Importance, Rank, RankPolicy, Schedule
+from ..remember import Remember, RememberInputs
 
 # What to protect in a sequence of tasks: "schedule" is `Schedule(i, n)` at task i of n, None nothing.
 Protect = float | RankPolicy | Importance | Literal["schedule"] | None
@@ -51,23 +52,21 @@ def format_protect(protect: Protect) -> str:
     return ":".join([type(protect).__name__.lower(), *(f"{value:g}" for value in values)])
 
 
-def parse_remember(text: str) -> dict[str, int | float]:
-    """Read what is remembered of earlier tasks, such as "rank:0.12", "rank:64" or "rank:0.12+inputs:0.95".
-
-    Returns the argument of `Remember` under "rank" (int, or a float share) and of `RememberInputs` under "inputs".
-    """
-    kinds: dict[str, int | float] = {}
-    for part in text.split("+"):
+def parse_remember(text: str | None) -> tuple[Remember | RememberInputs, ...]:
+    """Read what is remembered of earlier tasks: "rank:0.12", "rank:64", "inputs:0.95", both joined by "+"; None."""
+    found: dict[str, Remember | RememberInputs] = {}
+    for part in [] if text is None else text.split("+"):
         kind, _, number = part.strip().partition(":")
         try:
-            if kind not in ("rank", "inputs") or kind in kinds:
+            if kind not in ("rank", "inputs") or kind in found:
                 raise ValueError(f"no {kind}")
-            kinds[kind] = int(number) if kind == "rank" and number.isdigit() else float(number)
-            if not (kinds[kind] >= 1 if isinstance(kinds[kind], int) else 0 < kinds[kind] <= 1):
-                raise ValueError(f"{number} is out of range")
+            if kind == "inputs":
+                found[kind] = RememberInputs(float(number))
+            else:
+                found[kind] = Remember(int(number) if number.isdigit() else float(number))
         except ValueError as error:
             raise ValueError(
                 f"remember: got {text!r}, wanted rank:0.12 (a share of min(m, n), or rank:64), inputs:0.95, both "
                 "joined by +, or none"
             ) from error
-    return kinds
+    return tuple(found.values())
