@@ -13,9 +13,9 @@ from .grouped_plan import THIN_TILE, Item, OneSidePlan, TwoSidePlan, plan_one_si
 from .launch import device_for, on_device, precision_for
 from .panels import Device, max_rank, why_not
 from .rank_update import UpdateConfig, update_config
-from .tables import held, upload
+from .tables import upload
 
-__all__ = ["Group", "Member", "prepare", "why_not_group"]
+__all__ = ["Group", "Located", "Member", "prepare", "why_not_group"]
 
 TYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 THIN_DEPTH = 32
@@ -61,17 +61,16 @@ def why_not_group(member: Member) -> str | None:
     return why_not(0, grad.dtype, dtypes.pop(), 0)
 
 
-class Uploaded(NamedTuple):
-    """The plan of a group, and its table and lists of tiles on the device; `hosts` keeps their sources alive."""
+class Group(NamedTuple):
+    """Matrices that are projected together: everything but their addresses. `places`: their positions in the call.
 
+    `arrays`: the table and the lists of tiles on the device. `sources`: what they are copied from, kept alive.
+    """
+
+    places: tuple[int, ...]
     plan: OneSidePlan | TwoSidePlan
     arrays: tuple[Tensor, ...]
-    hosts: tuple[Tensor, ...]
-
-
-class Group(NamedTuple):
-    """A list of matrices ready to be projected: call `launch` as often as their addresses stay the same."""
-
+    sources: tuple[Tensor, ...]
     device: torch.device
     dtype: torch.dtype
     basis_dtype: torch.dtype
@@ -80,24 +79,41 @@ class Group(NamedTuple):
     rank_aligned: bool
     precision: str
     multiprocessors: int
-    uploaded: Uploaded
-    pointers: Tensor
     update: UpdateConfig
 
+    def locate(
+        self, grads: Sequence[Tensor], lefts: Sequence[Tensor | None], rights: Sequence[Tensor | None]
+    ) -> "Located":
+        """The group at the addresses of these tensors, of which it takes its `places`."""
+        triples = [(grads[i], lefts[i], rights[i]) for i in self.places]
+        addresses = np.array([[0 if t is None else t.data_ptr() for t in triple] for triple in triples], np.int64)
+        even = addresses % 16 == 0
+        pointers, source = upload(addresses, self.device)
+        aligned, rank_aligned = self.aligned and bool(even[:, 0].all()), self.rank_aligned and bool(even.all())
+        return Located(self._replace(aligned=aligned, rank_aligned=rank_aligned), pointers, source)
+
+
+class Located(NamedTuple):
+    """A group and where it lies: call `launch` as often as its addresses stay the same."""
+
+    group: Group
+    pointers: Tensor
+    source: Tensor
+
     def common(self, kernel: Any) -> dict[str, Any]:
-        config = self.uploaded.plan.config
+        group, config = self.group, self.group.plan.config
         known = {
-            "KEEP": self.keep,
-            "DTYPE": TYPES[self.dtype],
-            "BASIS": TYPES[self.basis_dtype],
-            "ALIGNED": self.aligned,
-            "RANK_ALIGNED": self.rank_aligned,
+            "KEEP": group.keep,
+            "DTYPE": TYPES[group.dtype],
+            "BASIS": TYPES[group.basis_dtype],
+            "ALIGNED": group.aligned,
+            "RANK_ALIGNED": group.rank_aligned,
             "RANK": config.rank,
             "BLOCK_K": config.depth,
             "BLOCK_N": config.width,
             "STAGES": config.stages,
             "TILE": THIN_TILE,
-            "PRECISION": self.precision,
+            "PRECISION": group.precision,
             "num_warps": config.warps,
             "num_stages": config.stages,
         }
@@ -105,26 +121,27 @@ class Group(NamedTuple):
 
     def launch(self) -> None:
         with on_device(self.pointers):
-            if isinstance(self.uploaded.plan, OneSidePlan):
+            if isinstance(self.group.plan, OneSidePlan):
                 self.launch_one_side()
             else:
-                self.launch_two_sides(self.uploaded.plan)
+                self.launch_two_sides(self.group.plan)
 
     def launch_one_side(self) -> None:
-        table, tiles = self.uploaded.arrays
+        table, tiles = self.group.arrays
         kernel = grouped.grouped_one_side_kernel
         count = tiles.shape[0]
-        grid = (min(count, self.multiprocessors),)
+        grid = (min(count, self.group.multiprocessors),)
         kernel[grid](self.pointers, table, tiles, count, **self.common(kernel))
 
     def launch_two_sides(self, plan: TwoSidePlan) -> None:
-        table, *lists = self.uploaded.arrays
-        scratch = torch.empty(max(plan.scratch, 1), dtype=torch.float32, device=self.device)
+        group = self.group
+        table, *lists = group.arrays
+        scratch = torch.empty(max(plan.scratch, 1), dtype=torch.float32, device=group.device)
         # Operands that are split or float32 fill the registers of sm_80 at half the depth.
-        plain = self.dtype == self.basis_dtype == torch.bfloat16
+        plain = group.dtype == group.basis_dtype == torch.bfloat16
         square = {"BLOCK_K": THIN_DEPTH if plain else THIN_DEPTH // 2}
-        update = {"BLOCK_M": self.update.rows, "BLOCK_N": self.update.columns, "BLOCK_R": self.update.depth}
-        options: dict[str, int] = {"num_warps": self.update.warps, "num_stages": self.update.stages}
+        update = {"BLOCK_M": group.update.rows, "BLOCK_N": group.update.columns, "BLOCK_R": group.update.depth}
+        options: dict[str, int] = {"num_warps": group.update.warps, "num_stages": group.update.stages}
         kernels: Sequence[tuple[Any, dict[str, int]]] = (
             (grouped.grouped_thin_kernel, {}),
             (grouped.grouped_core_kernel, square),
@@ -145,60 +162,55 @@ def one_sided(members: Sequence[Member], device: Device) -> bool:
     )
 
 
-def prepare(members: Sequence[Member]) -> list[Group]:
+def prepare(members: Sequence[Member], places: Sequence[int]) -> list[Group]:
     """Groups that project all of the members in place: one launch each if they have one basis each, else four.
 
-    Members have passed `why_not_group`, are on one device and have one dtype and one dtype of bases.
+    Members, at their places in the call, have passed `why_not_group`, are on one device, of one dtype, and so are their
+    bases.
     """
     device = device_for(members[0].grad)
-    if not one_sided(members, device):
-        return [prepare_wave([members[i] for i in wave], device, None) for wave in waves([m.item() for m in members])]
-    kept = [member for member in members if member.keep_left or member.keep_right]
-    removed = [member for member in members if not (member.keep_left or member.keep_right)]
-    return [prepare_wave(part, device, keep) for part, keep in ((removed, False), (kept, True)) if part]
+    everyone = range(len(members))
+    parts: list[tuple[Sequence[int], bool | None]]
+    if one_sided(members, device):
+        kept = [i for i in everyone if members[i].keep_left or members[i].keep_right]
+        parts = [([i for i in everyone if i not in set(kept)], False), (kept, True)]
+    else:
+        parts = [(wave, None) for wave in waves([member.item() for member in members])]
+    return [
+        prepare_part([members[i] for i in part], tuple(places[i] for i in part), device, keep)
+        for part, keep in parts
+        if part
+    ]
 
 
-def prepare_wave(members: Sequence[Member], device: Device, keep: bool | None) -> Group:
+def prepare_part(members: Sequence[Member], places: tuple[int, ...], device: Device, keep: bool | None) -> Group:
     """keep: whether the members, of one side each, are kept; None for the four launches of any mixture."""
     first = members[0].grad
     dtype, basis_dtype = first.dtype, members[0].basis_dtype()
-    items = tuple(member.item() for member in members)
+    items = [member.item() for member in members]
     # Tiles of float32 arithmetic for a float32 basis: both operands of a product are split, and sm_80 spills at more.
     arithmetic = torch.float32 if basis_dtype == torch.float32 else dtype
     update = update_config(max(item.m for item in items), sum(item.n for item in items), arithmetic, device)
-
-    def tables() -> Uploaded:
-        plan: OneSidePlan | TwoSidePlan
-        if keep is None:
-            plan = plan_two_sides(items, dtype, basis_dtype, device, (update.rows, update.columns))
-        else:
-            plan = plan_one_side(items, dtype, basis_dtype, device)
-        pairs = [upload(array, first.device) for array in plan if isinstance(array, np.ndarray)]
-        return Uploaded(plan, tuple(pair[0] for pair in pairs), tuple(pair[1] for pair in pairs))
-
-    uploaded = held((items, dtype, basis_dtype, device, keep is None), tables, first.device)
-    addresses = tuple(
-        0 if tensor is None else tensor.data_ptr()
-        for member in members
-        for tensor in (member.grad, member.left, member.right)
-    )
-    pointers, _ = held(
-        addresses,
-        lambda: upload(np.array(addresses, np.int64).reshape(-1, 3), first.device),
-        first.device,
-    )
+    plan: OneSidePlan | TwoSidePlan
+    if keep is None:
+        plan = plan_two_sides(items, dtype, basis_dtype, device, (update.rows, update.columns))
+    else:
+        plan = plan_one_side(items, dtype, basis_dtype, device)
+    pairs = [upload(array, first.device) for array in plan if isinstance(array, np.ndarray)]
     sizes = [size for item in items for size in (item.m, item.n, item.pitch)]
     ranks = [rank for item in items for rank in (item.r or 0, item.s or 0)]
     return Group(
+        places=places,
+        plan=plan,
+        arrays=tuple(pair[0] for pair in pairs),
+        sources=tuple(pair[1] for pair in pairs),
         device=first.device,
         dtype=dtype,
         basis_dtype=basis_dtype,
         keep=bool(keep),
-        aligned=all(size % 16 == 0 for size in sizes) and all(at % 16 == 0 for at in addresses[::3]),
-        rank_aligned=all(rank % 16 == 0 for rank in ranks) and all(at % 16 == 0 for at in addresses),
+        aligned=all(size % 16 == 0 for size in sizes),
+        rank_aligned=all(rank % 16 == 0 for rank in ranks),
         precision=precision_for(first),
         multiprocessors=device.multiprocessors,
-        uploaded=uploaded,
-        pointers=pointers,
         update=update,
     )

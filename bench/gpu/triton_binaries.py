@@ -44,6 +44,7 @@ POINTERS = {
     torch.int32: "*i32",
     torch.int64: "*i64",
 }
+SIDES = ("left", "right")
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 KERNELS = (project_left.project_one_side_kernel, thin_products.thin_products_kernel, rank_update.rank_update_kernel)
 ELEMENTWISE = (philox.test_matrix_kernel, rounding.add_split_kernel, rounding.round_stochastic_kernel)
@@ -144,8 +145,9 @@ def plan_grouped(m: int, n: int, rank: int, dtype: torch.dtype, basis: torch.dty
     both = [Member(grad, left, right, False, False, False)] * 2
     with recording(TARGETS[target].device) as launches:
         for members in (one, both):
-            for group in prepare(members):
-                group.launch()
+            lists = ([member.grad for member in members], *([getattr(m, side) for m in members] for side in SIDES))
+            for group in prepare(members, range(len(members))):
+                group.locate(*lists).launch()
     return distinct(launches)
 
 

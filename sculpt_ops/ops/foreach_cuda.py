@@ -1,7 +1,7 @@
 """``foreach_project_`` on a GPU: what suits the grouped Triton kernels in at most four launches, the rest one by one.
 
-A call with the addresses, shapes, ranks and flags of an earlier one is neither checked nor planned again: at 224
-matrices the checks take longer than the launches.
+A list of the same shapes, ranks and flags is checked and planned once, its addresses each time they move: at 224
+matrices the checks alone take longer than the launches.
 """
 
 from __future__ import annotations
@@ -10,37 +10,33 @@ from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 from torch import Tensor
 
 from ..triton_kernels.tables import held
-from .checks import check_foreach, check_foreach_apart
+from .checks import check_foreach, check_foreach_apart, check_written
 from .heuristics import Backend, choose, forced_backend, gpu_of, triton_missing
 from .variants import project_into
 
-__all__ = ["Call", "call_key", "foreach_into", "plan_call"]
+__all__ = ["Call", "check_apart_quickly", "foreach_into", "plan_call"]
+
+OP = "foreach_project_"
 
 
 class Call(NamedTuple):
-    """groups: of the grouped kernels. single: positions that they do not take."""
+    """groups: of the grouped kernels. single: positions that they do not take. lengths: bytes that each grad, then each
+    basis, spans."""
 
     groups: tuple[Any, ...]
     single: tuple[int, ...]
+    lengths: np.ndarray[Any, Any]
 
 
-def call_key(
-    grads: Sequence[Tensor], lefts: Sequence[Tensor | None], rights: Sequence[Tensor | None], *flags: Any
-) -> tuple[Any, ...]:
-    """Equal for two calls that read and write the same memory in the same way."""
-    bases = [basis for bases in (lefts, rights) for basis in bases]
-    tensors = [*grads, *(basis for basis in bases if basis is not None)]
-    return (
-        tuple([basis is None for basis in bases]),
-        tuple([tensor.data_ptr() for tensor in tensors]),
-        tuple([tensor.shape for tensor in tensors]),
-        tuple([tensor.stride() for tensor in tensors]),
-        tuple([tensor.dtype for tensor in tensors]),
-        flags,
-    )
+def _length(tensor: Tensor) -> int:
+    if tensor.numel() == 0:
+        return 0
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return (last + 1) * tensor.element_size()
 
 
 def plan_call(
@@ -52,12 +48,16 @@ def plan_call(
     block: bool,
     forced: Backend | None,
 ) -> Call:
-    """Checks the lists, as every op does before it writes, and sorts them into groups and single matrices."""
-    check_foreach("foreach_project_", grads, lefts, rights, keep_lefts, keep_rights, block)
-    check_foreach_apart("foreach_project_", grads, lefts, rights)
+    """Checks all of the lists but their addresses, and sorts them into groups and single matrices."""
+    check_foreach(OP, grads, lefts, rights, keep_lefts, keep_rights, block)
+    for i, grad in enumerate(grads):
+        check_written(OP, f"grads[{i}]", grad)
     everything = tuple(range(len(grads)))
+    lengths = np.array(
+        [_length(tensor) for tensors in (grads, lefts, rights) for tensor in tensors if tensor is not None]
+    )
     if forced not in (None, "triton") or triton_missing():
-        return Call((), everything)
+        return Call((), everything, lengths)
     from ..triton_kernels.grouped_launch import Member, prepare, why_not_group
 
     alike: defaultdict[Any, list[tuple[int, Member]]] = defaultdict(list)
@@ -85,9 +85,26 @@ def plan_call(
         ]
         # A single matrix has kernels whose strides are known when they are compiled.
         if len(taken) > 1:
-            groups += prepare([member for _, member in taken])
+            groups += prepare([member for _, member in taken], [i for i, _ in taken])
             grouped |= {i for i, _ in taken}
-    return Call(tuple(groups), tuple(i for i in everything if i not in grouped))
+    return Call(tuple(groups), tuple(i for i in everything if i not in grouped), lengths)
+
+
+def check_apart_quickly(
+    grads: Sequence[Tensor],
+    lefts: Sequence[Tensor | None],
+    rights: Sequence[Tensor | None],
+    lengths: np.ndarray[Any, Any],
+) -> None:
+    """`check_foreach_apart`, asked only where spans of memory meet at all; bases may be shared."""
+    addresses = [t.data_ptr() for tensors in (grads, lefts, rights) for t in tensors if t is not None]
+    begins = np.array(addresses, np.int64)
+    spans = np.stack([begins, begins + lengths], 1)
+    spans = np.concatenate([spans[: len(grads)], np.unique(spans[len(grads) :], axis=0)])
+    spans = spans[spans[:, 1] > spans[:, 0]]
+    spans = spans[np.argsort(spans[:, 0], kind="stable")]
+    if (spans[:-1, 1] > spans[1:, 0]).any():
+        check_foreach_apart(OP, grads, lefts, rights)
 
 
 def foreach_into(
@@ -100,15 +117,30 @@ def foreach_into(
 ) -> None:
     """Every entry of grads in place; the lists are checked before anything is written."""
     forced = forced_backend()
-    flags = (tuple(keep_lefts), tuple(keep_rights), block, forced)
+    tensors = [t for tensors in (grads, lefts, rights) for t in tensors]
+    given = [t for t in tensors if t is not None]
+    layout = (
+        len(grads),
+        tuple([t is None for t in tensors]),
+        tuple([t.shape for t in given]),
+        tuple([t.stride() for t in given]),
+        tuple([t.dtype for t in given]),
+        tuple([t.get_device() for t in given]),
+        (tuple(keep_lefts), tuple(keep_rights), block, forced),
+    )
+    device = grads[0].device
 
-    def plan() -> Call:
-        return plan_call(grads, lefts, rights, keep_lefts, keep_rights, block, forced)
+    def locate() -> Call:
+        call: Call = held(
+            layout, lambda: plan_call(grads, lefts, rights, keep_lefts, keep_rights, block, forced), device
+        )
+        check_apart_quickly(grads, lefts, rights, call.lengths)
+        return call._replace(groups=tuple(group.locate(grads, lefts, rights) for group in call.groups))
 
-    call = held(call_key(grads, lefts, rights, *flags), plan, grads[0].device)
+    call: Call = held((layout, tuple([t.data_ptr() for t in given])), locate, device)
     for group in call.groups:
         group.launch()
     for i in call.single:
         keep_left = bool(keep_lefts) and keep_lefts[i]
         keep_right = bool(keep_rights) and keep_rights[i]
-        project_into(grads[i], lefts[i], rights[i], grads[i], keep_left, keep_right, block, "foreach_project_")
+        project_into(grads[i], lefts[i], rights[i], grads[i], keep_left, keep_right, block, OP)

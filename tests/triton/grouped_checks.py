@@ -14,7 +14,7 @@ from torch import Tensor
 from sculpt_ops import reference
 from sculpt_ops.ops import foreach_cuda
 from sculpt_ops.triton_kernels import grouped, grouped_launch, launch, panels, tables
-from sculpt_ops.triton_kernels.grouped_launch import Member, prepare, why_not_group
+from sculpt_ops.triton_kernels.grouped_launch import Located, Member, prepare, why_not_group
 
 from .kernel_checks import BF16, DEVICE, F16, F32, _bfloat16_interpreter, gradient, orthonormal  # noqa: F401
 
@@ -41,12 +41,17 @@ def expected(entry: Member, dtype: torch.dtype = torch.float64) -> Tensor:
     )
 
 
+def located(members: list[Member]) -> list[Located]:
+    lists = ([entry.grad for entry in members], [entry.left for entry in members], [entry.right for entry in members])
+    return [group.locate(*lists) for group in prepare(members, range(len(members)))]
+
+
 def assert_projected(members: list[Member]) -> None:
     """At most twice the plain expression's error, plus the rounding of the result, plus a floor, as `kernel_checks`."""
     exact, plain = [expected(entry) for entry in members], [expected(entry, entry.grad.dtype) for entry in members]
     biggest = [entry.grad.double().abs().max() for entry in members]
     assert all(why_not_group(entry) is None for entry in members)
-    for group in prepare(members):
+    for group in located(members):
         group.launch()
     for entry, wanted, theirs, scale in zip(members, exact, plain, biggest, strict=True):
         error = (entry.grad.double() - wanted).abs().max()
@@ -125,7 +130,7 @@ def test_chunks_that_l2_holds_and_rows_of_a_wider_matrix(monkeypatch: pytest.Mon
     inner = wide[3:43, 16:346]
     inner.copy_(gradient(40, 330, seed=6))
     members.append(member(40, 330, 4, 3, 6)._replace(grad=inner))
-    slots = [plan for group in prepare(members[:1]) for plan in group.uploaded.plan.table[:, 9]]
+    slots = [count for part in located(members[:1]) for count in part.group.plan.table[:, 9]]
     assert slots[0] > 1
     assert_projected(members)
     inner.fill_(7.0)
@@ -136,7 +141,8 @@ def test_non_finite_values_stay_where_torch_puts_them() -> None:
     entry = member(50, 70, 3, None, 1)
     entry.grad[17, 40] = float("inf")
     wanted = expected(entry, F32)
-    for group in prepare([entry, member(30, 40, 2, None, 2)]):
+    members = [entry, member(30, 40, 2, None, 2)]
+    for group in located(members):
         group.launch()
     assert torch.equal(entry.grad.isfinite(), wanted.isfinite())
 
@@ -168,9 +174,13 @@ def test_a_call_is_planned_once_and_again_when_its_memory_moves(monkeypatch: pyt
     assert (len(uploads), len(checks)) == (first, 1)
     moved = [grad.clone() for grad in lists[0]]
     foreach_cuda.foreach_into(moved, *lists[1:], (), (), False)
-    assert (len(uploads), len(checks)) == (first + 1, 2)  # the pointers alone
-    with pytest.raises(ValueError, match="share memory"):
-        foreach_cuda.foreach_into([moved[0], moved[0]], lists[1][:2], lists[2][:2], (), (), False)
+    assert (len(uploads), len(checks)) == (first + 1, 1)  # the pointers alone
+    before = moved[0].clone()
+    with pytest.raises(ValueError, match="given entries 0 and 1 that share memory"):
+        foreach_cuda.foreach_into([moved[0], moved[0], moved[2]], *lists[1:], (), (), False)
+    assert torch.equal(moved[0], before)
+    foreach_cuda.foreach_into(moved, *lists[1:], (True,) * 3, (), False)
+    assert len(checks) == 2
 
 
 def test_what_a_graph_captured_is_kept_and_what_is_made_while_capturing_is_not_shared(

@@ -15,7 +15,18 @@ import torch
 pytest.importorskip("triton")
 sys.path.insert(0, str(Path(__file__).parents[2] / "bench" / "gpu"))
 
-from triton_binaries import GROUPED, KERNELS, TARGETS, Binary, Launch, compiled, plan, plan_grouped, recording
+from triton_binaries import (
+    ELEMENTWISE,
+    GROUPED,
+    KERNELS,
+    TARGETS,
+    Binary,
+    Launch,
+    compiled,
+    plan,
+    plan_grouped,
+    recording,
+)
 
 from sculpt_ops.triton_kernels import launch, philox, rounding
 from sculpt_ops.triton_kernels.panels import max_rank
@@ -139,3 +150,12 @@ def test_grouped_products_load_16_bytes_at_a_time_and_run_on_tensor_cores() -> N
         assembly = compiled(entry, TARGETS["sm_90"].gpu).assembly
         assert re.search(r"wgmma\.mma_async|mma\.sync", assembly), entry
         assert re.search(r"cp\.async\.cg\.shared\.global \[[^]]*\], \[[^]]*\], 0x10|ld\.global\S*v4", assembly), entry
+
+
+def test_the_documented_table_names_every_kernel() -> None:
+    """`bench/gpu/kernel_table.py --write` makes it; compiling all of it takes a minute."""
+    text = (Path(__file__).parents[2] / "docs" / "kernels.md").read_text()
+    table = text.partition("<!-- kernel table")[2].partition("<!-- end")[0]
+    assert all(target in table for target in TARGETS)
+    for kernel in (*KERNELS, *GROUPED, *ELEMENTWISE):
+        assert f"| `{kernel.__name__.removesuffix('_kernel')}` |" in table
