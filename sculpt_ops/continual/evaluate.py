@@ -158,5 +158,9 @@ def evaluating(model: PreTrainedModel) -> Iterator[None]:
         with torch.no_grad():
             yield
     finally:
+        # A sharded root stays gathered after a forward pass, for the backward pass that does not come here: an
+        # optimizer made next would be given its gathered weights.
+        if hasattr(model, "reshard"):
+            model.reshard()
         model.config.use_cache = use_cache
         model.train(training)
