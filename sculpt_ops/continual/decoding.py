@@ -71,9 +71,10 @@ class Opening:
             return
         slice_ = {"logits_to_keep": 1} if collator.sliced else {}
         output = model(input_ids=torch.tensor([shared], device=model.device), use_cache=True, **slice_)
+        cache = getattr(output, "past_key_values", None)
         # The window of a sliding one would count the padding that comes between the opening and the rest.
-        if not any(output.past_key_values.is_sliding):
-            self.tokens, self.cache = len(shared), output.past_key_values
+        if cache is not None and not any(cache.is_sliding):
+            self.tokens, self.cache = len(shared), cache
 
     def repeated(self, rows: int) -> Any:
         """A cache of the opening for so many rows; None where there is no opening."""
@@ -108,7 +109,9 @@ class Prompts:
             inputs["logits_to_keep"] = 1
         output = model(**inputs, use_cache=True)
         self.first: torch.Tensor = output.logits[:, -1]
-        self.cache = output.past_key_values
+        self.cache = getattr(output, "past_key_values", None)
+        if self.cache is None:
+            raise ValueError(f"model: {type(model).__name__} returns no past_key_values to go on from")
         self.encoded = output.encoder_last_hidden_state if collator.seq2seq else None
 
     def option_logits(self, tree: OptionTree) -> torch.Tensor:
