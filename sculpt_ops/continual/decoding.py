@@ -109,7 +109,7 @@ class Prompts:
             inputs["logits_to_keep"] = 1
         output = model(**inputs, use_cache=True)
         self.first: torch.Tensor = output.logits[:, -1]
-        self.cache = getattr(output, "past_key_values", None)
+        self.cache: Any = getattr(output, "past_key_values", None)
         if self.cache is None:
             raise ValueError(f"model: {type(model).__name__} returns no past_key_values to go on from")
         self.encoded = output.encoder_last_hidden_state if collator.seq2seq else None
