@@ -21,13 +21,15 @@ def open_model(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A decoder-only or encoder-decoder model and its tokenizer from a folder or a hub name.
 
-    ValueError if there is none, or if its weights are quantised: those cannot be trained in full.
+    ValueError if there is none, if it is an adapter, or if its weights are quantised: those cannot be trained in full.
     """
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
     local = Path(source).is_dir()
     if not local and (Path(source).is_absolute() or str(source).startswith(".") or str(source).count("/") != 1):
         raise ValueError(f"model: there is no folder {source}")
+    if (Path(source) / "adapter_config.json").exists():
+        raise ValueError(f"model: {source} is an adapter (LoRA) beside a model; merge them first (merge_and_unload)")
     options = {"local_files_only": local, "trust_remote_code": trust_remote_code}
     try:
         settings = AutoConfig.from_pretrained(source, **options)
