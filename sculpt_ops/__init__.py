@@ -9,6 +9,7 @@ from .on_dtensor_import import register_rules as _register_rules
 from .ops import foreach_project_, orthonormalize, project, project_, restore_, rsvd, sketch
 from .optim import AdamW, fuse_into_backward
 from .ranks import Energy, Importance, Rank, Schedule
+from .remember import Remember, RememberInputs
 from .subspaces import Subspaces
 
 __all__ = [
@@ -16,6 +17,8 @@ __all__ = [
     "Energy",
     "Importance",
     "Rank",
+    "Remember",
+    "RememberInputs",
     "Schedule",
     "Subspaces",
     "foreach_project_",

@@ -80,6 +80,10 @@ class Basis:
             return 0
         return local_nbytes(self.columns) + (0 if self.correction is None else self.correction.nbytes)
 
+    def tensors(self) -> tuple[Tensor, ...]:
+        """What is stored."""
+        return (self.columns,) if self.correction is None else (self.columns, self.correction)
+
     @property
     def is_span(self) -> bool:
         """Whether `span` is what is stored, at no cost."""

@@ -2,22 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from .basis import Basis
 from .decompose import Choice, choose_method, top_subspaces
-from .layer import LayerSubspace, Sides
+from .input_covariance import input_covariances, input_sides
+from .layer import LayerSubspace, Sides, project_each_
 from .leak import sketch_weight
 from .ops.finite import check_finite
+from .remember import (
+    Memory,
+    Remember,
+    Remembered,
+    RememberInputs,
+    change_of,
+    check_memory,
+    extend_changes,
+    remember_inputs,
+)
 
 if TYPE_CHECKING:
     from rich.progress import Progress
 
-__all__ = ["derive_layers", "progress_bar", "search_starts"]
+    from .distributed.agreement import Ranks
+
+__all__ = ["derive_layers", "progress_bar", "protected_shares", "remember_tasks", "search_starts"]
 
 # Elements decomposed together: 24 matrices of 576 x 576, one of 4096 x 4096. Gram matrix, eigenvectors and images take
 # several times their memory; small matrices need company to occupy every core.
@@ -31,6 +46,7 @@ def derive_layers(
     previous: Mapping[str, LayerSubspace],
     advance: Callable[[], None],
     basis_dtype: torch.dtype | None = None,
+    remembered: Mapping[str, Remembered] | None = None,
 ) -> tuple[dict[str, LayerSubspace], dict[str, Tensor]]:
     """The subspace of every matrix of `targets` and its sketch (`leak.sketch_weight`), in their order.
 
@@ -39,21 +55,87 @@ def derive_layers(
     previous: earlier subspaces of these names; see `search_starts`.
     advance: called for every matrix that is done.
     basis_dtype: what the bases are stored in, see `Basis.store`.
+    remembered: what is to be protected besides, of every matrix.
     Raises torch.linalg.LinAlgError, naming the matrix, for one that holds NaN or Inf.
     """
     for name, matrix in targets.items():
         check_finite("from_model", name, matrix.detach())
     layers: dict[str, LayerSubspace] = {}
     sketches: dict[str, Tensor] = {}
+    shared: dict[int, Basis] = {}
     for names in _chunks(targets):
         chunk = [targets[name] for name in names]
         ranks, energy = (None, wanted) if isinstance(wanted, float) else ([wanted[name] for name in names], None)
         starts = [_start(previous.get(name), targets[name]) for name in names]
         for name, top in zip(names, top_subspaces(chunk, ranks, energy=energy, starts=starts), strict=True):
-            layers[name] = LayerSubspace.from_top_subspace(top, sides, basis_dtype)
+            also = None if remembered is None else remembered[name]
+            layers[name] = LayerSubspace.from_top_subspace(top, sides, basis_dtype, also, shared)
             sketches[name] = sketch_weight(layers[name], targets[name], name)
             advance()
     return {name: layers[name] for name in targets}, {name: sketches[name] for name in targets}
+
+
+def remember_tasks(
+    model: nn.Module,
+    targets: Mapping[str, Tensor],
+    sides: Sides,
+    changes: Remember | None,
+    inputs: RememberInputs | None,
+    before: Memory | None,
+    batches: Iterable[Mapping[str, Any] | Tensor] | None,
+    ranks: Ranks | None,
+) -> Memory:
+    """`before`, None at the first task, with what the task that has just ended taught.
+
+    batches: rows of that task, for `inputs`. ranks: those of a model that is replicated, each with batches of its own.
+    Raises what `check_memory`, `input_sides` and `input_covariances` do, and torch.linalg.LinAlgError, naming the
+    matrix, for one that holds NaN or Inf.
+    """
+    fed = {} if inputs is None else input_sides(model, targets, sides)
+    if before is None:
+        return Memory.empty(targets)
+    check_memory(targets, before, changes)
+    remembered = dict(before.remembered)
+    if changes is not None:
+        remembered = _remember_changes(targets, before, changes, sides)
+    if inputs is not None:
+        remembered = {name: replace(each, input_side=fed[name]) for name, each in remembered.items()}
+        covariances = input_covariances(model, targets, batches, fed, ranks)
+        remembered = remember_inputs(remembered, covariances, inputs.energy)
+    return Memory(remembered, before.start_weights)
+
+
+def _remember_changes(
+    targets: Mapping[str, Tensor], memory: Memory, changes: Remember, sides: Sides
+) -> dict[str, Remembered]:
+    """What `memory` remembers of every matrix of `targets`, with its change since the start weights in addition.
+
+    Raises torch.linalg.LinAlgError, naming the matrix, for one that holds NaN or Inf.
+    """
+    for name, matrix in targets.items():
+        check_finite("from_model", name, matrix.detach())
+    remembered = dict(memory.remembered)
+    for names in _chunks(targets):
+        differences = [change_of(targets[name], memory.start_weights[name]) for name in names]
+        ranks = [changes.rank_of(min(difference.shape)) for difference in differences]
+        for name, top in zip(names, top_subspaces(differences, ranks), strict=True):
+            remembered[name] = extend_changes(remembered[name], top, targets[name], sides)
+    return remembered
+
+
+def protected_shares(
+    layers: Mapping[str, LayerSubspace], targets: Mapping[str, Tensor], starts: Mapping[str, Tensor]
+) -> dict[str, float]:
+    """||P dW|| / ||dW|| of every matrix's change since `starts`, P its projector: the `LayerLeak.total` of a change
+    that was made before the layers were, to 1e-6. 0.0 where nothing has changed."""
+    shares: dict[str, float] = {}
+    for name, layer in layers.items():
+        change = change_of(targets[name], starts[name])
+        free = change.clone()
+        project_each_([(free, layer)])
+        norm = float(torch.linalg.vector_norm(change))
+        shares[name] = float(torch.linalg.vector_norm(change - free)) / norm if norm > 0 else 0.0
+    return shares
 
 
 def search_starts(layers: Mapping[str, LayerSubspace]) -> dict[str, LayerSubspace]:

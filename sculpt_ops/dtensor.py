@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable
 from typing import Any, cast
 
 from torch import Tensor
 
-__all__ = ["is_dtensor", "is_fsdp", "local_nbytes"]
+__all__ = ["is_dtensor", "is_fsdp", "local_nbytes", "stored_bytes"]
 
 
 def is_dtensor(tensor: object) -> bool:
@@ -24,4 +25,14 @@ def is_fsdp(module: object) -> bool:
 
 def local_nbytes(tensor: Tensor) -> int:
     """Bytes on this rank."""
-    return int(cast(Any, tensor).to_local().nbytes) if is_dtensor(tensor) else tensor.nbytes
+    return int(_local(tensor).nbytes)
+
+
+def stored_bytes(tensors: Iterable[Tensor]) -> int:
+    """Bytes on this rank that `tensors` keep alive: memory that several of them share counts once."""
+    storages = {s.data_ptr(): s.nbytes() for t in tensors if not t.is_meta for s in [_local(t).untyped_storage()]}
+    return sum(storages.values())
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return cast(Tensor, cast(Any, tensor).to_local()) if is_dtensor(tensor) else tensor

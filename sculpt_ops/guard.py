@@ -92,7 +92,7 @@ def guard_optimizer(
 
     inner = unwrap_optimizer(optimizer)
     names = {layer: name for name, layer in subspaces.items()}
-    bound = {names[layer]: (p, layer) for p, layer in bind_to_optimizer(subspaces, inner).items() if layer.rank}
+    bound = {names[layer]: (p, layer) for p, layer in bind_to_optimizer(subspaces, inner).items() if layer.protects}
     split = isinstance(inner, AdamW) and inner._options.master == "split"
     if split and any(parameter.dtype is torch.bfloat16 for parameter, _ in bound.values()):
         raise ValueError(
@@ -134,12 +134,12 @@ def _keep(layer: LayerSubspace, weight: Tensor) -> Start:
 
 def _image_shapes(layer: LayerSubspace) -> dict[str, tuple[int, int]]:
     """The shape of every image; none where the basis of a free space is stored, which gives no image."""
-    (m, n), rank = layer.shape, layer.rank
+    (m, n), (left, right) = layer.shape, layer.protected_dims
     if layer.keep_left or layer.keep_right:
         return {}
     if layer.block:
-        return {"core": (rank, rank)}
-    sides = {"left_image": (layer.left_basis, (rank, n)), "right_image": (layer.right_basis, (m, rank))}
+        return {"core": (left, right)}
+    sides = {"left_image": (layer.left_basis, (left, n)), "right_image": (layer.right_basis, (m, right))}
     return {part: shape for part, (basis, shape) in sides.items() if basis is not None}
 
 

@@ -19,7 +19,7 @@ from .names import list_names
 if TYPE_CHECKING:
     from .distributed.agreement import Ranks
 
-__all__ = ["layer_importance"]
+__all__ = ["kept_tokens", "layer_importance", "run_batches"]
 
 _MASKS = ("attention_mask", "decoder_attention_mask")
 
@@ -45,23 +45,8 @@ def layer_importance(
     Raises TypeError for batches of another type. Raises ValueError if there are none, for a matrix whose module does
     not run on them or is no linear map, for activations that are not finite, and if no cosine is above 0.
     """
-    if batches is None:
-        raise ValueError("batches: given None, wanted model inputs to measure the importance of layers on")
-    if isinstance(batches, Mapping | Tensor | str) or not isinstance(batches, Iterable):
-        raise TypeError(f"batches: given {type(batches).__name__}, wanted an iterable of model inputs, as a list")
-    device = next(iter(targets.values())).device
     cosines = _Cosines(targets)
-    with _hooked(model, cosines.hooks()), torch.no_grad(), _uncompiled():
-        for batch in batches:
-            if isinstance(batch, Tensor):
-                cosines.masks = []
-                model(batch.to(device))
-            elif isinstance(batch, Mapping):
-                moved = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
-                cosines.masks = [moved[key].bool() for key in _MASKS if isinstance(moved.get(key), Tensor)]
-                model(**moved)
-            else:
-                raise TypeError(f"batches: given {type(batch).__name__} among them, wanted mappings or tensors")
+    run_batches(model, batches, next(iter(targets.values())).device, cosines.hooks(), cosines.begin)
     if any(is_dtensor(target) for target in targets.values()):
         from .distributed.sharding import common_ranks
 
@@ -82,17 +67,56 @@ def layer_importance(
     return {name: cosine / mean for name, cosine in means.items()}
 
 
-class _Cosines:
-    """Sums of cos(x, W x) over tokens, and numbers of tokens, for every matrix.
+def run_batches(
+    model: nn.Module,
+    batches: Iterable[Mapping[str, Any] | Tensor] | None,
+    device: torch.device,
+    hooks: Mapping[int, Callable[..., None]],
+    begin: Callable[[list[Tensor]], None],
+) -> None:
+    """Run `model` on every batch, moved to `device`, as `layer_importance` says.
 
-    masks: of the tokens that count, for the model input now being run.
+    hooks: forward hooks (with keyword arguments), by `id` of a parameter of the module. begin: called before every
+        batch with the masks in it, of the tokens that count.
     """
+    if batches is None:
+        raise ValueError("batches: given None, wanted model inputs to run the layers on")
+    if isinstance(batches, Mapping | Tensor | str) or not isinstance(batches, Iterable):
+        raise TypeError(f"batches: given {type(batches).__name__}, wanted an iterable of model inputs, as a list")
+    with _hooked(model, hooks), torch.no_grad(), _uncompiled():
+        for batch in batches:
+            if isinstance(batch, Tensor):
+                begin([])
+                model(batch.to(device))
+            elif isinstance(batch, Mapping):
+                moved = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
+                begin([moved[key].bool() for key in _MASKS if isinstance(moved.get(key), Tensor)])
+                model(**moved)
+            else:
+                raise TypeError(f"batches: given {type(batch).__name__} among them, wanted mappings or tensors")
+
+
+def kept_tokens(values: Tensor, tokens: torch.Size, masks: Iterable[Tensor]) -> Tensor:
+    """`values` (*tokens, ...) of the tokens that count, (n, ...), by the first of `masks` that has the shape `tokens`,
+    or has it flattened; as they are if none has."""
+    for mask in masks:
+        if tokens in (mask.shape, (mask.numel(),)):
+            return values[mask.reshape(tokens).to(values.device)]
+    return values
+
+
+class _Cosines:
+    """Sums of cos(x, W x) over tokens, and numbers of tokens, for every matrix."""
 
     def __init__(self, targets: Mapping[str, Tensor]) -> None:
         self.targets = targets
         self.sums: dict[str, list[Tensor]] = {name: [] for name in targets}
         self.tokens = dict.fromkeys(targets, 0)
-        self.masks: list[Tensor] = []
+        self._masks: list[Tensor] = []
+
+    def begin(self, masks: list[Tensor]) -> None:
+        """Before a batch, with the masks of its tokens."""
+        self._masks = masks
 
     def hooks(self) -> dict[int, Callable[..., None]]:
         """Forward hooks by `id` of the parameter."""
@@ -114,10 +138,7 @@ class _Cosines:
         return hook
 
     def _add(self, name: str, cosines: Tensor) -> None:
-        for mask in self.masks:
-            if cosines.shape in (mask.shape, (mask.numel(),)):
-                cosines = cosines[mask.reshape(cosines.shape).to(cosines.device)]
-                break
+        cosines = kept_tokens(cosines, cosines.shape, self._masks)
         self.sums[name].append(cosines.sum(dtype=torch.float64))
         self.tokens[name] += cosines.numel()
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, cast, get_args
 
@@ -11,7 +11,9 @@ from torch import Tensor
 
 from .bases import TopSubspace
 from .basis import Basis
+from .linalg import complement, orthonormal
 from .ops import foreach_project_, project, project_
+from .remember import Remembered, Side, join
 
 __all__ = ["LayerSubspace", "Sides", "check_sides", "project_each_"]
 
@@ -34,7 +36,8 @@ def check_sides(sides: str) -> Sides:
 class LayerSubspace:
     """What is protected in one parameter of `shape` (m, n), and the free space that is left.
 
-    rank: number of protected singular directions, whatever is stored.
+    rank: number of the weight's own singular directions that are protected, whatever is stored. With what is
+        remembered of earlier tasks the protected spaces are larger, see `protected_dims`.
     energy: share of the squared singular values that they hold.
     left_basis, right_basis: what is stored of R^m and R^n; None on a side that is not protected.
     block: only the product of the two protected spaces is protected, P_left W P_right.
@@ -51,19 +54,25 @@ class LayerSubspace:
     owner: int | None = None
 
     @classmethod
-    def from_top_subspace(cls, top: TopSubspace, sides: Sides, basis_dtype: torch.dtype | None = None) -> LayerSubspace:
-        """Protect the directions of `top`.
+    def from_top_subspace(
+        cls,
+        top: TopSubspace,
+        sides: Sides,
+        basis_dtype: torch.dtype | None = None,
+        remembered: Remembered | None = None,
+        shared: dict[int, Basis] | None = None,
+    ) -> LayerSubspace:
+        """Protect the directions of `top`, joined with what is `remembered` of the sides that are protected.
 
-        Where the free space is the narrower one its basis is stored, except for sides="block".
+        Where the free space is the narrower one its basis is stored, except for sides="block". shared: the bases of
+        remembered spans alone, by the span's `id`; layers that remember the same one, and have `top.rank` 0, share it.
         """
-        m, n = top.matrix.shape
         left = right = None
         if sides != "right":
-            keep = sides != "block" and m - top.rank < top.rank
-            left = Basis.store(top.free_left if keep else top.left, "free" if keep else "protected", basis_dtype)
+            left = _side(top, "left", sides == "block", basis_dtype, remembered, shared)
         if sides != "left":
-            keep = sides != "block" and n - top.rank < top.rank
-            right = Basis.store(top.free_right if keep else top.right, "free" if keep else "protected", basis_dtype)
+            right = _side(top, "right", sides == "block", basis_dtype, remembered, shared)
+        m, n = top.matrix.shape
         return cls((m, n), top.rank, top.energy, left, right, sides == "block")
 
     @property
@@ -91,6 +100,17 @@ class LayerSubspace:
     def is_here(self) -> bool:
         """Whether the bases are on this rank."""
         return not any(b.columns.is_meta for b in (self.left_basis, self.right_basis) if b is not None)
+
+    @property
+    def protected_dims(self) -> tuple[int, int]:
+        """Dimensions of the left and the right protected space, 0 on a side without a basis."""
+        left, right = (0 if b is None else b.length - b.free for b in (self.left_basis, self.right_basis))
+        return left, right
+
+    @property
+    def protects(self) -> bool:
+        """Whether anything is protected: directions of the weight, or remembered ones."""
+        return self.rank > 0 or any(self.protected_dims)
 
     @property
     def free_shape(self) -> tuple[int, int]:
@@ -146,23 +166,31 @@ class LayerSubspace:
 
     def with_reflectors(self) -> LayerSubspace:
         """The same subspace in the form that `to_coordinates` needs, where it is another."""
-        left, right = (None if b is None else b.reflector() for b in (self.left_basis, self.right_basis))
-        return replace(self, left_basis=left, right_basis=right)
+        return self.with_bases(Basis.reflector)
 
     def in_full(self) -> LayerSubspace:
         """The same subspace with 16-bit bases made float32, for several uses in a row."""
-        left, right = (None if b is None else b.in_full() for b in (self.left_basis, self.right_basis))
-        return replace(self, left_basis=left, right_basis=right)
+        return self.with_bases(Basis.in_full)
 
     def to(self, device: torch.device | str) -> LayerSubspace:
         """The same subspace with its bases on `device`."""
-        left, right = (None if b is None else b.to(device) for b in (self.left_basis, self.right_basis))
+        return self.with_bases(lambda basis: basis.to(device))
+
+    def with_bases(self, change: Callable[[Basis], Basis]) -> LayerSubspace:
+        """The same subspace with the bases that `change` makes of its own."""
+        left, right = (None if b is None else change(b) for b in (self.left_basis, self.right_basis))
         return replace(self, left_basis=left, right_basis=right)
 
     @property
     def nbytes(self) -> int:
         """Bytes of the stored bases."""
         return sum(basis.nbytes for basis in (self.left_basis, self.right_basis) if basis is not None)
+
+    def tensors(self) -> Iterator[Tensor]:
+        """What is stored."""
+        for basis in (self.left_basis, self.right_basis):
+            if basis is not None:
+                yield from basis.tensors()
 
     def __repr__(self) -> str:
         sides = [
@@ -172,6 +200,32 @@ class LayerSubspace:
         ]
         block = ", block" if self.block else ""
         return f"LayerSubspace({self.shape}, rank={self.rank}, energy={self.energy:.3f}, {', '.join(sides)}{block})"
+
+
+def _side(
+    top: TopSubspace,
+    side: Side,
+    block: bool,
+    dtype: torch.dtype | None,
+    remembered: Remembered | None,
+    shared: dict[int, Basis] | None,
+) -> Basis:
+    spans = [] if remembered is None else remembered.spans(side)
+    length = top.matrix.shape[0 if side == "left" else 1]
+    if not any(span.shape[1] for span in spans):
+        keep = not block and length - top.rank < top.rank
+        return Basis.store(getattr(top, f"free_{side}" if keep else side), "free" if keep else "protected", dtype)
+    key = id(spans[0]) if top.rank == 0 and len(spans) == 1 else None
+    if key is not None and shared is not None and key in shared:
+        return shared[key]
+    own: Tensor = getattr(top, side)
+    joined = join([own, *spans])
+    keep = length - joined.shape[1] < joined.shape[1]
+    columns = complement(joined).to(own.dtype) if keep else orthonormal(joined.to(own.dtype))
+    basis = Basis.store(columns, "free" if keep else "protected", dtype)
+    if key is not None and shared is not None:
+        shared[key] = basis
+    return basis
 
 
 def _reflector(basis: Basis | None) -> Tensor | None:

@@ -6,27 +6,28 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from .basis import BASIS_DTYPES
 from .decompose import Choice
-from .derive import derive_layers, progress_bar
-from .dtensor import is_dtensor, is_fsdp
+from .derive import derive_layers, progress_bar, protected_shares, remember_tasks, search_starts
+from .dtensor import is_dtensor, is_fsdp, stored_bytes
 from .guard import Guard, guard_optimizer
 from .importance import layer_importance
 from .layer import LayerSubspace, Sides, check_sides, project_each_
 from .leak import LayerLeak, check_start_weights, measure_exact, measure_sketched
 from .names import canonical_parameters, group_names, list_names
 from .ranks import Energy, Importance, RankPolicy, SizePolicy, as_policy
+from .remember import Carried, Memory, Remember, Remembered, RememberInputs, as_remember, memory_of
 from .targets import resolve_targets
 
 if TYPE_CHECKING:
     from .distributed.agreement import Ranks
 
-__all__ = ["Subspaces", "Unprotected"]
+__all__ = ["Parts", "Subspaces", "Unprotected"]
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,17 @@ class Unprotected:
     parameters: int
     elements: int
     trained: bool
+
+
+class Parts(NamedTuple):
+    """What a `Subspaces` is made of."""
+
+    layers: Mapping[str, LayerSubspace]
+    sketches: Mapping[str, Tensor]
+    unprotected: Sequence[Unprotected] = ()
+    importance: Mapping[str, float] | None = None
+    memory_of_tasks: Memory | None = None
+    remembered_share: Mapping[str, float] | None = None
 
 
 class Subspaces(Mapping[str, LayerSubspace]):
@@ -51,15 +63,21 @@ class Subspaces(Mapping[str, LayerSubspace]):
         sketches: Mapping[str, Tensor],
         unprotected: Sequence[Unprotected] = (),
         importance: Mapping[str, float] | None = None,
+        memory_of_tasks: Memory | None = None,
+        remembered_share: Mapping[str, float] | None = None,
     ) -> None:
         """What `from_model` and `load` build on; `sketches` are those of `leak.sketch_weight` at the start.
 
         importance: what `Importance` chose the ranks by; None for any other policy.
+        memory_of_tasks: for the subspaces of the next task, if tasks are remembered.
+        remembered_share: see the method of that name.
         """
         self._layers = dict(layers)
         self._sketches = dict(sketches)
         self.unprotected = tuple(unprotected)
         self.importance = dict(importance or {})
+        self.memory_of_tasks = memory_of_tasks
+        self._remembered_share = dict(remembered_share or {})
         self._parameters: dict[str, weakref.ref[Tensor]] = {}
         # Of sharded parameters that are projected where they lie: the layers with bases sharded likewise.
         self._in_place: dict[str, LayerSubspace] = {}
@@ -76,6 +94,7 @@ class Subspaces(Mapping[str, LayerSubspace]):
         unfreeze_rank_ratio: float | None = None,
         batches: Iterable[Mapping[str, Any] | Tensor] | None = None,
         previous: Mapping[str, LayerSubspace] | None = None,
+        remember: Remember | RememberInputs | Sequence[Remember | RememberInputs] | None = None,
         basis_dtype: torch.dtype | None = None,
         progress: bool = False,
     ) -> Subspaces:
@@ -93,10 +112,16 @@ class Subspaces(Mapping[str, LayerSubspace]):
         others: "freeze" sets requires_grad to False on every parameter without a basis, once all else has succeeded;
             "train" leaves them as they are, unprotected.
         batches: model inputs (mappings of keyword arguments, or tensors) that `Importance` measures the layers on; see
-            `importance.layer_importance`. No other policy looks at them.
-        previous: the subspaces of these weights before their last training. A matrix of 1024 or more either way, with
-            at most a quarter of its directions protected, is searched from there on: up to 5 times faster, with at
-            least 0.999 of the energy that can be held, as without. No other matrix takes notice of it.
+            `importance.layer_importance`. No other policy looks at them. `RememberInputs` does, if there is a
+            `previous`: they are then rows of the task just learned.
+        previous: the subspaces of these weights before their last training, or what their `carry` returned. A matrix of
+            1024 or more either way, with at most a quarter of its directions protected, is searched from there on: up
+            to 5 times faster, with at least 0.999 of the energy that can be held, as without. No other matrix takes
+            notice of it.
+        remember: protect besides, on the sides that are protected, what the tasks before taught: `Remember(0.12)`,
+            `RememberInputs(0.95)` or a list of one each. `protect=0.0` protects that alone. previous has then to be of
+            subspaces that were made with the same; without it there is nothing to remember yet. `Remember` keeps a copy
+            of the weights on the CPU for the next task. Not for sharded models.
         basis_dtype: torch.float16 or torch.bfloat16 stores bases in 16 bit. What is protected is then exactly the span
             of the rounded ones, 3e-4 or 2e-3 away from the singular vectors', for half the memory and k² more 16-bit
             numbers a side; a basis is made float32 where it is used, which takes k / 2d more time. None is float32
@@ -119,6 +144,19 @@ class Subspaces(Mapping[str, LayerSubspace]):
             raise ValueError(
                 f"basis_dtype: got {basis_dtype}, wanted None for float64 parameters: {list_names(double)}"
             )
+        changes, inputs = as_remember(remember, sides)
+        memory: Memory | None = None
+        shares: dict[str, float] = {}
+        if changes is not None or inputs is not None:
+            if _is_sharded(model, found):
+                raise ValueError(
+                    "remember: given with a sharded model, wanted None: what is remembered is joined from whole bases, "
+                    "which no rank has"
+                )
+            batches = None if batches is None else list(batches) if isinstance(policy, Importance) else batches
+            memory = memory_of(previous)
+            earlier = {} if memory is None else memory.start_weights
+            memory = remember_tasks(model, found, sides, changes, inputs, memory, batches, _replicas(model))
         importance: dict[str, float] = {}
         wanted: Mapping[str, Choice] | float
         if isinstance(policy, Importance):
@@ -132,12 +170,16 @@ class Subspaces(Mapping[str, LayerSubspace]):
         else:
             wanted = dict.fromkeys(found, policy.choose)
         with progress_bar(len(found), progress) as advance:
-            layers, sketches = _derive(model, found, wanted, sides, previous or {}, advance, basis_dtype)
+            remembered = None if memory is None else memory.remembered
+            layers, sketches = _derive(model, found, wanted, sides, previous or {}, advance, basis_dtype, remembered)
+        if changes is not None and memory is not None:
+            shares = protected_shares(layers, found, earlier)
+            memory = memory.from_here(found)
         rest = {name: parameter for name, parameter in canonical_parameters(model)[0].items() if name not in found}
         if others == "freeze":
             for parameter in rest.values():
                 parameter.requires_grad_(False)
-        subspaces = cls(layers, sketches, _summarise(rest), importance)
+        subspaces = cls(layers, sketches, _summarise(rest), importance, memory, shares)
         subspaces._parameters = {name: weakref.ref(parameter) for name, parameter in found.items()}
         subspaces._spread()
         return subspaces
@@ -211,7 +253,7 @@ class Subspaces(Mapping[str, LayerSubspace]):
         pairs: list[tuple[Tensor, LayerSubspace]] = []
         away: list[tuple[Tensor, LayerSubspace]] = []
         for name, parameter in self._bound():
-            if parameter.grad is not None and self[name].rank:
+            if parameter.grad is not None and self[name].protects:
                 if parameter.grad.is_sparse:
                     raise RuntimeError(f"{name} has a sparse gradient, which cannot be projected")
                 layer = self.in_place(name)
@@ -263,10 +305,28 @@ class Subspaces(Mapping[str, LayerSubspace]):
             return {n: measure_sketched(self[n], p, self._sketches[n], n) for n, p in self._bound()}
         return {name: measure_exact(self[name], parameter, start[name]) for name, parameter in self._bound()}
 
+    @property
+    def remembered(self) -> Mapping[str, Remembered]:
+        """What is remembered of earlier tasks, by name; empty without `remember`."""
+        return {} if self.memory_of_tasks is None else self.memory_of_tasks.remembered
+
+    def remembered_share(self) -> dict[str, float]:
+        """||P dW|| / ||dW|| of what the last task has changed, P the projector onto what is protected now: 1.0 where
+        the next task cannot touch it. By name, of subspaces made with `Remember` after a task; 0.0 where nothing has
+        changed. Bases that are only derived anew protect next to none of it."""
+        return dict(self._remembered_share)
+
+    def carry(self) -> Carried:
+        """What the subspaces of the next task need of these as `previous`, so that these can be released."""
+        return Carried(search_starts(self), self.memory_of_tasks)
+
     def memory(self) -> int:
-        """Bytes of the bases and sketches stored, of sharded parameters on this rank."""
-        layers = sum(layer.nbytes for layer in (*self.values(), *self._in_place.values()))
-        return layers + sum(sketch.nbytes for sketch in self._sketches.values() if not sketch.is_meta)
+        """Bytes of what is stored, of sharded parameters on this rank: bases, sketches, and on the CPU what is
+        remembered, with the start weights."""
+        tensors = [tensor for layer in (*self.values(), *self._in_place.values()) for tensor in layer.tensors()]
+        tensors += self._sketches.values()
+        tensors += () if self.memory_of_tasks is None else self.memory_of_tasks.tensors()
+        return stored_bytes(tensors)
 
     def save(self, path: str | Path) -> None:
         """Write bases, sketches and what `summary` shows to one safetensors file, replacing `path` once it is whole."""
@@ -283,8 +343,7 @@ class Subspaces(Mapping[str, LayerSubspace]):
         from .storage import load_subspaces
 
         own = None if model is None else _own_names(model)
-        layers, sketches, unprotected, importance = load_subspaces(Path(path), own)
-        subspaces = cls(layers, sketches, unprotected, importance)
+        subspaces = cls(*load_subspaces(Path(path), own))
         if model is not None:
             subspaces.bind(model)
             for name, parameter in subspaces._bound():
@@ -336,19 +395,32 @@ def _derive(
     previous: Mapping[str, LayerSubspace],
     advance: Callable[[], None],
     basis_dtype: torch.dtype | None,
+    remembered: Mapping[str, Remembered] | None,
 ) -> tuple[dict[str, LayerSubspace], dict[str, Tensor]]:
     """`derive_layers`, the work spread over the ranks where there are several."""
     settings = (found, wanted, sides, previous, advance, basis_dtype)
-    if any(is_dtensor(matrix) for matrix in found.values()) or any(is_fsdp(module) for module in model.modules()):
+    if _is_sharded(model, found):
         from .distributed.layers import derive_sharded
 
         return derive_sharded(*settings)
-    if isinstance(model, nn.parallel.DistributedDataParallel):
-        from .distributed.agreement import Ranks
+    if (ranks := _replicas(model)) is not None:
         from .distributed.layers import derive_replicated
 
-        return derive_replicated(*settings, Ranks.of(model.process_group))
-    return derive_layers(*settings)
+        return derive_replicated(*settings, remembered, ranks)
+    return derive_layers(*settings, remembered)
+
+
+def _is_sharded(model: nn.Module, found: Mapping[str, Tensor]) -> bool:
+    return any(is_dtensor(matrix) for matrix in found.values()) or any(is_fsdp(module) for module in model.modules())
+
+
+def _replicas(model: nn.Module) -> Ranks | None:
+    """The ranks that hold the same model each."""
+    if not isinstance(model, nn.parallel.DistributedDataParallel):
+        return None
+    from .distributed.agreement import Ranks
+
+    return Ranks.of(model.process_group)
 
 
 def _own_names(model: nn.Module) -> Callable[[Mapping[str, tuple[int, int]]], set[str]] | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,9 +12,11 @@ from torch import Tensor
 
 from ..layer import check_sides
 from ..ranks import Importance, Schedule
+from ..remember import Carried, RememberInputs
 from ..subspaces import Subspaces
 from .config import TrainConfig
 from .encoding import Encoded, EncodedTask
+from .policies import parse_remember
 
 IMPORTANCE_ROWS = 32
 
@@ -26,7 +28,7 @@ class TaskContext:
     model: Any
     collate: Callable[[list[Encoded]], dict[str, Any]]
     config: TrainConfig
-    starts: dict[str, Any] = field(default_factory=dict)
+    previous: Carried | None = None
 
 
 class Method:
@@ -56,22 +58,22 @@ class Sculpt(Method):
         if config.protect is None:
             return None
         batches = None
-        if isinstance(config.protect, Importance):
+        remember = parse_remember(config.remember)
+        if isinstance(config.protect, Importance) or any(isinstance(each, RememberInputs) for each in remember):
             rows = context.tasks[max(index - 1, 0)].train
             chosen = random.Random(0).sample(range(len(rows)), min(IMPORTANCE_ROWS, len(rows)))
             batches = [context.collate([rows[row]]) for row in sorted(chosen)]
-        subspaces = Subspaces.from_model(
+        return Subspaces.from_model(
             context.model,
             protect=Schedule(index + 1, len(context.tasks)) if config.protect == "schedule" else config.protect,
             batches=batches,
-            previous=context.starts,
+            previous=context.previous,
+            remember=remember,
             sides=check_sides(config.sides),
             targets=config.targets,
             others="freeze" if config.others == "freeze" else "train",
             basis_dtype=getattr(torch, config.basis_dtype),
         )
-        context.starts.clear()
-        return subspaces
 
 
 def make_method(config: TrainConfig) -> Method:

@@ -45,7 +45,7 @@ class LeakCallback(TrainerCallback):
 
     def __init__(self, subspaces: Subspaces) -> None:
         self.subspaces = subspaces
-        self._protected = [name for name, layer in subspaces.items() if layer.rank]
+        self._protected = [name for name, layer in subspaces.items() if layer.protects]
 
     def add_to(self, trainer: Trainer) -> LeakCallback:
         """In place of `trainer.add_callback`; returns self."""

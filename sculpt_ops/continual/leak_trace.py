@@ -31,7 +31,7 @@ class LeakTrace:
         self.last: dict[str, LayerLeak] = {}
         self.seconds = 0.0
         self._subspaces = subspaces
-        self._protected = [name for name, layer in (subspaces or {}).items() if layer.rank]
+        self._protected = [name for name, layer in (subspaces or {}).items() if layer.protects]
 
     def on_step(self, step: int) -> None:
         """To be called after the `step`-th optimizer step, counted from 1."""

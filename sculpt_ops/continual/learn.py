@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from ..derive import search_starts
 from ..subspaces import Subspaces
 from .config import TrainConfig
 from .distributed import World
@@ -46,6 +45,9 @@ def learn(run: Run, index: int) -> None:
         subspaces, derive_seconds = saved.subspaces(model)
         if subspaces is None:
             run.method.begin_task(context)
+    # Released before the training.
+    run.previous = None
+    context = run.context(index)
     use_cache = model.config.use_cache
     rows = run.method.train_rows(context)
     steps = steps_of(config, len(rows), world)
@@ -80,6 +82,8 @@ def learn(run: Run, index: int) -> None:
     peak = memory.read()
     run.method.end_task(context)
     carried = _carry(run, subspaces)
+    if carried is not None and carried.memory_of_tasks is not None and index + 1 == len(run.tasks):
+        run.last = carried
     learned = LearnedTask(
         name=task.name,
         train_items=len(task.train),
@@ -120,8 +124,8 @@ def _carry(run: Run, subspaces: Subspaces | None) -> Subspaces | None:
     """The subspaces of the task that was learned, where the next task's have a use for them."""
     if subspaces is None:
         return None
-    run.starts.update(search_starts(subspaces))
-    return subspaces if run.starts else None
+    run.previous = subspaces.carry()
+    return subspaces if run.previous or run.previous.memory_of_tasks is not None else None
 
 
 @contextlib.contextmanager

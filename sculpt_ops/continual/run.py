@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..layer import LayerSubspace
+from ..remember import Carried
+from ..subspaces import Subspaces
 from ._methods_stub import Method, TaskContext
 from .checkpoint import Checkpoints, Saved, write_state
 from .config import TrainConfig
@@ -21,10 +22,11 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
-@dataclass(frozen=True)
+@dataclass
 class Run:
     """weights, rows: hashes of the first weights, and of every task's rows. saved: the state that the run goes on from.
-    starts: of the last task's subspaces, what the search for the next task's may start from."""
+    previous: of the last task's subspaces, what the next task's are derived from. last: those of the last task of all,
+    if one more task would need them."""
 
     config: TrainConfig
     world: World
@@ -38,7 +40,8 @@ class Run:
     weights: str
     rows: Mapping[str, str]
     saved: Saved | None = None
-    starts: dict[str, LayerSubspace] = field(default_factory=dict)
+    previous: Carried | None = None
+    last: Subspaces | None = None
 
     @property
     def checkpoints(self) -> Checkpoints:
@@ -52,7 +55,7 @@ class Run:
     def context(self, index: int) -> TaskContext:
         """What the method is told at the `index`-th task."""
         collate = Collator(self.model, self.tokenizer)
-        return TaskContext(index, self.encoded, self.model, collate, self.config, self.starts)
+        return TaskContext(index, self.encoded, self.model, collate, self.config, self.previous)
 
     def write(self) -> None:
         """The results so far."""

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ..derive import search_starts
 from .checkpoint import Checkpoints
 from .config import TrainConfig
 from .distributed import World, join_world
@@ -73,7 +72,7 @@ def _train(config: TrainConfig, zero_shot: RunResult | None, world: World, quiet
     state = run.method.state()
     run.method.finish(run.model)
     save_model(run.model, run.tokenizer, Path(config.output) / "model", world)
-    run.checkpoints.finish(state, None)
+    run.checkpoints.finish(state, run.last)
     return run.result
 
 
@@ -84,5 +83,8 @@ def _go_on(run: Run) -> None:
         return
     state, subspaces = run.saved.carried(run.model)
     run.method.load_state(state)
-    run.starts.update(search_starts(subspaces or {}))
+    if subspaces is not None:
+        run.previous = subspaces.carry()
+        if subspaces.memory_of_tasks is not None and run.saved.task == len(run.tasks):
+            run.last = subspaces
     run.saved.load_weights(run.model)

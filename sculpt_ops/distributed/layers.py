@@ -14,6 +14,7 @@ from ..derive import CHUNK, derive_layers
 from ..layer import LayerSubspace, Sides, project_each_
 from ..leak import LayerLeak, measure_exact, measure_sketched
 from ..ops.finite import check_finite
+from ..remember import Remembered
 from .agreement import Ranks
 from .exchange import Place, assign_owners, broadcast, gather, round_trip, scatter
 from .sharding import Sharding, as_shard, common_ranks, moves_to_owner, sharding_of
@@ -93,6 +94,7 @@ def derive_replicated(
     previous: Mapping[str, LayerSubspace],
     advance: Callable[[], None],
     basis_dtype: torch.dtype | None,
+    remembered: Mapping[str, Remembered] | None,
     ranks: Ranks,
 ) -> tuple[Layers, Sketches]:
     """`derive_layers` of matrices that are the same on all of `ranks`: each does its share, all get all; collective."""
@@ -103,7 +105,7 @@ def derive_replicated(
     def derive() -> tuple[Layers, Sketches]:
         nonlocal own
         mine = {name: targets[name] for name in names if owners[name] == ranks.rank}
-        own = derive_layers(mine, wanted, sides, previous, advance, basis_dtype)
+        own = derive_layers(mine, wanted, sides, previous, advance, basis_dtype, remembered)
         return tuple({name: part.to("meta") for name, part in parts.items()} for parts in own)  # type: ignore[return-value]
 
     layers: Layers = {}
@@ -159,7 +161,7 @@ def in_place_layers(layers: Mapping[str, LayerSubspace], parameters: Mapping[str
         along, across = bases[sharding.dim], bases[1 - sharding.dim]
         m, n = layer.shape if sharding.dim == 0 else layer.shape[::-1]
         width = 0 if along is None else along.columns.shape[1]
-        if not layer.rank or moves_to_owner(m, n, width, sharding.ranks.size):
+        if not layer.protects or moves_to_owner(m, n, width, sharding.ranks.size):
             continue
         assert layer.owner is not None
         shardings[name] = sharding

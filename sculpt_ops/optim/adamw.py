@@ -170,7 +170,7 @@ class AdamW(torch.optim.AdamW):
     def _bind(self, subspaces: Subspaces | None) -> dict[Tensor, LayerSubspace]:
         in_place = not self._options.in_coordinates
         bound = {} if subspaces is None else bind_to_optimizer(subspaces, self, in_place=in_place)
-        return {parameter: layer for parameter, layer in bound.items() if layer.rank}
+        return {parameter: layer for parameter, layer in bound.items() if layer.protects}
 
     @staticmethod
     def _rebase(state: dict[str, Any], old: LayerSubspace | None, new: LayerSubspace | None) -> None:
