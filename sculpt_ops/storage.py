@@ -61,7 +61,8 @@ def pack(subspaces: Subspaces, sketches: Mapping[str, Tensor]) -> tuple[dict[str
         bases = (layer.left_basis, layer.right_basis)
         for side, basis, protected in zip(("left", "right"), bases, layer.protected_dims, strict=True):
             if basis is not None:
-                layers[name][side] = {"form": basis.form, "protected": protected}
+                width = layer.rank if memory is None else protected
+                layers[name][side] = {"form": basis.form, "protected": width}
                 tensors[f"{name}:{side}"] = basis.columns
                 if basis.correction is not None:
                     tensors[f"{name}:{side}:correction"] = basis.correction

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from sculpt_ops import Subspaces
-from sculpt_ops.continual import Example, RunResult, Task, TrainConfig, _methods_stub, learn, prepare, train, trainer
+from sculpt_ops.continual import Example, RunResult, Task, TrainConfig, _methods_stub, prepare, train, trainer
 from sculpt_ops.continual.encoding import Collator, encode_task
 from sculpt_ops.continual.evaluate import greedy_answers
 from sculpt_ops.continual.leak_trace import LeakTrace
@@ -133,16 +133,16 @@ def test_subspaces_are_those_of_the_weights_before_each_task(
     derive = Subspaces.from_model
 
     def spy(model: torch.nn.Module, **arguments: Any) -> Any:
-        starts.append(dict(arguments["previous"]))
+        starts.append(arguments["previous"])
         subspaces = derive(model, **arguments)
         seen.append((subspaces, {name: weight.detach().clone() for name, weight in model.named_parameters()}))
         return subspaces
 
     monkeypatch.setattr(Subspaces, "from_model", spy)
-    monkeypatch.setattr(learn, "search_starts", dict)
+    monkeypatch.setattr("sculpt_ops.subspaces.search_starts", dict)
     train(TrainConfig(**short, output=tmp_path / "out", protect=Rank(4), sides="left"), quiet=True)
     assert len(seen) == 2
-    assert starts == [{}, dict(seen[0][0])]
+    assert starts == [None, dict(seen[0][0])]
     for subspaces, at_start in seen:
         for name, layer in subspaces.items():
             left = torch.linalg.svd(at_start[name]).U[:, :4]
