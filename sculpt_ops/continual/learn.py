@@ -104,6 +104,7 @@ def learn(run: Run, index: int) -> None:
         leak_right={name: leak.right for name, leak in trace.last.items() if leak.right is not None},
         leak_over_time=trace.points,
         leak_seconds=trace.seconds,
+        remembered={} if subspaces is None else subspaces.remembered_share(),
     )
     everyone = world.share("the task's figures", learned)
     peak = max(task.peak_memory_bytes for task in everyone)

@@ -50,7 +50,8 @@ class LearnedTask:
     weight change that lies in the protected space, after the last step; leak_left and leak_right the shares of the
     change inside the protected directions of one side, where that side is protected. leak_over_time: (step, median over
     the weights, the largest) triples; leak_seconds: spent measuring, part of train_seconds but of no step's. All empty
-    for plain fine-tuning.
+    for plain fine-tuning. remembered: per protected weight the share of the change by the task before that is
+    protected in this one, known where changes are remembered.
     """
 
     name: str
@@ -69,6 +70,7 @@ class LearnedTask:
     leak_right: dict[str, float] = field(default_factory=dict)
     leak_over_time: list[tuple[int, float, float]] = field(default_factory=list)
     leak_seconds: float = 0.0
+    remembered: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
