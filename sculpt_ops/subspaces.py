@@ -173,7 +173,7 @@ class Subspaces(Mapping[str, LayerSubspace]):
             remembered = None if memory is None else memory.remembered
             layers, sketches = _derive(model, found, wanted, sides, previous or {}, advance, basis_dtype, remembered)
         if changes is not None and memory is not None:
-            shares = protected_shares(layers, found, earlier)
+            shares = protected_shares(layers, found, earlier) if earlier else {}
             memory = memory.from_here(found)
         rest = {name: parameter for name, parameter in canonical_parameters(model)[0].items() if name not in found}
         if others == "freeze":

@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 
 __all__ = ["summarise"]
 
+SIDES = ("left", "right")
+
 
 def summarise(subspaces: Subspaces) -> str:
     """Every layer of `subspaces`, then every group of parameters that it does not protect."""
@@ -21,10 +23,12 @@ def summarise(subspaces: Subspaces) -> str:
     if subspaces.importance:
         cells = ["importance", *(f"{subspaces.importance[name]:.2f}" for name in subspaces)]
         rows = [(*row, cell) for row, cell in zip(rows, cells, strict=True)]
+    if subspaces.remembered:
+        rows = [(*row, cell) for row, cell in zip(rows, ("remembered", *map(_joined, subspaces.values())), strict=True)]
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    lines.append(f"{len(subspaces)} matrices, {subspaces.memory() / 2**20:.1f} MiB of bases and sketches")
-    if empty := [name for name, layer in subspaces.items() if not layer.rank]:
+    lines.append(f"{len(subspaces)} matrices, {subspaces.memory() / 2**20:.1f} MiB of {_stored(subspaces)}")
+    if empty := [name for name, layer in subspaces.items() if not layer.protects]:
         lines.append(f"NOT protected, rank 0: {list_names(empty)}")
     for trained, verb in ((True, "trained"), (False, "frozen")):
         groups = [group for group in subspaces.unprotected if group.trained == trained]
@@ -41,6 +45,20 @@ def _row(name: str, layer: LayerSubspace) -> tuple[str, ...]:
     m, n = layer.shape
     sides = (_side(layer.left_basis, layer.block), _side(layer.right_basis, layer.block))
     return (name, f"{m} x {n}", str(layer.rank), f"{layer.energy:.1%}", *sides)
+
+
+def _joined(layer: LayerSubspace) -> str:
+    """Directions that the sides protect beyond the weight's own."""
+    return ", ".join(
+        f"{dims - layer.rank} {side}" for dims, side in zip(layer.protected_dims, SIDES, strict=True) if dims
+    )
+
+
+def _stored(subspaces: Subspaces) -> str:
+    if subspaces.memory_of_tasks is None:
+        return "bases and sketches"
+    starts = " and start weights" if subspaces.memory_of_tasks.start_weights else ""
+    return f"bases, sketches and, on the CPU, what is remembered{starts}"
 
 
 def _side(basis: Basis | None, block: bool) -> str:
