@@ -118,6 +118,22 @@ def inspect(
 
 
 @app.command()
+def bench(
+    output: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("bench-results"),
+    seconds: Annotated[float, typer.Option(help="Time for all tables.")] = 240.0,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Tiny sizes on the CPU; its figures mean nothing.")
+    ] = False,
+) -> None:
+    """Measure the ops on this GPU against torch's own; writes JSON, a table and a roofline."""
+    from ..bench import main
+
+    with _one_line_errors():
+        arguments = ["--output", str(output), "--seconds", str(seconds), *(["--dry-run"] if dry_run else [])]
+        raise typer.Exit(main(arguments))
+
+
+@app.command()
 def plan(
     model: Annotated[str, typer.Argument(help="Folder, config.json, hub name, or a known one such as llama-2-7b.")],
     gpu: Annotated[str | None, typer.Option(help="What it has to fit: 80GB, 24GiB, or a name such as H100.")] = None,

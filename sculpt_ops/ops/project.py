@@ -231,7 +231,8 @@ def _foreach_autograd_(
     keep_rights: Sequence[bool] = (),
     block: bool = False,
 ) -> None:
-    check_foreach("foreach_project_", grads, lefts, rights, keep_lefts, keep_rights, block)
+    if not (grads and grads[0].is_cuda):  # The CUDA kernel checks by itself, once a list and not once a call.
+        check_foreach("foreach_project_", grads, lefts, rights, keep_lefts, keep_rights, block)
     refuse_forward_mode("foreach_project_", *grads, *lefts, *rights)
     if torch.is_grad_enabled():
         for i, (grad, left, right) in enumerate(zip(grads, lefts, rights, strict=True)):
