@@ -27,6 +27,7 @@ from sculpt_ops.distributed.op_collectives import BUCKET_BYTES
 from sculpt_ops.distributed.op_exchange import chunk
 from sculpt_ops.distributed.sharding import moves_to_owner
 from sculpt_ops.distributed.traffic import all_gather_bytes, all_reduce_bytes, reduce_scatter_bytes
+from sculpt_ops.optim.rows import _BUCKET_BYTES, _SHARDED_BUCKETS
 
 Shape = tuple[int, int]
 # A matrix and the rank that owns it.
@@ -89,20 +90,42 @@ def step(
         kinds = 1 if not decay or grad_bytes == 4 else 2  # a collective a dtype
         load += moved(away, size, grad_bytes + 4 * decay) + moved(away, size, 4, back=True)
         load += Load([0] * size, [0] * size, 0, (kinds + 1) * len(_buckets(places(away), size)))
-    of_gradient = parted([nbytes for _, nbytes in coefficients], BUCKET_BYTES)
-    of_step = parted([nbytes for _, nbytes in coefficients], BUCKET_BYTES, [4 * m * n for (m, n), _ in coefficients])
+    of_gradient = parted([nbytes for _, nbytes in coefficients])
+    of_step = [part for bucket in step_buckets(coefficients, size) for part in parted(bucket)]
     sums = [sum(part) for part in (*of_gradient, *of_step)]
     ring = sum(all_reduce_bytes(nbytes, size) for nbytes in sums)
     return load + Load([0] * size, [0] * size, ring, len(sums))
 
 
-def set_up(shapes: Sequence[Shape], size: int, weight_bytes: int = 4) -> Load:
-    """`Subspaces.from_model`: weights to their owners, without the few KB of Python objects that each round shares in
-    two all-gathers, as does the check for NaN."""
+def set_up(shapes: Sequence[Shape], rank: Sequence[int], size: int, *, weight_bytes: int = 4) -> Load:
+    """`Subspaces.from_model`, both sides: weights to their owners, without the few KB of Python objects that each round
+    shares in two all-gathers, as does the check for NaN; then bases to where matrices are projected in place."""
     owners = assign_owners(shapes, size)
     owned = list(zip(shapes, owners, strict=True))
     rounds = len(_rounds({str(i): place for i, place in enumerate(places(owned))}, size))
-    return moved(owned, size, weight_bytes) + Load([0] * size, [0] * size, 0, 3 * rounds + 2)
+    load = moved(owned, size, weight_bytes) + Load([0] * size, [0] * size, 0, 3 * rounds + 2)
+    here = [
+        (shape, k, owner)
+        for (shape, owner), k in zip(owned, rank, strict=True)
+        if not moves_to_owner(*shape, min(k, shape[0] - k), size)
+    ]
+    left: list[Owned] = [((m, min(k, m - k)), owner) for (m, _), k, owner in here]
+    load += moved(left, size, 4, back=True) + Load([0] * size, [0] * size, 0, bool(left))
+    right = sums_by_owner([owner for *_, owner in here], [4 * n * min(k, n - k) for (_, n), k, _ in here], size)
+    for root, nbytes in enumerate(right):
+        # A chain from the owner on; the last rank of it sends nothing.
+        sent = [nbytes if (each + 1) % size != root else 0 for each in range(size)]
+        received = [nbytes if each != root else 0 for each in range(size)]
+        load += Load(sent, received, 0, bool(nbytes))
+    return load
+
+
+def sums_by_owner(owners: Sequence[int], values: Sequence[int], size: int) -> list[int]:
+    """The sum of every owner's `values`."""
+    sums = [0] * size
+    for owner, value in zip(owners, values, strict=True):
+        sums[owner] += value
+    return sums
 
 
 def places(owned: Sequence[Owned]) -> list[Place]:
@@ -127,17 +150,28 @@ def shares(length: int, size: int) -> tuple[int, ...]:
     return tuple(chunk(length, rank, size)[1] for rank in range(size))
 
 
-def parted(nbytes: Sequence[int], limit: int, weights: Sequence[int] | None = None) -> list[list[int]]:
-    """`nbytes` in parts of at most `limit` (of `weights`, if given)."""
+def parted(nbytes: Sequence[int]) -> list[list[int]]:
+    """`nbytes` in parts of at most `BUCKET_BYTES`."""
     parts: list[list[int]] = []
     held = 0
-    for value, weight in zip(nbytes, weights or nbytes, strict=True):
-        if not parts or held + weight > limit:
+    for value in nbytes:
+        if not parts or held + value > BUCKET_BYTES:
             parts.append([])
             held = 0
         parts[-1].append(value)
-        held += weight
+        held += value
     return parts
+
+
+def step_buckets(coefficients: Sequence[tuple[Shape, int]], size: int) -> list[list[int]]:
+    """Bytes of coefficients of the matrices that are stepped together, as `optim.rows` has it."""
+    total, before = sum(4 * m * n for (m, n), _ in coefficients), 0
+    count = min(max(-(-total // (size * _BUCKET_BYTES)), 1), _SHARDED_BUCKETS)
+    buckets: list[list[int]] = [[] for _ in range(count)]
+    for (m, n), nbytes in coefficients:
+        buckets[count * before // total].append(nbytes)
+        before += 4 * m * n
+    return buckets
 
 
 def theirs_step(shapes: Sequence[Shape], rank: Sequence[int], size: int, itemsize: int = 4) -> Load:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from communication import Load, Model, passes, set_up, step, theirs_set_up, theirs_step
+from communication import Load, Model, passes, set_up, step, sums_by_owner, theirs_set_up, theirs_step
 
 from sculpt_ops.distributed.exchange import assign_owners
 
@@ -84,66 +84,58 @@ def theirs(name: str, layout: Layout, protect: float) -> Load:
 
 def tables() -> str:
     """All of them; what stands between the marks of docs/distributed.md."""
+    theirs = [f"theirs, {share:g}" for share in SHARES]
     parts = [
-        "Sent by a rank in a step, beside the passes; float32 weights and gradients:",
-        rows_of(sent_a_step, "ours", "busiest", "weight decay", "busiest", *(f"theirs, {s:g}" for s in SHARES)),
-        "Collectives of a step, and bytes of FSDP2's own passes for scale (bfloat16 gathers, float32 reduction, with "
-        "shards in a node the all-reduce between nodes as well):",
-        rows_of(calls_and_passes, "ours", "theirs", "passes, ours", *(f"theirs, {s:g}" for s in SHARES)),
-        "**Estimated** milliseconds of a step's communication at full rate, nothing overlapped, and of FSDP2's passes; "
-        "last, protect 0.5, of the projections' operations on the busiest rank. Not measured:",
+        "GB sent by a rank in a step, float32 weights and gradients, and collectives; last, for scale, the passes of "
+        "FSDP2 itself (bfloat16 gathers, float32 reduction):",
+        rows_of(sent_a_step, SHARDED, "ours", "busiest", "weight decay", "calls", *theirs, "calls", "passes"),
+        "**Estimated, not measured:** milliseconds at full rate, nothing overlapped, of that communication, of the "
+        "passes', and of the projections' operations on the busiest rank:",
         rows_of(
-            *(estimates, "ours", "weight decay", *(f"theirs, {s:g}" for s in SHARES)),
-            *("passes, ours", "theirs, 0.5", "projections, ours", "theirs"),
+            *(estimates, LAYOUTS, "ours", "weight decay", "theirs, 0.5", "passes, ours", "theirs, 0.5"),
+            *("projections, ours", "theirs"),
         ),
-        "Ours at few protected directions, `Rank(64)`, both sides; matrices projected where they lie, and bytes sent:",
-        rows_of(few_directions, "in place", "full", "busiest", "collectives", "subspace", "busiest"),
-        "Set-up, from float32 weights: sent by a rank, collectives, and the share of the decompositions (cost "
-        "m n min(m, n)) of the busiest rank over the mean:",
-        rows_of(setting_up, "ours", "busiest", "calls", "work", "theirs, first rank", "others", "calls", "work"),
+        "Few protected directions, `Rank(64)`, both sides: matrices projected in place, GB sent in a step:",
+        rows_of(few_directions, SHARDED, "in place", "full", "busiest", "calls", "subspace", "busiest"),
+        "Setting up from float32 weights: GB sent by a rank, collectives, and the decompositions (cost m n min(m, n)) "
+        "of the busiest rank over the mean:",
+        rows_of(
+            setting_up, SHARDED, "ours", "busiest", "calls", "work", "theirs, first rank", "others", "calls", "work"
+        ),
     ]
     return "\n\n".join(parts) + "\n"
 
 
-def rows_of(cells: object, *headings: str) -> str:
+def rows_of(cells: Callable[[str, Layout], Iterator[str]], layouts: Sequence[Layout], *headings: str) -> str:
     lines = ["| model | GPUs | " + " | ".join(headings) + " |", "|---|---|" + "---:|" * len(headings)]
-    for name in MODELS:
-        for layout in LAYOUTS if cells in (calls_and_passes, estimates) else SHARDED:
-            found: Iterator[str] = cells(name, layout)  # type: ignore[operator]
-            lines.append(f"| {name} | {layout} | " + " | ".join(found) + " |")
+    lines += [
+        f"| {name} | {layout} | " + " | ".join(cells(name, layout)) + " |" for name in MODELS for layout in layouts
+    ]
     return "\n".join(lines)
 
 
 def sent_a_step(name: str, layout: Layout) -> Iterator[str]:
-    for decay in (False, True):
-        load = ours(name, layout, decay=decay)
-        yield from (megabytes(load.mean), megabytes(load.largest))
-    yield from (megabytes(theirs(name, layout, share).largest) for share in SHARES)
-
-
-def calls_and_passes(name: str, layout: Layout) -> Iterator[str]:
-    model = model_of(name)
-    yield str(ours(name, layout).collectives)
-    yield str(theirs(name, layout, 0.5).collectives) if layout.replicas == 1 else "-"
-    yield megabytes(sum(passes(model.parameters, model.parameters, layout.size, layout.replicas)))
-    for share in SHARES:
-        yield megabytes(sum(passes(*model.factors(share), layout.size))) if layout.replicas == 1 else "-"
+    model, load = model_of(name), ours(name, layout)
+    yield from (gigabytes(load.mean), gigabytes(load.largest), gigabytes(ours(name, layout, decay=True).mean))
+    yield str(load.collectives)
+    yield from (gigabytes(theirs(name, layout, share).largest) for share in SHARES)
+    yield str(theirs(name, layout, 0.5).collectives)
+    yield gigabytes(sum(passes(model.parameters, model.parameters, layout.size)))
 
 
 def estimates(name: str, layout: Layout) -> Iterator[str]:
-    model = model_of(name)
+    model, flat = model_of(name), layout.replicas == 1
     yield from (figure(milliseconds(ours(name, layout, decay=decay), layout)) for decay in (False, True))
-    for share in SHARES:
-        yield figure(milliseconds(theirs(name, layout, share), layout)) if layout.replicas == 1 else "-"
+    yield figure(milliseconds(theirs(name, layout, 0.5), layout)) if flat else "-"
     yield figure(passes_milliseconds(model.parameters, model.parameters, layout))
-    yield figure(passes_milliseconds(*model.factors(0.5), layout)) if layout.replicas == 1 else "-"
+    yield figure(passes_milliseconds(*model.factors(0.5), layout)) if flat else "-"
     owners = assign_owners(model.shapes, layout.size)
     # Gradient and step, each 4 m n (r + s); of theirs the factors, whose rows every rank has its share of.
     half = [min(shape) // 2 for shape in model.shapes]
     mine = [2 * 4 * m * n * 2 * k for (m, n), k in zip(model.shapes, half, strict=True)]
     yield figure(1e3 * max(sums_by_owner(owners, mine, layout.size)) / PRODUCTS)
     other = sum(2 * 4 * k * k * (m + n) for (m, n), k in zip(model.shapes, half, strict=True)) / layout.size
-    yield figure(1e3 * other / PRODUCTS) if layout.replicas == 1 else "-"
+    yield figure(1e3 * other / PRODUCTS) if flat else "-"
 
 
 def few_directions(name: str, layout: Layout) -> Iterator[str]:
@@ -152,16 +144,16 @@ def few_directions(name: str, layout: Layout) -> Iterator[str]:
     in_place = sum(2 * layout.size * few <= m for m, _ in model.shapes)
     full, subspace = (step(model.shapes, ranks, layout.size, state=state) for state in ("full", "subspace"))
     yield f"{in_place} of {len(model.shapes)}"
-    yield from (megabytes(full.mean), megabytes(full.largest), str(full.collectives))
-    yield from (megabytes(subspace.mean), megabytes(subspace.largest))
+    yield from (gigabytes(full.mean), gigabytes(full.largest), str(full.collectives))
+    yield from (gigabytes(subspace.mean), gigabytes(subspace.largest))
 
 
 def setting_up(name: str, layout: Layout) -> Iterator[str]:
     model = model_of(name)
-    mine, other = set_up(model.shapes, layout.size), theirs_set_up(model.shapes, layout.size)
-    yield from (megabytes(mine.mean), megabytes(mine.largest), str(mine.collectives))
+    mine, other = set_up(model.shapes, model.ranks(0.5), layout.size), theirs_set_up(model.shapes, layout.size)
+    yield from (gigabytes(mine.mean), gigabytes(mine.largest), str(mine.collectives))
     yield figure(imbalance(model, assign_owners(model.shapes, layout.size), layout.size))
-    yield from (megabytes(other.each[0]), megabytes(max(other.each[1:])), str(other.collectives))
+    yield from (gigabytes(other.each[0]), gigabytes(max(other.each[1:])), str(other.collectives))
     count = len(model.shapes) // layout.size
     workers = [min(i // count, layout.size - 1) if count else layout.size - 1 for i in range(len(model.shapes))]
     yield figure(imbalance(model, workers, layout.size))
@@ -173,15 +165,8 @@ def imbalance(model: Model, owners: Sequence[int], size: int) -> float:
     return max(loads) * size / sum(loads)
 
 
-def sums_by_owner(owners: Sequence[int], costs: Sequence[int], size: int) -> list[int]:
-    loads = [0] * size
-    for owner, cost in zip(owners, costs, strict=True):
-        loads[owner] += cost
-    return loads
-
-
-def megabytes(nbytes: float) -> str:
-    return f"{nbytes / 1e6:,.0f} MB"
+def gigabytes(nbytes: float) -> str:
+    return figure(nbytes / 1e9)
 
 
 def figure(value: float) -> str:

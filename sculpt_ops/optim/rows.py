@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
+from ..dtensor import is_dtensor
 from ..layer import LayerSubspace, project_each_
 from .options import Options
 from .precision import add_to_weight_, has_master, read_weight, rounding_seed, wide, write_moment_
@@ -30,6 +31,7 @@ MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
 # Steps exist outside the weights before they are applied; with gradients in float32 and the decay the peak is about
 # three times this, or one matrix where it is larger.
 _BUCKET_BYTES = 64 * 2**20
+_SHARDED_BUCKETS = 4
 
 
 class Row(NamedTuple):
@@ -94,7 +96,9 @@ def step_rows(options: Options, group: Mapping[str, Any], rows: Sequence[Row]) -
         from ..distributed.steps import step_at_owners
 
         step_at_owners(options, group, away)
-    for bucket in _buckets([row for row in rows if row.layer is None or row.layer.owner is None]):
+    here = [row for row in rows if row.layer is None or row.layer.owner is None]
+    sharded = [row for row in here if is_dtensor(row.parameter)]
+    for bucket in (*_buckets([row for row in here if not is_dtensor(row.parameter)]), *_sharded_buckets(sharded)):
         if options.in_coordinates:
             # There and back: bases in 16 bit would be made float32 twice.
             bucket = [row._replace(layer=row.layer.in_full()) if row.layer else row for row in bucket]
@@ -211,3 +215,18 @@ def _buckets(rows: Sequence[Row]) -> Iterator[list[Row]]:
         size += nbytes
     if bucket:
         yield bucket
+
+
+def _sharded_buckets(rows: Sequence[Row]) -> list[list[Row]]:
+    """The same on all ranks, and at most `_SHARDED_BUCKETS`: the projections of each take a collective or two."""
+    if not rows:
+        return []
+    size = cast(Any, rows[0].parameter).device_mesh.size()
+    sizes = [row.parameter.numel() * max(row.parameter.element_size(), 4) for row in rows]
+    total, before = sum(sizes), 0
+    count = min(max(-(-total // (size * _BUCKET_BYTES)), 1), _SHARDED_BUCKETS)
+    buckets: list[list[Row]] = [[] for _ in range(count)]
+    for row, nbytes in zip(rows, sizes, strict=True):
+        buckets[count * before // total].append(row)
+        before += nbytes
+    return [bucket for bucket in buckets if bucket]

@@ -40,7 +40,7 @@ class Case:
     def ranks(self) -> list[int]:
         sizes = [min(shape) for shape in LAYER]
         if isinstance(self.protect, Rank):
-            return [self.protect.rank] * len(sizes)
+            return [min(self.protect.rank, size) for size in sizes]
         return [int(self.protect * size) for size in sizes]
 
 
@@ -119,20 +119,21 @@ def test_a_step_sends_what_the_model_says(ranks: Ranks, layers: int) -> None:
 
 
 def test_a_set_up_sends_every_shard_to_its_owner_once(ranks: Ranks) -> None:
-    for case in (Case(), Case(dtype=torch.bfloat16)):
-        wanted = communication.set_up(LAYER * 2, ranks.size, case.dtype.itemsize)
+    for case in (Case(), Case(dtype=torch.bfloat16), Case(Rank(2)), Case(0.75)):
+        wanted = communication.set_up(LAYER * 2, case.ranks * 2, ranks.size, weight_bytes=case.dtype.itemsize)
         found = [setting_up for setting_up, _ in ranks.run(counted, 2, case)]
-        moved = [sum(call.bytes for call in calls if call.op == "all_to_all") for calls in found]
+        # All else are a few numbers of each matrix, as Python objects.
+        moved = [sum(call.bytes for call in calls if call.op != "all_gather") for calls in found]
         assert moved == wanted.each
         assert [len(calls) for calls in found] == [wanted.collectives] * ranks.size
-        # All else are a few numbers of each matrix, as Python objects.
-        assert {call.op for calls in found for call in calls} == {"all_to_all", "all_gather"}
+        assert {call.op for calls in found for call in calls} <= {"all_to_all", "broadcast", "all_gather"}
 
 
 def test_fewer_calls_do_not_come_with_more_layers(ranks: Ranks) -> None:
     case = Case()
     calls = [communication.step(LAYER * n, case.ranks * n, ranks.size).collectives for n in (2, 6, 100)]
-    assert calls == [8, 8, 8]
+    # On two ranks the 31 x 13 matrices are projected in place.
+    assert calls == [10 if ranks.size == 2 else 8] * 3
 
 
 def theirs(layers: int, protect: float) -> list[Collective]:
