@@ -28,7 +28,7 @@ def test_every_python_block_of_the_readme(capsys: pytest.CaptureFixture[str]) ->
         b.replace("4096, 1024", "256, 64").replace(":64]", ":16]").replace("weight, 64", "weight, 16")
         for b in re.findall(r"```python\n(.*?)```", README.read_text(), re.S)
     ]
-    assert len(blocks) == 4
+    assert len(blocks) == 5
     for block in blocks:
         exec(block, given)
     printed = capsys.readouterr().out.splitlines()
