@@ -111,7 +111,7 @@ def _forward_transfer(table: Array) -> Array:
     return np.asarray((before - table[..., 0, :])[..., 1:].mean(-1))
 
 
-def wilson_interval(right: int, items: int) -> tuple[float, float]:
+def wilson_interval(right: float, items: int) -> tuple[float, float]:
     """95 % interval of a share (Wilson, JASA 1927); sound for few items and for shares of 0 and 1."""
     if not 0 <= right <= items or items == 0:
         raise ValueError(f"right: got {right} of {items} items, wanted 0 to {items} of at least one")

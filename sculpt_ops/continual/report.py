@@ -136,7 +136,10 @@ def _differences(results: Sequence[RunResult], names: Sequence[str]) -> str:
 def _accuracies(result: RunResult, name: str) -> str:
     accuracy, last = result.accuracy, len(result.tasks)
     labels = ["zero-shot", *(f"after {task}" for task in result.tasks)]
-    rows = [(labels[row], *(f"{100 * share:.1f}" for share in accuracy[row])) for row in range(last + 1)]
+    rows = [
+        (labels[row], *(f"{100 * share:.1f}" if share == share else "-" for share in accuracy[row]))
+        for row in range(last + 1)
+    ]
     final = [wilson_interval(sum(items), len(items)) for items in result.correct[last]]
     rows.append(("95 % interval at the end", *(f"{100 * low:.1f} to {100 * high:.1f}" for low, high in final)))
     rows.append(("items", *(str(len(items)) for items in result.correct[last])))

@@ -3,8 +3,8 @@
     kill_moments.py SETTINGS.json FOLDER EVERY
 
 Prints what a run led to as one JSON object, then the same for every EVERY-th moment, at which it was killed and then
-resumed. A moment is the end of an optimizer step, right before a file gets its name, or a folder half removed. Every run is a
-process of its own, forked so that the packages are imported once.
+resumed. A moment is the end of an optimizer step, right before a file gets its name, or a folder half removed. Every
+run is a process of its own, forked so that the packages are imported once.
 """
 
 from __future__ import annotations
