@@ -62,7 +62,7 @@ def made(
         for index, task in enumerate(tasks)
     ]
     return RunResult(
-        name=config.method,
+        name=config.title,
         tasks=tasks,
         output=f"/runs/{seed}",
         config=config.to_dict(),
