@@ -39,6 +39,7 @@ setup(
         "sculpt_ops.optim",
         "sculpt_ops.continual",
         "sculpt_ops.distributed",
+        "sculpt_ops.continual.methods",
         "sculpt_ops.continual.plan",
         "sculpt_ops.triton_kernels",
     ],

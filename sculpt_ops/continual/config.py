@@ -24,6 +24,12 @@ DECAY_TO: tuple[DecayTo, ...] = get_args(DecayTo)
 PARALLEL = ("fsdp", "ddp")
 MOMENT_DTYPES = ("float32", "bfloat16")
 EVAL_ROWS = ("all", "seen")
+METHODS = (
+    *("sculpt", "random", "first", "plain", "interpolate", "lora", "o-lora", "peft-osf", "replay", "ewc"),
+    *("multitask", "per-task"),
+)
+# That have protected subspaces.
+SUBSPACE_METHODS = ("sculpt", "random", "first")
 
 
 def about(
@@ -43,11 +49,13 @@ class TrainConfig:
 
     model: decoder-only or encoder-decoder.
     tasks: in training order; each entry a `Task`, a task folder, or a folder of task folders (taken by name).
+    method: "plain" is the same optimizer without projection, as "sculpt" is with protect None.
     protect: a float, `Rank`, `Energy`, `Importance` (measured on training rows of the task before, at the first task on
-        its own) or "schedule", `Schedule(i, n)` at task i of n; None is plain fine-tuning with the same optimizer.
-    sides, targets, others, basis_dtype, state: as in `Subspaces.from_model` and `AdamW`; without effect where protect
-        is None. master, moment_dtype, decay_to: as in `AdamW`. The low bits of master="split" last for one task: the
-        next starts from the bfloat16 weights.
+        its own) or "schedule", `Schedule(i, n)` at task i of n; None is plain fine-tuning with the same optimizer. Of
+        "peft-osf" a float.
+    sides, targets, others, basis_dtype, state: as in `Subspaces.from_model` and `AdamW`; without effect where nothing
+        is protected, but for the targets of adapters. master, moment_dtype, decay_to: as in `AdamW`. The low bits of
+        master="split" last for one task: the next starts from the bfloat16 weights.
     fuse_backward: as `fuse_into_backward`: the gradients never exist together. Needs max_grad_norm=0, and
         state="subspace" where gradients are accumulated.
     max_steps: wins over epochs. batch_size: times gradient_accumulation_steps times processes rows per optimizer step;
@@ -98,6 +106,23 @@ class TrainConfig:
     )
     fuse_backward: bool = field(
         default=False, metadata=about("Step each weight during the backward pass; not with clipping.")
+    )
+    method: str = field(
+        default="sculpt",
+        metadata=about(
+            "What is done against forgetting: sculpt protects subspaces, random others of equal rank, first those of "
+            "the first weights; plain does nothing; multitask and per-task are bounds.",
+            choices=METHODS,
+        ),
+    )
+    lora_rank: int = field(default=8, metadata=about("Of the adapters of lora and o-lora.", above=0))
+    lora_alpha: int = field(default=32, metadata=about("Over the rank, what their product counts.", above=0))
+    olora_lambda: float = field(default=0.5, metadata=about("Weight of o-lora's orthogonality.", least=0))
+    ewc_lambda: float = field(default=1000.0, metadata=about("Weight of ewc's penalty.", least=0))
+    ewc_rows: int = field(default=64, metadata=about("Rows of each task that ewc's Fisher is taken from.", above=0))
+    replay_share: float = field(default=0.05, metadata=about("Of each earlier task's rows, in replay.", above=0))
+    interpolation: float = field(
+        default=0.5, metadata=about("Share of each task's change that interpolate keeps.", above=0)
     )
     order: Sequence[str] | None = field(default=None, metadata=about("Names of the tasks to take, in order: a,b,c."))
     name: str | None = field(default=None, metadata=about("What the report calls this run."))
@@ -170,7 +195,14 @@ class TrainConfig:
     def _check_combinations(self) -> None:
         if self.master != "none" and self.dtype != "bfloat16":
             raise ValueError(f"master: got {self.master!r} with dtype {self.dtype!r}, wanted dtype bfloat16")
-        if self.protect is not None and self.state == "subspace" and self.sides == "block":
+        if self.method == "peft-osf" and not (isinstance(self.protect, float) and 0.0 < self.protect < 1.0):
+            raise ValueError(
+                f"protect: got {format_protect(self.protect)} with method 'peft-osf', wanted a share between 0 and 1"
+            )
+        if self.replay_share > 1.0 or self.interpolation > 1.0:
+            name = "replay_share" if self.replay_share > 1.0 else "interpolation"
+            raise ValueError(f"{name}: got {getattr(self, name)}, wanted a share in (0, 1]")
+        if self.protects and self.state == "subspace" and self.sides == "block":
             raise ValueError(
                 "state: got 'subspace' with sides 'block', whose free space has no coordinates; wanted 'full'"
             )
@@ -191,6 +223,10 @@ class TrainConfig:
 
     def _check_remember(self, remember: str) -> None:
         parse_remember(remember)
+        if self.method == "first":
+            raise ValueError(f"remember: got {remember!r} with method 'first', which derives nothing from later tasks")
+        if self.method not in SUBSPACE_METHODS:
+            raise ValueError(f"remember: got {remember!r} with method {self.method!r}, which protects nothing")
         if self.protect is None:
             raise ValueError(
                 f"remember: got {remember!r} with protect none, wanted protect 0 for what is remembered alone"
@@ -199,14 +235,20 @@ class TrainConfig:
             raise ValueError(f"remember: got {remember!r} with sides 'block', wanted 'both', 'left' or 'right'")
 
     @property
+    def protects(self) -> bool:
+        """Whether there are protected subspaces."""
+        return self.method in SUBSPACE_METHODS and self.protect is not None
+
+    @property
     def title(self) -> str:
         """What the report calls the run."""
         if self.name is not None:
             return self.name
-        if self.protect is None:
-            return "plain"
+        if not self.protects:
+            return "plain" if self.method in SUBSPACE_METHODS else self.method
         remembered = "" if self.remember is None else f", remember {self.remember}"
-        return f"protect {format_protect(self.protect)}, {self.sides}{remembered}"
+        method = "" if self.method == "sculpt" else f"{self.method}, "
+        return f"{method}protect {format_protect(self.protect)}, {self.sides}{remembered}"
 
     def to_dict(self) -> dict[str, Any]:
         """The settings as JSON can hold them; tasks by name or path, protect as `parse_protect` reads it."""
@@ -216,8 +258,10 @@ class TrainConfig:
         settings["name"] = self.title
         for name in ("model", "output"):
             settings[name] = str(settings[name])
-        if self.protect is None:
-            settings.update(sides=None, targets=None, others=None, basis_dtype=None, state=None)
+        if not self.protects:
+            settings.update(sides=None, others=None, basis_dtype=None, state=None)
+            settings["protect"] = settings["protect"] if self.method == "peft-osf" else "none"
+            settings["targets"] = settings["targets"] if self.method in ("lora", "o-lora", "peft-osf") else None
         for name in ("targets", "order"):
             if settings[name] is not None and not isinstance(settings[name], str):
                 settings[name] = list(settings[name])

@@ -93,7 +93,7 @@ def estimate(config: TrainConfig) -> Estimate:
     model, tokenizer, _ = open_for_training(config, world)
     seq2seq = bool(model.config.is_encoder_decoder)
     encoded = [encode_task(task, tokenizer, config.max_length, seq2seq, config.chat_template) for task in tasks]
-    targets = resolve_targets(model, config.targets) if config.protect is not None else {}
+    targets = resolve_targets(model, config.targets) if config.protects else {}
     pass_seconds = _pass_seconds(config, model, tokenizer, encoded[0]) if encoded[0].train else 0.0
     item_seconds = _item_seconds(config, model, tokenizer, encoded[0])
     sizes = [min(weight.shape) for weight in targets.values()]
@@ -102,7 +102,7 @@ def estimate(config: TrainConfig) -> Estimate:
         steps = steps_of(config, len(rows.train), world)
         mean = sum(map(_length, rows.train)) / max(len(rows.train), 1)
         per_step = config.batch_size * config.gradient_accumulation_steps
-        policy = _size_policy(config.protect, index + 1, len(tasks))
+        policy = _size_policy(config.protect, index + 1, len(tasks)) if config.protects else None
         ranks = None if policy is None or not sizes else [policy.rank_of(size) for size in sizes]
         answered = sum(_measured_in(config, row, index) for row in range(len(tasks) + 1))
         made.append(
@@ -122,7 +122,7 @@ def estimate(config: TrainConfig) -> Estimate:
         parameters=sum(weight.numel() for weight in model.parameters()),
         trained=sum(weight.numel() for weight in model.parameters() if weight.requires_grad),
         matrices=len(targets),
-        protect=format_protect(config.protect),
+        protect=format_protect(config.protect if config.protects else None),
         memory=_memory(config, encoded),
         tasks=made,
     )
@@ -167,7 +167,9 @@ def _measured_in(config: TrainConfig, row: int, index: int) -> bool:
 def _memory(config: TrainConfig, encoded: Sequence[EncodedTask]) -> int | None:
     """Bytes at the peak of training by `sculpt plan`, at the longest batch there can be and the task with the most
     protected; None where it has no such row."""
-    protect = config.protect
+    if config.method not in ("sculpt", "random", "first", "plain", "replay", "multitask", "per-task"):
+        return None
+    protect = config.protect if config.protects else None
     if protect == "schedule":
         # The bases are widest at half.
         share = min((Fraction(i / len(encoded)) for i in range(len(encoded))), key=lambda s: abs(s.share - 0.5))

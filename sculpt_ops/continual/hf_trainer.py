@@ -18,11 +18,11 @@ from ..binding import unwrap_optimizer
 from ..optim import AdamW, fuse_into_backward
 from ..optim.backward import FusedBackward
 from ..subspaces import Subspaces
-from ._methods_stub import Method
 from .config import TrainConfig
 from .distributed import World
 from .encoding import IGNORED
 from .leak_trace import LeakTrace
+from .methods import Method
 from .sampler import LengthGrouped
 from .shards import load_training, save_training
 

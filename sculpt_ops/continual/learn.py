@@ -37,7 +37,7 @@ def learn(run: Run, index: int) -> None:
     # Whatever was drawn before: a run that is resumed here has drawn nothing.
     set_seed(config.seed + index)
     if saved is None:
-        if config.protect is not None:
+        if config.protects:
             run.progress.say(f"{label}: deriving protected subspaces")
         subspaces = run.method.begin_task(context)
         derive_seconds = time.perf_counter() - start

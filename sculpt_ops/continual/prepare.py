@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING
 
 from ..names import canonical_parameters
 from ..targets import resolve_targets
-from ._methods_stub import make_method
 from .benchmark import benchmark_note
 from .checkpoint import Checkpoints, Saved, check_same_run, leftovers, read_state
 from .config import TrainConfig
 from .distributed import World, restarted, shard
 from .encoding import encode_task
 from .environment import versions
+from .methods import make_method
 from .modeling import longest_input, open_model
 from .progress import Progress
 from .result import RunResult
@@ -64,7 +64,7 @@ def open_for_training(config: TrainConfig, world: World) -> Opened:
     limit = longest_input(model)
     if limit is not None and config.max_length > limit:
         raise ValueError(f"max_length: got {config.max_length}, the model has positions for {limit} tokens")
-    if config.protect is not None:
+    if config.protects:
         targets = resolve_targets(model, config.targets)
         if config.others == "freeze":
             # Before the model is sharded, which settles for good what has a gradient.
@@ -104,7 +104,7 @@ def prepare(config: TrainConfig, world: World, progress: Progress, tasks: list[T
             _check_same_data(state, earlier.tasks, rows, weights if world.first else state["weights"])
             result = replace(earlier, name=result.name, tasks=names, config=settings, versions=result.versions)
             progress.say(_where(saved, names))
-    method = make_method(config)
+    method = make_method(config, parallel=world.parallel is not None)
     return Run(config, world, progress, tasks, encoded, model, tokenizer, method, result, weights, rows, saved)
 
 

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING
 
 from ..remember import Carried
 from ..subspaces import Subspaces
-from ._methods_stub import Method, TaskContext
 from .checkpoint import Checkpoints, Saved, write_state
 from .config import TrainConfig
 from .distributed import World
 from .encoding import Collator, EncodedTask
+from .methods import Method, TaskContext
 from .progress import Progress
 from .result import RunResult
 from .tasks import Task

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from sculpt_ops import Subspaces
-from sculpt_ops.continual import Example, RunResult, Task, TrainConfig, _methods_stub, prepare, train, trainer
+from sculpt_ops.continual import Example, RunResult, Task, TrainConfig, prepare, train, trainer
 from sculpt_ops.continual.encoding import Collator, encode_task
 from sculpt_ops.continual.evaluate import greedy_answers
 from sculpt_ops.continual.leak_trace import LeakTrace
@@ -177,7 +177,7 @@ def test_importance_is_measured_on_rows_of_the_task_before(
         return derive(model, batches=given[-1], **arguments)
 
     monkeypatch.setattr(Subspaces, "from_model", spy)
-    monkeypatch.setattr(_methods_stub, "IMPORTANCE_ROWS", 5)
+    monkeypatch.setattr("sculpt_ops.continual.methods.sculpt.MEASURED_ROWS", 5)
     result = train(TrainConfig(**short, output=tmp_path / "out", protect=Importance(0.2, 0.6)), quiet=True)
     assert result.config["protect"] == "importance:0.2:0.6"
     rows = encode_task(toy_tasks[0], tokenizer, short["max_length"], seq2seq=False).train

@@ -1,0 +1,30 @@
+"""Methods that differ in what they train on."""
+
+from __future__ import annotations
+
+import random
+
+from ..encoding import Encoded
+from .base import Method, TaskContext
+
+__all__ = ["MultiTask", "Replay"]
+
+
+class Replay(Method):
+    """Plain fine-tuning on the task's rows and a share of those of each earlier task."""
+
+    def train_rows(self, context: TaskContext) -> list[Encoded]:
+        rows = list(context.rows)
+        for number, task in enumerate(context.tasks[: context.index]):
+            count = max(1, round(context.config.replay_share * len(task.train)))
+            # The same rows in every run of a seed, whatever else draws numbers.
+            chosen = random.Random(f"{context.config.seed} {number}").sample(range(len(task.train)), count)
+            rows += [task.train[row] for row in sorted(chosen)]
+        return rows
+
+
+class MultiTask(Method):
+    """All tasks at once in the place of the first, nothing afterwards: an upper bound, not continual learning."""
+
+    def train_rows(self, context: TaskContext) -> list[Encoded]:
+        return [row for task in context.tasks for row in task.train] if context.index == 0 else []
