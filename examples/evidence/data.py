@@ -1,0 +1,47 @@
+"""The tasks as folders of JSONL: rows drawn with a fixed seed, texts cut, held-out rows from the training rows."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Sequence
+from pathlib import Path
+
+from protocol import DATASETS, DEV_ITEMS, TEST_ITEMS, TEXT_TOKENS, TRAIN_ITEMS
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from sculpt_ops.continual.benchmark import read_benchmark_task
+from sculpt_ops.continual.tasks import Example
+
+
+def make_tasks(source: Path, model: Path, folder: Path) -> None:
+    """`folder`/dev and `folder`/final, a task folder in each per data set of the benchmark in `source`; those that are
+    there stay."""
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    for name, path in DATASETS.items():
+        if all((folder / part / name / "options.json").exists() for part in ("dev", "final")):
+            continue
+        task = read_benchmark_task(source / path)
+        shuffle = random.Random(0)
+        train, test = list(task.train), list(task.test)
+        shuffle.shuffle(train)
+        shuffle.shuffle(test)
+        # The first 250 training rows are left for choosing between tasks.
+        dev, train = train[:DEV_ITEMS], train[250 : 250 + TRAIN_ITEMS]
+        for part, measured in (("dev", dev), ("final", test[:TEST_ITEMS])):
+            _write(folder / part / name, "train", train, tokenizer)
+            _write(folder / part / name, "test", measured, tokenizer)
+            (folder / part / name / "options.json").write_text(json.dumps(task.options), encoding="utf-8")
+
+
+def _write(folder: Path, part: str, rows: Sequence[Example], tokenizer: PreTrainedTokenizerBase) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = [json.dumps({"prompt": _cut(row.prompt, tokenizer), "answer": row.answer}) + "\n" for row in rows]
+    (folder / f"{part}.jsonl").write_text("".join(lines), encoding="utf-8")
+
+
+def _cut(prompt: str, tokenizer: PreTrainedTokenizerBase) -> str:
+    """The benchmark's prompts have two lines of instruction, the text, and a line that asks for the answer."""
+    lines = prompt.split("\n")
+    ids = tokenizer(" ".join(lines[2:-1]))["input_ids"][:TEXT_TOKENS]
+    return "\n".join([*lines[:2], tokenizer.decode(ids), lines[-1]])
