@@ -156,6 +156,14 @@ class TrainConfig:
     eval_options: bool = field(
         default=True, metadata=about("Of tasks with options, find the likeliest option too, by log-probability.")
     )
+    ability: Sequence[str | Path] | None = field(
+        default=None,
+        metadata=about(
+            "Files that the model is measured on before the first task and after the last: text for its perplexity, "
+            ".jsonl of multiple-choice questions; may be given repeatedly."
+        ),
+    )
+    ability_items: int | None = field(default=None, metadata=about("Questions of each such file.", least=1))
     dev_items: int | None = field(
         default=None,
         metadata=about("Measure on this many held-out training rows per task, not on the test rows.", least=1),
@@ -262,6 +270,8 @@ class TrainConfig:
             settings.update(sides=None, others=None, basis_dtype=None, state=None)
             settings["protect"] = settings["protect"] if self.method == "peft-osf" else "none"
             settings["targets"] = settings["targets"] if self.method in ("lora", "o-lora", "peft-osf") else None
+        if self.ability is not None:
+            settings["ability"] = [Path(source).name for source in self.ability]
         for name in ("targets", "order"):
             if settings[name] is not None and not isinstance(settings[name], str):
                 settings[name] = list(settings[name])

@@ -18,6 +18,7 @@ from .leak_trace import LeakTrace
 from .memory import PeakMemory
 from .result import LearnedTask
 from .run import Run
+from .score import majority_rate
 
 __all__ = ["learn", "steps_of"]
 
@@ -104,6 +105,7 @@ def learn(run: Run, index: int) -> None:
         leak_right={name: leak.right for name, leak in trace.last.items() if leak.right is not None},
         leak_over_time=trace.points,
         leak_seconds=trace.seconds,
+        majority=majority_rate((e.answer for e in task.train), [e.answer for e in task.test]) if task.options else None,
         remembered={} if subspaces is None else subspaces.remembered_share(),
     )
     everyone = world.share("the task's figures", learned)

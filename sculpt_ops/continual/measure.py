@@ -5,11 +5,12 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 
+from .ability import measure_ability
 from .evaluate import answer_task
 from .result import Prediction, RunResult
 from .run import Run
 
-__all__ = ["measure_row", "take_over"]
+__all__ = ["measure_abilities", "measure_row", "take_over"]
 
 # What has to agree for one run's zero-shot answers to be another's.
 ZERO_SHOT_SETTINGS = ("model", "max_length", "chat_template", "dtype", "bf16", "eval_options")
@@ -54,6 +55,28 @@ def _answer(run: Run, row: int, indices: Sequence[int]) -> None:
         run.result.evaluation_seconds[row] += seconds
     else:
         run.result.evaluation_seconds.append(seconds)
+
+
+def measure_abilities(run: Run, when: str) -> None:
+    """What the model can do besides the tasks, "before" the first or "after" the last."""
+    config = run.config
+    if not config.ability or when in run.result.ability:
+        return
+    run.progress.say(f"measuring {', '.join(str(source) for source in config.ability)}")
+
+    def measure() -> dict[str, float]:
+        return measure_ability(
+            run.model,
+            run.tokenizer,
+            list(config.ability or ()),
+            items=config.ability_items,
+            batch_size=config.eval_batch_size,
+            bf16=config.bf16,
+        )
+
+    found = run.world.share("ability", measure())[0]
+    run.result.ability[when] = found
+    run.write()
 
 
 def take_over(run: Run, earlier: RunResult) -> None:

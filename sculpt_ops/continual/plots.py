@@ -50,9 +50,12 @@ def _heat_map(axes: Axes, result: RunResult, name: str, with_rows: bool) -> Axes
     from matplotlib.patches import Rectangle
 
     table = [[100 * share for share in row] for row in result.accuracy]
+    axes.set_facecolor("#EEEEEE")  # Of what was not measured.
     image = axes.imshow(table, cmap="YlGnBu", vmin=0, vmax=100, aspect="auto")
     for row, shares in enumerate(table):
         for column, share in enumerate(shares):
+            if share != share:
+                continue
             ink = "white" if share > 60 else INK
             axes.text(column, row, f"{share:.0f}", ha="center", va="center", fontsize=9, color=ink)
     for task in range(len(result.tasks)):
@@ -109,6 +112,37 @@ def draw_curves(results: Sequence[RunResult], names: Sequence[str], path: Path) 
     handles, labels = accuracy.get_legend_handles_labels()
     if len(results) > 1:
         figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False, fontsize=9)
+    _save(figure, path)
+
+
+def draw_tradeoff(results: Sequence[RunResult], names: Sequence[str], path: Path) -> None:
+    """Average accuracy over learning accuracy, a point a run with its 95 % intervals. On the line nothing is
+    forgotten."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6.4, 4.6), layout="constrained", dpi=150)
+    axes = figure.subplots()
+    for index, (result, name) in enumerate(zip(results, names, strict=True)):
+        values = result.metrics
+        across, up = values.learning_accuracy, values.average_accuracy
+        axes.errorbar(
+            100 * across.value,
+            100 * up.value,
+            xerr=[[100 * max(across.value - across.low, 0)], [100 * max(across.high - across.value, 0)]],
+            yerr=[[100 * max(up.value - up.low, 0)], [100 * max(up.high - up.value, 0)]],
+            color=COLOURS[index % len(COLOURS)],
+            marker=MARKERS[index % len(MARKERS)],
+            markersize=6,
+            elinewidth=0.9,
+            linestyle="none",
+            label=name,
+        )
+    low = max(0.0, min(*axes.get_xlim(), *axes.get_ylim()))
+    high = min(100.0, max(*axes.get_xlim(), *axes.get_ylim()))
+    axes.plot([low, high], [low, high], color=FAINT, linewidth=1.0, zorder=0)
+    _frame(axes, "What is learned, and what of it is left", "average accuracy after the last task, %")
+    axes.set_xlabel("learning accuracy, %: right after each task", fontsize=9, color=INK)
+    figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=9)
     _save(figure, path)
 
 

@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from ..names import group_names
-from .metrics import Estimate, Metrics, difference, wilson_interval
-from .plots import draw_accuracy, draw_curves, draw_leak
+from .markdown import gibibytes, percent, seconds_text, table
+from .metrics import Metrics, difference
+from .plots import draw_accuracy, draw_curves, draw_leak, draw_tradeoff
+from .report_tables import abilities, accuracies, answers, protection, remembered, settings_table, tasks_table
 from .result import RunResult, write_text
 
 __all__ = ["write_report"]
 
-REPORT_FILE, ACCURACY_FILE, CURVES_FILE, LEAK_FILE = "report.md", "accuracy.png", "curves.png", "leak.png"
-# Not settings of the method: said elsewhere in the report, or where the files lie.
-LEFT_OUT = ("name", "tasks", "order", "output", "model")
+REPORT_FILE, ACCURACY_FILE, CURVES_FILE = "report.md", "accuracy.png", "curves.png"
+LEAK_FILE, TRADEOFF_FILE = "leak.png", "tradeoff.png"
 
 
 def write_report(results: Sequence[RunResult], folder: str | Path) -> Path:
-    """Write report.md, accuracy.png, for two tasks or more curves.png and, where the leak was followed, leak.png into
-    `folder`; returns report.md's path.
+    """Write report.md, accuracy.png, for two tasks or more curves.png, of several runs tradeoff.png and, where the leak
+    was followed, leak.png into `folder`; returns report.md's path.
 
     Several results are compared, the first being the baseline; ValueError unless they are of the same tasks in the same
     order and all came to their end.
@@ -44,17 +43,24 @@ def write_report(results: Sequence[RunResult], folder: str | Path) -> Path:
     followed = any(task.leak_over_time for result in results for task in result.learned)
     if followed:
         draw_leak(results, names, folder / LEAK_FILE)
+    if several and len(results) > 1:
+        draw_tradeoff(results, names, folder / TRADEOFF_FILE)
     sections = [
         _head(results),
-        _summary(results, names, metrics),
+        _summary(names, metrics),
         _differences(results, names),
+        _cost(results, names),
         f"![Accuracy and forgetting after each task]({CURVES_FILE})" if several else "",
+        f"![Average accuracy against learning accuracy]({TRADEOFF_FILE})" if several and len(results) > 1 else "",
         f"![Accuracy on every task after each task]({ACCURACY_FILE})",
-        *(_accuracies(result, name) for result, name in zip(results, names, strict=True)),
-        *(_protection(result, name) for result, name in zip(results, names, strict=True) if result.learned[0].layers),
+        *(accuracies(result, name) for result, name in zip(results, names, strict=True)),
+        answers(results, names),
+        abilities(results, names),
+        *(protection(result, name) for result, name in zip(results, names, strict=True) if result.learned[0].layers),
+        remembered(results, names),
         _leak_over_time(results) if followed else "",
-        _tasks(results[0]),
-        _settings(results, names),
+        tasks_table(results[0]),
+        settings_table(results, names),
     ]
     write_text(folder / REPORT_FILE, "\n\n".join(section for section in sections if section) + "\n")
     return folder / REPORT_FILE
@@ -88,34 +94,50 @@ def _head(results: Sequence[RunResult]) -> str:
     return "\n\n".join(lines)
 
 
-def _summary(results: Sequence[RunResult], names: Sequence[str], metrics: Sequence[Metrics]) -> str:
-    rows = []
-    for result, name, values in zip(results, names, metrics, strict=True):
-        leaks = [leak for task in result.learned for leak in task.leak.values()]
-        rows.append(
-            (
-                name,
-                _percent(values.average_accuracy),
-                _percent(values.backward_transfer, signed=True),
-                _percent(values.forgetting),
-                _seconds(result.seconds_per_step),
-                _gibibytes(result.peak_memory_bytes),
-                f"{max(leaks):.1e}" if leaks else "-",
-                _seconds(sum(task.derive_seconds for task in result.learned) if leaks else None),
-            )
+def _summary(names: Sequence[str], metrics: Sequence[Metrics]) -> str:
+    rows = [
+        (
+            name,
+            percent(values.average_accuracy),
+            percent(values.backward_transfer, signed=True),
+            percent(values.forgetting),
+            percent(values.learning_accuracy),
+            percent(values.forward_transfer, signed=True),
         )
+        for name, values in zip(names, metrics, strict=True)
+    ]
     header = ("method", "average accuracy, %", "backward transfer, points", "forgetting, points")
-    cost = ("s / step", "peak memory, GiB", "largest leak", "deriving, s")
     explained = (
         "An interval without width says that no measured item differed, not that the figure is certain. "
         "Average accuracy: mean over all tasks after the last. Backward transfer: mean over the earlier tasks of final "
         "accuracy minus accuracy right after learning. Forgetting: mean over the earlier tasks of best accuracy ever "
-        "minus final accuracy. Seconds per optimizer step: median, without evaluation. Peak memory: while deriving and "
-        "training. Leak: share of a weight's change that lies in its protected space (from a sketch, to 18 %), the "
-        "worst of all weights and tasks; the rounding of the weights themselves is part of it, and the larger the "
-        "smaller the change."
+        "minus final accuracy. Learning accuracy: mean over all tasks of accuracy right after each. Forward transfer: "
+        "mean over the later tasks of accuracy right before learning minus zero-shot."
     )
-    return f"## Result\n\n{_table((*header, *cost), rows)}\n\n{explained}"
+    result = table((*header, "learning accuracy, %", "forward transfer, points"), rows)
+    return f"## Result\n\n{result}\n\n{explained}"
+
+
+def _cost(results: Sequence[RunResult], names: Sequence[str]) -> str:
+    rows = []
+    for result, name in zip(results, names, strict=True):
+        leaks = [leak for task in result.learned for leak in task.leak.values()]
+        rows.append(
+            (
+                name,
+                seconds_text(result.seconds_per_step),
+                gibibytes(result.peak_memory_bytes),
+                f"{max(leaks):.1e}" if leaks else "-",
+                seconds_text(sum(task.derive_seconds for task in result.learned) if leaks else None),
+            )
+        )
+    explained = (
+        "Seconds per optimizer step: median, without evaluation. Peak memory: while deriving and training. Leak: share "
+        "of a weight's change that lies in its protected space (from a sketch, to 18 %), the worst of all weights and "
+        "tasks; the rounding of the weights themselves is part of it, and the larger the smaller the change."
+    )
+    header = ("method", "s / step", "peak memory, GiB", "largest leak", "deriving, s")
+    return f"### Cost\n\n{table(header, rows)}\n\n{explained}"
 
 
 def _differences(results: Sequence[RunResult], names: Sequence[str]) -> str:
@@ -128,39 +150,9 @@ def _differences(results: Sequence[RunResult], names: Sequence[str]) -> str:
     for index in others:
         values = difference(results[index].correct, results[0].correct)
         estimates = (values.average_accuracy, values.backward_transfer, values.forgetting)
-        rows.append((names[index], *(_percent(estimate, signed=True) for estimate in estimates)))
-    table = _table(("method", "average accuracy", "backward transfer", "forgetting"), rows)
-    return f"### Difference from {names[0]}, in points, paired over the same items\n\n{table}"
-
-
-def _accuracies(result: RunResult, name: str) -> str:
-    accuracy, last = result.accuracy, len(result.tasks)
-    labels = ["zero-shot", *(f"after {task}" for task in result.tasks)]
-    rows = [
-        (labels[row], *(f"{100 * share:.1f}" if share == share else "-" for share in accuracy[row]))
-        for row in range(last + 1)
-    ]
-    final = [wilson_interval(sum(items), len(items)) for items in result.correct[last]]
-    rows.append(("95 % interval at the end", *(f"{100 * low:.1f} to {100 * high:.1f}" for low, high in final)))
-    rows.append(("items", *(str(len(items)) for items in result.correct[last])))
-    return f"### Accuracy of {name}, %\n\n{_table(('', *result.tasks), rows)}"
-
-
-def _protection(result: RunResult, name: str) -> str:
-    """Rank, energy and leak by kind of weight, over all layers and tasks."""
-    rows = []
-    for pattern, weights in group_names(result.learned[0].layers).items():
-        layers = [task.layers[weight] for task in result.learned for weight in weights]
-        shapes = sorted({f"{m} x {n}" for m, n in (layer["shape"] for layer in layers)})
-        ranks = _range([layer["rank"] for layer in layers], "d")
-        energies = _range([100 * layer["energy"] for layer in layers], ".1f")
-        leaks = (
-            _largest(side[weight] for side in sides for weight in weights if weight in side)
-            for sides in zip(*((task.leak, task.leak_left, task.leak_right) for task in result.learned), strict=True)
-        )
-        rows.append((f"`{pattern}`", ", ".join(shapes), ranks, energies, *leaks))
-    header = ("weights", "shape", "protected rank", "energy protected, %", "largest leak", "left side", "right side")
-    return f"### Protected in {name}, over all tasks\n\n{_table(header, rows)}"
+        rows.append((names[index], *(percent(estimate, signed=True) for estimate in estimates)))
+    compared = table(("method", "average accuracy", "backward transfer", "forgetting"), rows)
+    return f"### Difference from {names[0]}, in points, paired over the same items\n\n{compared}"
 
 
 def _leak_over_time(results: Sequence[RunResult]) -> str:
@@ -170,59 +162,7 @@ def _leak_over_time(results: Sequence[RunResult]) -> str:
     explained = (
         "Leak of the weights since the start of their task: the median of all protected weights and the largest. Where "
         "the promise holds, what is left is the rounding of the weights, for bfloat16 ones up to 2^-9 of a weight. "
-        f"Measuring took {_seconds(spent)} s beside {_seconds(trained)} s of training, and is not part of the seconds "
-        "per step."
+        f"Measuring took {seconds_text(spent)} s beside {seconds_text(trained)} s of training, and is not part of the "
+        "seconds per step."
     )
     return f"## Leak over time\n\n![Leak over the optimizer steps of each task]({LEAK_FILE})\n\n{explained}"
-
-
-def _tasks(result: RunResult) -> str:
-    rows = [(t.name, str(t.train_items), str(t.test_items), str(t.steps), t.note or "") for t in result.learned]
-    return f"## Tasks\n\n{_table(('task', 'training rows', 'items measured', 'steps', 'note'), rows)}"
-
-
-def _settings(results: Sequence[RunResult], names: Sequence[str]) -> str:
-    """Every setting and version, once where all runs agree."""
-    columns = [{**result.config, **result.versions} for result in results]
-    keys = [key for key in dict.fromkeys(key for column in columns for key in column) if key not in LEFT_OUT]
-    rows = []
-    for key in keys:
-        values = [_value(column.get(key)) for column in columns]
-        rows.append((key, *(values if len(set(values)) > 1 else [values[0]] + ["same"] * (len(values) - 1))))
-    return f"## Settings and versions\n\n{_table(('', *names), rows)}"
-
-
-def _value(value: Any) -> str:
-    return "-" if value is None else ", ".join(map(str, value)) if isinstance(value, list) else str(value)
-
-
-def _percent(estimate: Estimate, signed: bool = False) -> str:
-    if estimate.value != estimate.value:
-        return "-"
-    sign = "+" if signed else ""
-    value, low, high = (f"{100 * number + 0.0:{sign}.1f}" for number in (estimate.value, estimate.low, estimate.high))
-    return f"{value} ({low} to {high})"
-
-
-def _seconds(seconds: float | None) -> str:
-    return "-" if seconds is None else f"{seconds:.3g}"
-
-
-def _gibibytes(size: int | None) -> str:
-    return "-" if size is None else f"{size / 2**30:.2f}"
-
-
-def _largest(values: Iterable[float]) -> str:
-    largest = max(values, default=None)
-    return "-" if largest is None else f"{largest:.1e}"
-
-
-def _range(values: Sequence[float], style: str) -> str:
-    low, high = f"{min(values):{style}}", f"{max(values):{style}}"
-    return low if low == high else f"{low} to {high}"
-
-
-def _table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
-    cells = [[cell.replace("|", "\\|") for cell in row] for row in (header, *rows)]
-    lines = [f"| {' | '.join(row)} |" for row in cells]
-    return "\n".join([lines[0], f"|{'---|' * len(cells[0])}", *lines[1:]])

@@ -51,7 +51,8 @@ class LearnedTask:
     change inside the protected directions of one side, where that side is protected. leak_over_time: (step, median over
     the weights, the largest) triples; leak_seconds: spent measuring, part of train_seconds but of no step's. All empty
     for plain fine-tuning. remembered: per protected weight the share of the change by the task before that is
-    protected in this one, known where changes are remembered.
+    protected in this one, known where changes are remembered. majority: the share of test items that the most frequent
+    training answer is right for, of a task with options.
     """
 
     name: str
@@ -71,6 +72,7 @@ class LearnedTask:
     leak_over_time: list[tuple[int, float, float]] = field(default_factory=list)
     leak_seconds: float = 0.0
     remembered: dict[str, float] = field(default_factory=dict)
+    majority: float | None = None
 
 
 @dataclass(frozen=True)
@@ -78,7 +80,8 @@ class RunResult:
     """Tasks learned one after the other, measured on all of them before the first and after each.
 
     output: the run's folder. config: the settings as in `TrainConfig.to_dict`.
-    evaluation_seconds: per row of the accuracy matrix; 0 for a row taken over from another run.
+    evaluation_seconds: per row of the accuracy matrix; 0 for a row taken over from another run. ability: figures of
+    `measure_ability` by name, before the first task and after the last.
     """
 
     name: str
@@ -90,6 +93,7 @@ class RunResult:
     learned: list[LearnedTask] = field(default_factory=list)
     predictions: list[Prediction] = field(default_factory=list)
     evaluation_seconds: list[float] = field(default_factory=list)
+    ability: dict[str, dict[str, float]] = field(default_factory=dict)
 
     @property
     def correct(self) -> list[list[list[float]]]:

@@ -16,7 +16,7 @@ __all__ = ["FIELDS", "is_list", "is_optional", "kind_of", "make_config", "read_y
 
 FIELDS = {entry.name: entry for entry in fields(TrainConfig)}
 # Fields that are several values, which a flag is given repeatedly for, or one with commas.
-LISTS = ("tasks", "targets", "order")
+LISTS = ("tasks", "targets", "order", "ability")
 WORDS = {float: "a number", int: "a whole number", bool: "true or false", str: "text"}
 
 

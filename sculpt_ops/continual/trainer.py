@@ -12,7 +12,7 @@ from .checkpoint import Checkpoints
 from .config import TrainConfig
 from .distributed import World, join_world
 from .learn import learn
-from .measure import measure_row, take_over
+from .measure import measure_abilities, measure_row, take_over
 from .modeling import save_model
 from .prepare import finished_run, open_for_training, prepare, read_tasks
 from .progress import Progress
@@ -63,6 +63,7 @@ def _train(config: TrainConfig, zero_shot: RunResult | None, world: World, quiet
         # What is taken over, or what a killed run had not yet written of what it had done.
         run.write()
     measure_row(run, 0)
+    measure_abilities(run, "before")
     _go_on(run)
     for index in range(len(run.result.learned), len(run.tasks)):
         # Of the task before; it was killed in between, or has one more task to answer, where anything is missing.
@@ -71,6 +72,7 @@ def _train(config: TrainConfig, zero_shot: RunResult | None, world: World, quiet
     measure_row(run, len(run.tasks))
     state = run.method.state()
     run.method.finish(run.model)
+    measure_abilities(run, "after")
     save_model(run.model, run.tokenizer, Path(config.output) / "model", world)
     run.checkpoints.finish(state, run.last)
     return run.result

@@ -113,9 +113,13 @@ def test_two_methods_side_by_side(tmp_path: Path) -> None:
     assert result["plain"][0].startswith("70.0 (")
     assert result["plain"][1].startswith("-10.0 (")
     assert result["plain"][2].startswith("15.0 (")
-    assert result["plain"][3:] == ["0.5", "1.50", "-", "-"]
+    assert result["plain"][3].startswith("76.7 (")
+    # Before sounds and sums 0.2 and 0.4, zero-shot 0.1 and 0.3.
+    assert result["plain"][4].startswith("+10.0 (")
+    cost = rows(text, "### Cost")
+    assert cost["plain"] == ["0.5", "1.50", "-", "-"]
     assert result["protect 0.5, both"][0].startswith("76.7 (")
-    assert result["protect 0.5, both"][3:] == ["0.5", "1.50", "3.0e-07", "6"]
+    assert cost["protect 0.5, both"] == ["0.5", "1.50", "3.0e-07", "6"]
     expected = difference(protected.correct, plain.correct).average_accuracy
     (gained,) = [row for name, row in rows(text, "paired over the same items").items() if name.startswith("protect")]
     assert gained[0] == f"{100 * expected.value:+.1f} ({100 * expected.low:+.1f} to {100 * expected.high:+.1f})"
@@ -143,7 +147,12 @@ def test_two_methods_side_by_side(tmp_path: Path) -> None:
         width, height = size_of_png(path.parent / name)
         assert 400 < width < 4000
         assert 300 < height < 4000
-    assert sorted(file.name for file in path.parent.iterdir()) == ["accuracy.png", "curves.png", "report.md"]
+    assert sorted(file.name for file in path.parent.iterdir()) == [
+        "accuracy.png",
+        "curves.png",
+        "report.md",
+        "tradeoff.png",
+    ]
 
 
 def test_one_task_has_no_curves_and_no_forgetting(tmp_path: Path) -> None:
@@ -249,3 +258,37 @@ def test_a_folder_without_a_run_is_named(tmp_path: Path) -> None:
     (tmp_path / "predictions.jsonl").write_text("")
     with pytest.raises(ValueError, match="holds no run of `sculpt train`"):
         RunResult.load(tmp_path)
+
+
+def test_what_a_reader_asks_about_answers_memory_and_other_abilities(tmp_path: Path) -> None:
+    plain, ours = made(None), made(0.5, name="ours")
+    given = [replace(p, option="yes" if p.item < 40 else "no") for p in ours.predictions]
+    learned = [
+        replace(task, majority=0.25, remembered=dict.fromkeys(task.layers, 0.5 * index) if index else {})
+        for index, task in enumerate(ours.learned)
+    ]
+    figures = {"before": {"wiki perplexity": 20.5, "piqa accuracy": 0.75, "piqa items": 4.0}, "after": {}}
+    ours = replace(ours, predictions=given, learned=learned, ability=figures | {"after": {"wiki perplexity": 22.25}})
+    text = write_report([plain, ours], tmp_path).read_text()
+    table = text.split("### Answers after the last task, %")[1].split("\n\n")[1].splitlines()
+    right = sum(p.correct for p in ours.predictions if (p.row, p.task) == (3, "colours"))
+    # One answer there is, "yes": precision 1 and recall the accuracy.
+    share = right / 50
+    assert table[2] == f"| ours | colours | {100 * share:.1f} | 80.0 | {200 * share / (1 + share):.1f} | 25.0 |"
+    assert len(table) == 5
+    besides = text.split("### Besides the tasks")[1]
+    assert "| ours | wiki perplexity | 20.5 | 22.25 |" in besides
+    assert "| ours | piqa accuracy | 0.75 | - |" in besides
+    assert "piqa items" not in besides
+    assert "| ours | colours | 50.0 | 50.0 |" in text
+    assert "| ours | sounds | 100.0 | 100.0 |" in text
+    assert size_of_png(tmp_path / "tradeoff.png")[0] > 600
+
+
+def test_rows_that_were_not_measured_are_left_empty(tmp_path: Path) -> None:
+    result = made(None)
+    seen = [p for p in result.predictions if p.row == 0 or TASKS.index(p.task) < p.row]
+    text = write_report([replace(result, predictions=seen)], tmp_path).read_text()
+    accuracy = rows(text, "### Accuracy of plain, %")
+    assert accuracy["after colours"] == ["80.0", "-", "-"]
+    assert rows(text, "## Result")["plain"][4] == "-"
