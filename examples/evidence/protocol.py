@@ -45,7 +45,8 @@ CONFIGS: dict[str, dict[str, Settings]] = {
     "sculpt": {
         "weights .25 + changes .12, lr 1e-4": {**_CHANGES, "lr": 1e-4},
         "inputs .95, lr 1e-4": {**_INPUTS, "remember": "inputs:0.95", "lr": 1e-4},
-        "weights .25 + changes .12, lr 2e-4": {**_CHANGES, "lr": 2e-4},
+        "inputs .95, lr 2e-4": {**_INPUTS, "remember": "inputs:0.95", "lr": 2e-4},
+        "inputs .9, lr 1e-4": {**_INPUTS, "remember": "inputs:0.9", "lr": 1e-4},
     },
     "random": {
         "dimensions of .25 + .12, lr 1e-4": {"method": "random", **_CHANGES, "lr": 1e-4},

@@ -101,10 +101,16 @@ def inspect(
     protect: Protect = "0.5",
     sides: SideNames = TrainConfig.sides,
     targets: Targets = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(help="Folder for inspect.md with every weight's spectrum and the ranks of other policies."),
+    ] = None,
     trust_remote_code: RemoteCode = False,
 ) -> None:
     """Show what of MODEL would be protected: layer, shape, rank, energy held."""
+    from ..derive import progress_bar
     from ..subspaces import Subspaces
+    from ..targets import resolve_targets
     from .modeling import open_model
 
     with _one_line_errors():
@@ -114,7 +120,13 @@ def inspect(
         if isinstance(share, str | Importance):
             raise ValueError(f"protect: got {protect}, which depends on tasks; wanted a share, or such as schedule:2:5")
         opened, _ = open_model(model, trust_remote_code=trust_remote_code)
-        typer.echo(Subspaces.from_model(opened, protect=share, sides=check_sides(sides), targets=targets).summary())
+        if output is None:
+            typer.echo(Subspaces.from_model(opened, protect=share, sides=check_sides(sides), targets=targets).summary())
+            return
+        from .inspection import write_inspection
+
+        with progress_bar(len(resolve_targets(opened, targets)), True) as advance:
+            typer.echo(write_inspection(opened, Path(model).name, output, targets, advance))
 
 
 @app.command()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
     from matplotlib.image import AxesImage
+    from torch import Tensor
 
 # Okabe and Ito's colours, told apart by colour-blind readers and, with the markers, in grey print.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
@@ -190,6 +191,63 @@ def draw_leak(results: Sequence[RunResult], names: Sequence[str], path: Path) ->
     entries = {**kinds, **(shown if len(results) > 1 else {})}
     figure.legend(entries.values(), entries.keys(), loc="outside lower center", ncols=4, frameon=False, fontsize=9)
     _save(figure, path)
+
+
+def draw_spectra(kinds: Mapping[str, Sequence[Tensor]], path: Path) -> None:
+    """Singular values over the largest, a panel for every kind of weight, a line a layer: dark the first."""
+    from matplotlib import colormaps
+    from matplotlib.figure import Figure
+
+    columns = min(len(kinds), 4)
+    rows = -(-len(kinds) // columns)
+    figure = Figure(figsize=(max(2.7 * columns, 4.0), 2.3 * rows + 0.3), layout="constrained", dpi=150)
+    grid = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
+    for axes in grid.flat[len(kinds) :]:
+        axes.set_visible(False)
+    for panel, (axes, (kind, spectra)) in enumerate(zip(grid.flat, kinds.items(), strict=False)):
+        for layer, values in enumerate(spectra):
+            shown = values[values > 0] / values[0]
+            colour = colormaps["viridis"](0.9 * layer / max(len(spectra) - 1, 1))
+            axes.plot([100 * i / len(values) for i in range(len(shown))], shown.tolist(), color=colour, linewidth=0.7)
+        axes.set_yscale("log")
+        axes.set_ylim(1e-4, 1.2)
+        _frame(axes, _short(kind), "value / largest" if panel % columns == 0 else "")
+        if panel >= len(kinds) - columns:
+            axes.tick_params(labelbottom=True)
+            axes.set_xlabel("% of the directions", fontsize=9, color=INK)
+    _save(figure, path)
+
+
+def draw_energies(energies: Mapping[float, Mapping[str, Sequence[float]]], path: Path) -> None:
+    """The share of the squared singular values in the top directions, over the layers; a panel for every share of the
+    directions, a line for every kind of weight."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(3.2 * len(energies) + 0.4, 3.8), layout="constrained", dpi=150)
+    panels = figure.subplots(1, len(energies), sharey=True, squeeze=False)
+    palette = (*COLOURS, INK)
+    for index, (axes, (share, kinds)) in enumerate(zip(panels.flat, energies.items(), strict=True)):
+        for number, (kind, held) in enumerate(kinds.items()):
+            axes.plot(
+                range(len(held)),
+                [100 * value for value in held],
+                color=palette[number % len(palette)],
+                linewidth=1.4,
+                linestyle=("-", "--", ":")[number // len(palette) % 3],
+                label=_short(kind),
+            )
+        _frame(axes, f"top {100 * share:g} % of the directions", "energy held, %" if index == 0 else "")
+        axes.set_xlabel("layer", fontsize=9, color=INK)
+        axes.set_ylim(0, 100)
+    handles, labels = panels.flat[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False, fontsize=9)
+    _save(figure, path)
+
+
+def _short(kind: str) -> str:
+    """The last two parts of a weight's name that say something."""
+    parts = [part for part in kind.split(".") if part not in ("weight", "*")]
+    return ".".join(parts[-2:])
 
 
 def _style(axes: Axes, title: str, unit: str, tasks: Sequence[str]) -> None:
