@@ -140,8 +140,12 @@ def load_sequence(name: str, folder: str | Path) -> TaskSequence:
     return TaskSequence(called, [read_task(folders[task]) for task in there], missing)
 
 
-def benchmark_note(names: Sequence[str]) -> str | None:
-    """What a run over benchmark tasks lacks of the published lists; None if it is no such run or lacks nothing."""
+def benchmark_note(names: Sequence[str], sequence: str | None = None) -> str | None:
+    """What a run over benchmark tasks lacks of `sequence`, if it is given, or of the published lists; None if it is no
+    such run or lacks nothing."""
+    if sequence is not None and (missing := [name for name in SEQUENCES[sequence] if name not in names]):
+        of = len(SEQUENCES[sequence])
+        return f"{sequence} is partial: {len(names)} of its {of} tasks; it lacks {', '.join(missing)}."
     if not set(names) <= set(LONG_TASKS) or set(names) in (set(STANDARD_TASKS), set(LONG_TASKS)):
         return None
     published = STANDARD_TASKS if set(names) <= set(STANDARD_TASKS) else LONG_TASKS

@@ -11,6 +11,7 @@ from ..layer import Sides, check_sides
 from ..optim.options import DecayTo, State
 from ..optim.precision import Master
 from ..ranks import as_policy
+from .benchmark import SEQUENCES
 from .policies import Protect, format_protect, parse_protect, parse_remember
 from .tasks import Task
 
@@ -125,9 +126,18 @@ class TrainConfig:
         default=0.5, metadata=about("Share of each task's change that interpolate keeps.", above=0)
     )
     order: Sequence[str] | None = field(default=None, metadata=about("Names of the tasks to take, in order: a,b,c."))
+    sequence: str | None = field(
+        default=None,
+        metadata=about(
+            "Published order of the tasks in TASKS; those that are missing are named.", choices=tuple(SEQUENCES)
+        ),
+    )
     name: str | None = field(default=None, metadata=about("What the report calls this run."))
     lr: float = field(default=1e-5, metadata=about("Learning rate.", above=0))
     epochs: float = field(default=1.0, metadata=about("Per task.", above=0))
+    task_epochs: Sequence[float] | None = field(
+        default=None, metadata=about("Of each task, in order, in place of epochs: 5,3,7.")
+    )
     max_steps: int | None = field(
         default=None, metadata=about("Optimizer steps per task, in place of epochs.", least=1)
     )
@@ -200,7 +210,16 @@ class TrainConfig:
         if not self.tasks:
             raise ValueError("tasks: got none, wanted at least one task or task folder")
 
+    def epochs_of(self, index: int) -> float:
+        """Of the `index`-th task."""
+        return self.epochs if self.task_epochs is None else self.task_epochs[index]
+
     def _check_combinations(self) -> None:
+        if self.sequence is not None and (self.order is not None or len(self.tasks) != 1):
+            other = f"order {','.join(self.order)}" if self.order is not None else f"{len(self.tasks)} tasks"
+            raise ValueError(f"sequence: got {self.sequence!r} with {other}, wanted one folder of tasks and no order")
+        if self.task_epochs is not None and not all(epochs > 0 for epochs in self.task_epochs):
+            raise ValueError(f"task_epochs: got {list(self.task_epochs)}, wanted more than 0 for each task")
         if self.master != "none" and self.dtype != "bfloat16":
             raise ValueError(f"master: got {self.master!r} with dtype {self.dtype!r}, wanted dtype bfloat16")
         if self.method == "peft-osf" and not (isinstance(self.protect, float) and 0.0 < self.protect < 1.0):
@@ -272,7 +291,7 @@ class TrainConfig:
             settings["targets"] = settings["targets"] if self.method in ("lora", "o-lora", "peft-osf") else None
         if self.ability is not None:
             settings["ability"] = [Path(source).name for source in self.ability]
-        for name in ("targets", "order"):
+        for name in ("targets", "order", "task_epochs"):
             if settings[name] is not None and not isinstance(settings[name], str):
                 settings[name] = list(settings[name])
         return settings

@@ -99,7 +99,7 @@ def estimate(config: TrainConfig) -> Estimate:
     sizes = [min(weight.shape) for weight in targets.values()]
     made = []
     for index, (task, rows) in enumerate(zip(tasks, encoded, strict=True)):
-        steps = steps_of(config, len(rows.train), world)
+        steps = steps_of(config, len(rows.train), world, index)
         mean = sum(map(_length, rows.train)) / max(len(rows.train), 1)
         per_step = config.batch_size * config.gradient_accumulation_steps
         policy = _size_policy(config.protect, index + 1, len(tasks)) if config.protects else None

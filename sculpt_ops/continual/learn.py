@@ -51,7 +51,7 @@ def learn(run: Run, index: int) -> None:
     context = run.context(index)
     use_cache = model.config.use_cache
     rows = run.method.train_rows(context)
-    steps = steps_of(config, len(rows), world)
+    steps = steps_of(config, len(rows), world, index)
     trace = LeakTrace(subspaces, config.leak_every, steps)
     with _folder(config, index) as folder, run.progress.bar(f"{label}: training", steps) as advance:
         clock = StepClock(task.name, advance, trace, world)
@@ -115,12 +115,12 @@ def learn(run: Run, index: int) -> None:
         run.checkpoints.end_task(index, run.result, model, run.method.state(), carried)
 
 
-def steps_of(config: TrainConfig, rows: int, world: World) -> int:
-    """Optimizer steps of a task, as Trainer counts them."""
+def steps_of(config: TrainConfig, rows: int, world: World, index: int) -> int:
+    """Optimizer steps of the `index`-th task, of so many rows, as Trainer counts them."""
     if config.max_steps is not None:
         return config.max_steps
     batches = math.ceil(rows / (config.batch_size * world.size))
-    return math.ceil(config.epochs * math.ceil(batches / config.gradient_accumulation_steps))
+    return math.ceil(config.epochs_of(index) * math.ceil(batches / config.gradient_accumulation_steps))
 
 
 def _carry(run: Run, subspaces: Subspaces | None) -> Subspaces | None:

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .settings import FIELDS, is_list, kind_of
+from .settings import COMMAS, FIELDS, is_list, kind_of
 
 ARGUMENTS = ("model", "tasks")
 METAVARS = {int: "INTEGER", float: "FLOAT", str: "TEXT"}
@@ -35,7 +35,7 @@ def with_settings(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def _parameter(name: str) -> inspect.Parameter:
-    kind: Any = list[str] if is_list(name) and name != "order" else str
+    kind: Any = list[str] if is_list(name) and name not in COMMAS else str
     if name in ARGUMENTS:
         declared: Any = typer.Argument(help=_help(name), metavar=name.upper(), show_default=False)
     elif kind_of(name) is bool:

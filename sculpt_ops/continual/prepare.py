@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from ..names import canonical_parameters
 from ..targets import resolve_targets
-from .benchmark import benchmark_note
+from .benchmark import benchmark_note, load_sequence
 from .checkpoint import Checkpoints, Saved, check_same_run, leftovers, read_state
 from .config import TrainConfig
 from .distributed import World, restarted, shard
@@ -55,7 +55,17 @@ def read_tasks(config: TrainConfig, world: World) -> list[Task]:
         _check_output(output, _resumed(config))
     training_arguments(config, str(output), 0)
     check_reports(config)
-    return [measured_task(task, config) for task in load_tasks(config.tasks, config.order)]
+    if config.sequence is None:
+        tasks = load_tasks(config.tasks, config.order)
+    else:
+        (source,) = config.tasks
+        if isinstance(source, Task):
+            raise ValueError(f"sequence: got {config.sequence!r} with the task {source.name}, wanted a folder of tasks")
+        tasks = load_sequence(config.sequence, source).tasks
+    if config.task_epochs is not None and len(config.task_epochs) != len(tasks):
+        names = ", ".join(task.name for task in tasks)
+        raise ValueError(f"task_epochs: got {len(config.task_epochs)} numbers for {len(tasks)} tasks: {names}")
+    return [measured_task(task, config) for task in tasks]
 
 
 def open_for_training(config: TrainConfig, world: World) -> Opened:
@@ -88,7 +98,7 @@ def prepare(config: TrainConfig, world: World, progress: Progress, tasks: list[T
     seq2seq = bool(model.config.is_encoder_decoder)
     encoded = [encode_task(task, tokenizer, config.max_length, seq2seq, config.chat_template) for task in tasks]
     names = [task.name for task in tasks]
-    note = benchmark_note(names)
+    note = benchmark_note(names, config.sequence)
     settings = config.to_dict() | {"rows_per_step": config.batch_size * config.gradient_accumulation_steps * world.size}
     if world.parallel is not None:
         settings |= {"parallel": world.parallel, "processes": world.size}

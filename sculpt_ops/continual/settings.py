@@ -12,11 +12,13 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 from .config import TrainConfig
 from .policies import parse_protect
 
-__all__ = ["FIELDS", "is_list", "is_optional", "kind_of", "make_config", "read_yaml"]
+__all__ = ["COMMAS", "FIELDS", "is_list", "is_optional", "kind_of", "make_config", "read_yaml"]
 
 FIELDS = {entry.name: entry for entry in fields(TrainConfig)}
 # Fields that are several values, which a flag is given repeatedly for, or one with commas.
-LISTS = ("tasks", "targets", "order", "ability")
+LISTS = ("tasks", "targets", "order", "ability", "task_epochs")
+# One flag for all values.
+COMMAS = ("order", "task_epochs")
 WORDS = {float: "a number", int: "a whole number", bool: "true or false", str: "text"}
 
 
@@ -85,9 +87,11 @@ def _read(name: str, value: Any) -> Any:
             raise ValueError(f"{name}: got nothing, wanted {WORDS[kind_of(name)]}")
     if not is_list(name):
         return _read_one(name, kind_of(name), value)
-    if name == "order" and isinstance(value, str):
-        return [part.strip() for part in value.split(",")]
+    if name in COMMAS and isinstance(value, str):
+        value = [part.strip() for part in value.split(",")]
     values = value if isinstance(value, list | tuple) else [value]
+    if name == "task_epochs":
+        return [_read_one(name, float, entry) for entry in values]
     return [_text(name, entry) for entry in values]
 
 
