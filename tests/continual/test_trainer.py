@@ -20,7 +20,7 @@ from sculpt_ops.continual import Example, RunResult, Task, TrainConfig, prepare,
 from sculpt_ops.continual.encoding import Collator, encode_task
 from sculpt_ops.continual.evaluate import greedy_answers
 from sculpt_ops.continual.leak_trace import LeakTrace
-from sculpt_ops.ranks import Energy, Importance, Rank
+from sculpt_ops.ranks import Energy
 
 transformers = pytest.importorskip("transformers", reason="the trainer needs pip install sculpt-ops[train]")
 
@@ -123,71 +123,6 @@ def test_measuring_the_leak_is_part_of_no_step(monkeypatch: pytest.MonkeyPatch) 
         now += seconds
         clock.on_step_end(None, state, None)
     assert clock.seconds == [1, 2, 3]
-
-
-def test_subspaces_are_those_of_the_weights_before_each_task(
-    short: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    seen: list[tuple[Any, Weights]] = []
-    starts: list[Any] = []
-    derive = Subspaces.from_model
-
-    def spy(model: torch.nn.Module, **arguments: Any) -> Any:
-        starts.append(arguments["previous"])
-        subspaces = derive(model, **arguments)
-        seen.append((subspaces, {name: weight.detach().clone() for name, weight in model.named_parameters()}))
-        return subspaces
-
-    monkeypatch.setattr(Subspaces, "from_model", spy)
-    monkeypatch.setattr("sculpt_ops.subspaces.search_starts", dict)
-    train(TrainConfig(**short, output=tmp_path / "out", protect=Rank(4), sides="left"), quiet=True)
-    assert len(seen) == 2
-    assert starts == [None, dict(seen[0][0])]
-    for subspaces, at_start in seen:
-        for name, layer in subspaces.items():
-            left = torch.linalg.svd(at_start[name]).U[:, :4]
-            torch.testing.assert_close(layer.left @ layer.left.T, left @ left.T, atol=1e-4, rtol=0)
-    name = "model.layers.0.mlp.up_proj.weight"
-    assert not torch.equal(seen[0][1][name], seen[1][1][name])
-
-
-def test_a_schedule_protects_more_with_every_task(short: dict[str, Any], tmp_path: Path) -> None:
-    result = train(TrainConfig(**short, output=tmp_path / "out", protect="schedule"), quiet=True)
-    assert result.config["protect"] == "schedule"
-    assert result.learned[0].leak_over_time == []
-    assert set(result.learned[0].leak.values()) == {0.0}
-    assert len(result.learned[1].leak_over_time) == 3
-    for task, share in zip(result.learned, (0.0, 0.5), strict=True):
-        assert {layer["rank"] / min(layer["shape"]) for layer in task.layers.values()} == {share}
-
-
-def test_importance_is_measured_on_rows_of_the_task_before(
-    short: dict[str, Any], toy_tasks: list[Task], tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    given: list[Any] = []
-    derive = Subspaces.from_model
-
-    def spy(model: torch.nn.Module, **arguments: Any) -> Any:
-        given.append(arguments.pop("batches"))
-        assert arguments["protect"] == Importance(0.2, 0.6)
-        with torch.no_grad():  # the cosines of random weights are noise around 0
-            for name, weight in model.named_parameters():
-                if "proj" in name:
-                    weight.add_(torch.eye(*weight.shape))
-        return derive(model, batches=given[-1], **arguments)
-
-    monkeypatch.setattr(Subspaces, "from_model", spy)
-    monkeypatch.setattr("sculpt_ops.continual.methods.sculpt.MEASURED_ROWS", 5)
-    result = train(TrainConfig(**short, output=tmp_path / "out", protect=Importance(0.2, 0.6)), quiet=True)
-    assert result.config["protect"] == "importance:0.2:0.6"
-    rows = encode_task(toy_tasks[0], tokenizer, short["max_length"], seq2seq=False).train
-    training = {tuple(row.prompt + row.answer) for row in rows}
-    for batches in given:
-        seen = {tuple(batch["input_ids"][0].tolist()) for batch in batches}
-        assert len(seen) == len(batches) == 5
-        assert seen <= training
-    ranks = {layer["rank"] for layer in result.learned[1].layers.values()}
-    assert len(ranks) > 1
 
 
 def test_the_moments_of_one_task_are_gone_before_the_next(

@@ -1,0 +1,116 @@
+"""What a run derives before each task: subspaces of the weights as they stand, and of what earlier tasks taught."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from sculpt_ops import Subspaces
+from sculpt_ops.continual import RunResult, Task, TrainConfig, train
+from sculpt_ops.continual.encoding import encode_task
+from sculpt_ops.ranks import Importance, Rank
+
+pytest.importorskip("transformers", reason="the trainer needs pip install sculpt-ops[train]")
+
+Weights = dict[str, torch.Tensor]
+
+
+def test_subspaces_are_those_of_the_weights_before_each_task(
+    short: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[tuple[Any, Weights]] = []
+    starts: list[Any] = []
+    derive = Subspaces.from_model
+
+    def spy(model: torch.nn.Module, **arguments: Any) -> Any:
+        starts.append(arguments["previous"])
+        subspaces = derive(model, **arguments)
+        seen.append((subspaces, {name: weight.detach().clone() for name, weight in model.named_parameters()}))
+        return subspaces
+
+    monkeypatch.setattr(Subspaces, "from_model", spy)
+    monkeypatch.setattr("sculpt_ops.subspaces.search_starts", dict)
+    train(TrainConfig(**short, output=tmp_path / "out", protect=Rank(4), sides="left"), quiet=True)
+    assert len(seen) == 2
+    assert starts == [None, dict(seen[0][0])]
+    for subspaces, at_start in seen:
+        for name, layer in subspaces.items():
+            left = torch.linalg.svd(at_start[name]).U[:, :4]
+            torch.testing.assert_close(layer.left @ layer.left.T, left @ left.T, atol=1e-4, rtol=0)
+    name = "model.layers.0.mlp.up_proj.weight"
+    assert not torch.equal(seen[0][1][name], seen[1][1][name])
+
+
+def test_a_schedule_protects_more_with_every_task(short: dict[str, Any], tmp_path: Path) -> None:
+    result = train(TrainConfig(**short, output=tmp_path / "out", protect="schedule"), quiet=True)
+    assert result.config["protect"] == "schedule"
+    assert result.learned[0].leak_over_time == []
+    assert set(result.learned[0].leak.values()) == {0.0}
+    assert len(result.learned[1].leak_over_time) == 3
+    for task, share in zip(result.learned, (0.0, 0.5), strict=True):
+        assert {layer["rank"] / min(layer["shape"]) for layer in task.layers.values()} == {share}
+
+
+def test_importance_is_measured_on_rows_of_the_task_before(
+    short: dict[str, Any], toy_tasks: list[Task], tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[Any] = []
+    derive = Subspaces.from_model
+
+    def spy(model: torch.nn.Module, **arguments: Any) -> Any:
+        given.append(arguments.pop("batches"))
+        assert arguments["protect"] == Importance(0.2, 0.6)
+        with torch.no_grad():  # the cosines of random weights are noise around 0
+            for name, weight in model.named_parameters():
+                if "proj" in name:
+                    weight.add_(torch.eye(*weight.shape))
+        return derive(model, batches=given[-1], **arguments)
+
+    monkeypatch.setattr(Subspaces, "from_model", spy)
+    monkeypatch.setattr("sculpt_ops.continual.methods.sculpt.MEASURED_ROWS", 5)
+    result = train(TrainConfig(**short, output=tmp_path / "out", protect=Importance(0.2, 0.6)), quiet=True)
+    assert result.config["protect"] == "importance:0.2:0.6"
+    rows = encode_task(toy_tasks[0], tokenizer, short["max_length"], seq2seq=False).train
+    training = {tuple(row.prompt + row.answer) for row in rows}
+    for batches in given:
+        seen = {tuple(batch["input_ids"][0].tolist()) for batch in batches}
+        assert len(seen) == len(batches) == 5
+        assert seen <= training
+    ranks = {layer["rank"] for layer in result.learned[1].layers.values()}
+    assert len(ranks) > 1
+
+
+def test_what_a_task_has_taught_is_protected_in_the_next(short: dict[str, Any], tmp_path: Path) -> None:
+    shares = {}
+    for remember in ("rank:1.0", "rank:2", "rank:1.0+inputs:0.9", "inputs:0.9"):
+        config = TrainConfig(**short, output=tmp_path / remember, protect=0.25, remember=remember)
+        first, second = train(config, quiet=True).learned
+        assert first.remembered == {}
+        shares[remember] = list(second.remembered.values())
+        assert RunResult.load(config.output).learned[1].remembered == second.remembered
+        assert second.leak_over_time
+    assert min(shares["rank:1.0"]) > 1 - 1e-4
+    assert min(shares["rank:1.0+inputs:0.9"]) > 1 - 1e-4
+    assert 0.3 < sum(shares["rank:2"]) / len(shares["rank:2"]) < 0.99
+    assert shares["inputs:0.9"] == []
+
+
+def test_abilities_are_measured_before_and_after(short: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text("the old dog has a deep blue sky and the new cat has green grass ; " * 6)
+    rows = [{"question": "what is it ?", "options": "\nA. grass\nB. deep blue\nC. snow", "answer": "B. deep blue"}] * 3
+    (tmp_path / "choices.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    sources = [tmp_path / "text.txt", tmp_path / "choices.jsonl"]
+    settings = {**short, "output": tmp_path / "out", "ability": sources, "ability_items": 2}
+    result = train(TrainConfig(**settings), quiet=True)
+    before, after = result.ability["before"], result.ability["after"]
+    assert before.keys() == after.keys() == {"text perplexity", "choices accuracy", "choices items"}
+    assert before["choices items"] == 2
+    assert before["text perplexity"] > 50
+    assert before["text perplexity"] != after["text perplexity"]
+    assert RunResult.load(tmp_path / "out").ability == result.ability
+    with pytest.raises(ValueError, match=r"missing\.txt"):
+        train(TrainConfig(**{**settings, "ability": [tmp_path / "missing.txt"], "output": tmp_path / "no"}), quiet=True)
