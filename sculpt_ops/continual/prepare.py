@@ -114,6 +114,11 @@ def prepare(config: TrainConfig, world: World, progress: Progress, tasks: list[T
             _check_same_data(state, earlier.tasks, rows, weights if world.first else state["weights"])
             result = replace(earlier, name=result.name, tasks=names, config=settings, versions=result.versions)
             progress.say(_where(saved, names))
+    if config.remember is not None and world.sharded:
+        raise ValueError(
+            f"remember: got {config.remember!r} with FSDP, which spreads the bases over processes; wanted none, or "
+            "parallel ddp"
+        )
     method = make_method(config, parallel=world.parallel is not None)
     return Run(config, world, progress, tasks, encoded, model, tokenizer, method, result, weights, rows, saved)
 

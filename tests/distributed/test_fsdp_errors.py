@@ -19,7 +19,7 @@ from torch.distributed.distributed_c10d import _set_pg_timeout
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
-from sculpt_ops import Subspaces, fuse_into_backward
+from sculpt_ops import Remember, Subspaces, fuse_into_backward
 
 from .models import Case, Stack, backward, batch, optimizer_of, protect, sharded
 from .ranks import Failure, Ranks
@@ -73,6 +73,10 @@ def stepped_under_ddp() -> None:
     fuse_into_backward(model, optimizer_of(model, None, Case()))
 
 
+def remembering() -> None:
+    Subspaces.from_model(sharded(Stack()), 0.5, targets="blocks.*", remember=Remember(2))
+
+
 def with_bases_of_another_model() -> None:
     subspaces = protect(Stack(), Case())
     optimizer_of(sharded(Stack()), subspaces, Case())
@@ -84,6 +88,7 @@ MISTAKES = {
     on_two_meshes: ("ValueError", r"blocks\.1\.weight is sharded over .* blocks\.0\.weight over"),
     partly_gathered: ("ValueError", r"head\.weight: not sharded.*reshard\(\)"),
     gathered: ("ValueError", r"not sharded.*reshard\(\)"),
+    remembering: ("ValueError", r"remember: given with a sharded model, wanted None"),
     with_bases_of_another_model: ("ValueError", r"blocks\.0\.weight .*bind\(model\)"),
     stepped_under_ddp: ("(ValueError|TypeError|RuntimeError)", r"DistributedDataParallel"),
 }
