@@ -74,7 +74,7 @@ def stepped_under_ddp() -> None:
 
 
 def remembering() -> None:
-    Subspaces.from_model(sharded(Stack()), 0.5, targets="blocks.*", remember=Remember(2))
+    Subspaces.from_model(sharded(Stack()), 0.5, targets="blocks.*.weight", remember=Remember(2))
 
 
 def with_bases_of_another_model() -> None:
