@@ -7,28 +7,29 @@ import random
 from collections.abc import Sequence
 from pathlib import Path
 
-from protocol import DATASETS, DEV_ITEMS, TEST_ITEMS, TEXT_TOKENS, TRAIN_ITEMS
+from protocol import DATASETS, DEV_ITEMS, ENTRY_ITEMS, TEST_ITEMS, TEXT_TOKENS, TRAIN_ITEMS
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from sculpt_ops.continual.benchmark import read_benchmark_task
 from sculpt_ops.continual.tasks import Example
 
+PARTS = ("entry", "dev", "final")
+
 
 def make_tasks(source: Path, model: Path, folder: Path) -> None:
-    """`folder`/dev and `folder`/final, a task folder in each per data set of the benchmark in `source`; those that are
+    """`folder`/entry, /dev and /final, a task folder in each per data set of the benchmark in `source`; those that are
     there stay."""
     tokenizer = AutoTokenizer.from_pretrained(model)
     for name, path in DATASETS.items():
-        if all((folder / part / name / "options.json").exists() for part in ("dev", "final")):
+        if all((folder / part / name / "options.json").exists() for part in PARTS):
             continue
         task = read_benchmark_task(source / path)
         shuffle = random.Random(0)
         train, test = list(task.train), list(task.test)
         shuffle.shuffle(train)
         shuffle.shuffle(test)
-        # The first 250 training rows are left for choosing between tasks.
-        dev, train = train[:DEV_ITEMS], train[250 : 250 + TRAIN_ITEMS]
-        for part, measured in (("dev", dev), ("final", test[:TEST_ITEMS])):
+        held, train = train[:ENTRY_ITEMS], train[ENTRY_ITEMS : ENTRY_ITEMS + TRAIN_ITEMS]
+        for part, measured in zip(PARTS, (held, held[:DEV_ITEMS], test[:TEST_ITEMS]), strict=True):
             _write(folder / part / name, "train", train, tokenizer)
             _write(folder / part / name, "test", measured, tokenizer)
             (folder / part / name / "options.json").write_text(json.dumps(task.options), encoding="utf-8")

@@ -23,7 +23,8 @@ CACHE = HERE.parents[1] / ".cache"
 
 @dataclass(frozen=True)
 class Job:
-    """One run. part: "dev" or "final", the folder of its tasks. method, config: of `protocol.CONFIGS`."""
+    """One run. part: "entry", "dev" or "final", the folder of its tasks. method, config: of `protocol.CONFIGS`. order:
+    "dev", one of `protocol.ORDERS`, or at entry the one task."""
 
     part: str
     method: str
@@ -57,10 +58,15 @@ def main() -> int:
 
 
 def jobs(stage: str, results: Path) -> Iterator[Job]:
-    """What there is to run: every configuration on the development order, then the chosen ones on the others."""
-    from protocol import CONFIGS, ORDERS, SEEDS
+    """What there is to run: each task alone, every configuration on the development order, then the chosen ones on the
+    others."""
+    from protocol import CONFIGS, DATASETS, ENTRY_RATES, ORDERS, SEEDS
     from tables import choose
 
+    if stage in ("entry", "all"):
+        for rate in ENTRY_RATES:
+            for task in DATASETS:
+                yield Job("entry", "plain", f"lr {rate:g}", task, 0)
     if stage in ("dev", "all"):
         most = max(map(len, CONFIGS.values()))
         for number in range(most):
@@ -89,12 +95,12 @@ def run(job: Job, model: Path, work: Path, results: Path) -> None:
     settings: dict[str, Any] = {**COMMON, **CONFIGS[job.method][job.config]}
     if "protect" in settings:
         settings["protect"] = parse_protect(settings["protect"])
-    order = DEV_ORDER if job.order == "dev" else ORDERS[job.order]
+    order = (job.order,) if job.part == "entry" else DEV_ORDER if job.order == "dev" else ORDERS[job.order]
     output = work / "runs" / job.part / job.name
     resume = (output / "checkpoint").exists()
     if not resume:
         shutil.rmtree(output, ignore_errors=True)
-    first = work / "runs" / job.part / "zero-shot"
+    first = work / "runs" / job.part / ("zero-shot" if job.part != "entry" else f"zero-shot {job.order}")
     config = TrainConfig(
         model=model,
         tasks=[work / job.part / name for name in order],
@@ -135,7 +141,7 @@ def _arguments() -> argparse.Namespace:
         "--data", type=Path, default=os.environ.get("SCULPT_CL_BENCHMARK"), help="the benchmark's folder"
     )
     parser.add_argument("--model", type=Path, help="model folder; not given, the demo's SmolLM2-135M")
-    parser.add_argument("--stage", choices=("dev", "final", "all"), default="all")
+    parser.add_argument("--stage", choices=("entry", "dev", "final", "all"), default="all")
     parser.add_argument("--only", help="only runs with this in their name")
     parser.add_argument("--tables", action="store_true", help="run nothing, only write the tables")
     parser.add_argument("--results", type=Path, default=HERE / "results")

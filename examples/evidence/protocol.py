@@ -6,8 +6,18 @@ from collections.abc import Mapping
 from typing import Any
 
 # Folders of the O-LoRA benchmark (TYPE/DATASET), by the name that the tables use.
-DATASETS = {"dbpedia": "TC/dbpedia", "amazon": "SC/amazon", "agnews": "TC/agnews", "IMDB": "SC/IMDB"}
-TRAIN_ITEMS, DEV_ITEMS, TEST_ITEMS = 320, 120, 250
+DATASETS = {
+    "dbpedia": "TC/dbpedia",
+    "amazon": "SC/amazon",
+    "agnews": "TC/agnews",
+    "IMDB": "SC/IMDB",
+    "yelp": "SC/yelp",
+    "MultiRC": "MultiRC/MultiRC",
+}
+TRAIN_ITEMS, TEST_ITEMS = 320, 250
+# Held-out training rows: to see whether a task enters, and (the first of them) to choose configurations.
+ENTRY_ITEMS, DEV_ITEMS = 250, 120
+ENTRY_RATES = (5e-5, 1e-4, 3e-5)
 # Of a text; its instruction and the cue to answer come on top.
 TEXT_TOKENS = 96
 

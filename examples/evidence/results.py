@@ -11,10 +11,13 @@ from statistics import median
 from typing import Any
 
 from sculpt_ops.continual import RunResult
-from sculpt_ops.continual.result import LearnedTask, Prediction
+from sculpt_ops.continual.result import LearnedTask, Prediction, write_text
+
+__all__ = ["pack", "read_all", "unpack", "write_text"]
 
 # Of a task's training; per weight only medians are kept.
 _KEPT = ("name", "train_items", "test_items", "note", "steps", "derive_seconds", "train_seconds", "peak_memory_bytes")
+_KEPT += ("majority",)
 
 
 def pack(result: RunResult, folder: Path, about: dict[str, Any]) -> None:
@@ -28,7 +31,7 @@ def pack(result: RunResult, folder: Path, about: dict[str, Any]) -> None:
         "about": about,
         "name": result.name,
         "tasks": result.tasks,
-        "config": result.config,
+        "config": {**result.config, **_without_folders(result.config)},
         "versions": result.versions,
         "accuracy": [[value if value == value else None for value in row] for row in result.accuracy],
         "seconds_per_step": result.seconds_per_step,
@@ -42,6 +45,11 @@ def pack(result: RunResult, folder: Path, about: dict[str, Any]) -> None:
     # Without a time stamp: the same result is the same file.
     temporary.write_bytes(gzip.compress(json.dumps(record).encode(), mtime=0))
     temporary.replace(path)
+
+
+def _without_folders(config: dict[str, Any]) -> dict[str, Any]:
+    """Names in place of paths, which say where a machine keeps things."""
+    return {"model": Path(config["model"]).name, "tasks": [Path(task).name for task in config["tasks"]], "output": ""}
 
 
 def _task(task: LearnedTask) -> dict[str, Any]:
@@ -66,7 +74,8 @@ def unpack(path: Path) -> tuple[RunResult, dict[str, Any]]:
         for item in items
     ]
     learned = [
-        LearnedTask(step_seconds=[], losses=[], **{name: task[name] for name in _KEPT}) for task in record["learned"]
+        LearnedTask(step_seconds=[], losses=[], **{name: task.get(name) for name in _KEPT})
+        for task in record["learned"]
     ]
     run = RunResult(record["name"], record["tasks"], str(path), record["config"], record["versions"])
     seconds = record["evaluation_seconds"]

@@ -2,18 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from statistics import mean
+from typing import Any
 
-from results import read_all
+from protocol import CONFIGS, ORDERS, SEEDS
+from results import read_all, write_text
 
-MARK = "<!-- {}: make evidence -->"
+from sculpt_ops.continual import RunResult
+from sculpt_ops.continual.markdown import percent, table
+from sculpt_ops.continual.metrics import Estimate
+from sculpt_ops.continual.paired import paired
+
+BEGIN, END = "<!-- begin: make evidence -->\n", "<!-- end -->"
+WEIGHTS = "Weights dequantised from 4 bits; exploratory."
+BASELINE = "plain"
+
+Found = tuple[RunResult, dict[str, Any]]
 
 
 def choose(results: Path) -> dict[str, str]:
     """Of every method the configuration with the highest average accuracy on the development order; the first of
     equals."""
     best: dict[str, tuple[float, str]] = {}
-    for run, record in read_all(results / "dev"):
+    for run, record in _in_order(results / "dev"):
         method, config = record["about"]["method"], record["about"]["config"]
         value = run.metrics.average_accuracy.value
         if method not in best or value > best[method][0]:
@@ -21,7 +34,133 @@ def choose(results: Path) -> dict[str, str]:
     return {method: config for method, (_, config) in best.items()}
 
 
+def _in_order(folder: Path) -> Iterator[Found]:
+    """As the protocol lists them."""
+    listed = [(method, config) for method, configs in CONFIGS.items() for config in configs]
+    found = {(record["about"]["method"], record["about"]["config"]): (run, record) for run, record in read_all(folder)}
+    yield from (found[each] for each in listed if each in found)
+
+
 def write_tables(results: Path, readme: Path) -> None:
-    for run, _ in read_all(results / "dev"):
-        values = run.metrics
-        print(f"{run.name:60s} {values.average_accuracy.value:.3f} {values.backward_transfer.value:+.3f}")
+    """Replace what stands between the marks of `readme`."""
+    text = readme.read_text(encoding="utf-8")
+    before, _, rest = text.partition(BEGIN)
+    _, _, after = rest.partition(END)
+    sections = [entry_table(results), dev_table(results), final_tables(results), ablation_table(results)]
+    body = "\n\n".join(section for section in sections if section)
+    write_text(readme, f"{before}{BEGIN}{body}\n{END}{after}")
+
+
+def entry_table(results: Path) -> str:
+    """Whether fine-tuning on one task alone beats the majority and the model as it is by ten points."""
+    best: dict[str, tuple[float, float, float]] = {}
+    for run, record in read_all(results / "entry"):
+        name, reached = run.tasks[0], run.accuracy[1][0]
+        if name not in best or reached > best[name][0]:
+            best[name] = reached, run.accuracy[0][0], record["learned"][0]["majority"]
+    rows = [
+        (
+            name,
+            *(f"{100 * share:.1f}" for share in (alone, zero, most)),
+            "yes" if alone >= max(zero, most) + 0.1 else "no",
+        )
+        for name, (alone, zero, most) in best.items()
+    ]
+    if not rows:
+        return ""
+    header = ("task", "alone, %", "zero-shot, %", "majority, %", "enters")
+    return f"### Tasks that enter (120 held-out training rows). {WEIGHTS}\n\n{table(header, rows)}"
+
+
+def dev_table(results: Path) -> str:
+    """Every configuration that was tried."""
+    chosen = choose(results)
+    rows = []
+    for run, record in _in_order(results / "dev"):
+        about, values = record["about"], run.metrics
+        mark = "**chosen**" if chosen[about["method"]] == about["config"] else ""
+        rows.append(
+            (
+                about["method"],
+                about["config"],
+                percent(values.average_accuracy),
+                percent(values.backward_transfer, signed=True),
+                percent(values.learning_accuracy),
+                _protected(record),
+                mark,
+            )
+        )
+    if not rows:
+        return ""
+    header = ("method", "configuration", "average accuracy, %", "backward transfer, points", "learning accuracy, %")
+    return (
+        f"### Configurations, development order, seed 0, 120 held-out training rows a task. {WEIGHTS}\n\n"
+        f"{table((*header, 'of the last change protected, %', ''), rows)}"
+    )
+
+
+def _protected(record: dict[str, Any]) -> str:
+    """Medians over the weights, task by task."""
+    shares = [task["remembered"][1] for task in record["learned"] if "remembered" in task]
+    return ", ".join(f"{100 * share:.0f}" for share in shares) or "-"
+
+
+def final_tables(results: Path) -> str:
+    """The chosen configurations on the orders and seeds of the comparison."""
+    runs: dict[str, dict[tuple[str, int], RunResult]] = {}
+    for run, record in read_all(results / "final"):
+        runs.setdefault(record["about"]["method"], {})[record["about"]["order"], run.config["seed"]] = run
+    if BASELINE not in runs:
+        return ""
+    rows, pairs = [], []
+    for method in (name for name in CONFIGS if name in runs):
+        found = runs[method]
+        rows.append((method, str(len(found)), *_means(found.values())))
+        both = sorted(found.keys() & runs[BASELINE].keys())
+        if method == BASELINE or not both:
+            continue
+        against = paired([found[key] for key in both], [runs[BASELINE][key] for key in both])
+        estimates = (against.average_accuracy, against.backward_transfer, against.learning_accuracy)
+        pairs.append((method, str(len(both)), *(percent(estimate, signed=True) for estimate in estimates)))
+    planned = len(ORDERS) * len(SEEDS)
+    quality = ("average accuracy, %", "backward transfer, points", "learning accuracy, %", "likeliest option, %")
+    seeds = ", ".join(map(str, SEEDS))
+    parts = [
+        f"### Test items, mean over runs of {planned} planned ({', '.join(ORDERS)}; seeds {seeds}). {WEIGHTS}\n\n"
+        f"{table(('method', 'runs', *quality), rows)}"
+    ]
+    if pairs:
+        parts.append(
+            f"### Difference from {BASELINE}, paired by order and seed; 95 % over runs and test items. {WEIGHTS}\n\n"
+            f"{table(('method', 'pairs', *quality[:3]), pairs)}"
+        )
+    return "\n\n".join(parts)
+
+
+def _means(runs: Iterable[RunResult]) -> Iterator[str]:
+    runs = list(runs)
+    for name in ("average_accuracy", "backward_transfer", "learning_accuracy"):
+        values = [getattr(run.metrics, name).value for run in runs]
+        yield f"{100 * mean(values):.1f} ({100 * min(values):.1f} to {100 * max(values):.1f})"
+    options = [mean(run.option_accuracy[-1]) for run in runs]
+    yield f"{100 * mean(options):.1f}"
+
+
+def ablation_table(results: Path) -> str:
+    """One factor changed at a time, from the chosen configuration of "sculpt", on the development order."""
+    rows = [
+        (record["about"]["config"], *_values(run.metrics), _protected(record))
+        for run, record in read_all(results / "ablation")
+    ]
+    if not rows:
+        return ""
+    header = ("changed", "average accuracy, %", "backward transfer, points", "learning accuracy, %")
+    return (
+        f"### One factor changed, development order, seed 0. {WEIGHTS}\n\n"
+        f"{table((*header, 'of the last change protected, %'), rows)}"
+    )
+
+
+def _values(metrics: Any) -> Sequence[str]:
+    estimates: list[Estimate] = [metrics.average_accuracy, metrics.backward_transfer, metrics.learning_accuracy]
+    return [percent(estimate, signed=index == 1) for index, estimate in enumerate(estimates)]
