@@ -1,6 +1,7 @@
 # make setup   a virtual environment in .venv with the pinned packages and the built extension
 # make test    everything that must hold: tests, ruff, mypy, kernels compiled for every architecture
 # make demo    the main job on a real model, at most 10 minutes on two cores once packages are installed
+# make evidence DATA=FOLDER   what each method forgets, on the O-LoRA benchmark's data: hours, can be stopped and goes on
 # make bench   the CPU benchmark tables in bench/results
 PYTHON ?= python3
 VENV := .venv
@@ -9,7 +10,7 @@ INSTALL := $(PY) -m pip install --quiet --disable-pip-version-check --constraint
 INSTALLED := $(VENV)/.installed
 PEERS := $(VENV)/.peers
 
-.PHONY: setup test demo bench clean
+.PHONY: setup test demo evidence bench clean
 
 setup: $(INSTALLED)
 
@@ -29,6 +30,10 @@ test: $(INSTALLED)
 
 demo: $(INSTALLED)
 	$(PY) examples/demo/demo.py
+
+evidence: $(INSTALLED)
+	@test -n "$(DATA)" || { echo "wanted: make evidence DATA=FOLDER, of the O-LoRA benchmark (TYPE/DATASET)"; exit 2; }
+	$(PY) examples/evidence/evidence.py --data "$(DATA)"
 
 # By name and not as '.[bench]', which would build the extension again. The last two without their dependencies: a
 # trainer's and sentence-transformers, of which the tables use nothing.
