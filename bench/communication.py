@@ -20,6 +20,7 @@ from typing import Any, Literal, cast
 
 from conftest import ROOT
 
+from sculpt_ops.buckets import in_buckets
 from sculpt_ops.continual.plan.models import KNOWN_MODELS
 from sculpt_ops.distributed.exchange import Place, _buckets, assign_owners
 from sculpt_ops.distributed.layers import _rounds
@@ -27,7 +28,8 @@ from sculpt_ops.distributed.op_collectives import BUCKET_BYTES
 from sculpt_ops.distributed.op_exchange import chunk
 from sculpt_ops.distributed.sharding import moves_to_owner
 from sculpt_ops.distributed.traffic import all_gather_bytes, all_reduce_bytes, reduce_scatter_bytes
-from sculpt_ops.optim.rows import _BUCKET_BYTES, _SHARDED_BUCKETS
+from sculpt_ops.optim.rows import BUCKET_BYTES as STEP_BYTES
+from sculpt_ops.optim.rows import SHARDED_BUCKETS
 
 Shape = tuple[int, int]
 # A matrix and the rank that owns it.
@@ -90,9 +92,8 @@ def step(
         kinds = 1 if not decay or grad_bytes == 4 else 2  # a collective a dtype
         load += moved(away, size, grad_bytes + 4 * decay) + moved(away, size, 4, back=True)
         load += Load([0] * size, [0] * size, 0, (kinds + 1) * len(_buckets(places(away), size)))
-    of_gradient = parted([nbytes for _, nbytes in coefficients])
-    of_step = [part for bucket in step_buckets(coefficients, size) for part in parted(bucket)]
-    sums = [sum(part) for part in (*of_gradient, *of_step)]
+    together = [[nbytes for _, nbytes in coefficients], *step_buckets(coefficients, size)]
+    sums = [sum(part) for bucket in together for part in in_buckets(bucket, int, BUCKET_BYTES)]
     ring = sum(all_reduce_bytes(nbytes, size) for nbytes in sums)
     return load + Load([0] * size, [0] * size, ring, len(sums))
 
@@ -150,23 +151,10 @@ def shares(length: int, size: int) -> tuple[int, ...]:
     return tuple(chunk(length, rank, size)[1] for rank in range(size))
 
 
-def parted(nbytes: Sequence[int]) -> list[list[int]]:
-    """`nbytes` in parts of at most `BUCKET_BYTES`."""
-    parts: list[list[int]] = []
-    held = 0
-    for value in nbytes:
-        if not parts or held + value > BUCKET_BYTES:
-            parts.append([])
-            held = 0
-        parts[-1].append(value)
-        held += value
-    return parts
-
-
 def step_buckets(coefficients: Sequence[tuple[Shape, int]], size: int) -> list[list[int]]:
     """Bytes of coefficients of the matrices that are stepped together, as `optim.rows` has it."""
     total, before = sum(4 * m * n for (m, n), _ in coefficients), 0
-    count = min(max(-(-total // (size * _BUCKET_BYTES)), 1), _SHARDED_BUCKETS)
+    count = min(max(-(-total // (size * STEP_BYTES)), 1), SHARDED_BUCKETS)
     buckets: list[list[int]] = [[] for _ in range(count)]
     for (m, n), nbytes in coefficients:
         buckets[count * before // total].append(nbytes)

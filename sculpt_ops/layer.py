@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Literal, cast, get_args
 
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .bases import TopSubspace
 from .basis import Basis
+from .buckets import in_buckets
 from .linalg import complement, orthonormal
 from .ops import foreach_project_, project, project_
 from .remember import Remembered, Side, join
@@ -242,7 +243,7 @@ def project_each_(pairs: Iterable[tuple[Tensor, LayerSubspace]]) -> None:
     for matrix, layer in pairs:
         groups.setdefault((matrix.device, matrix.dtype, layer.block), []).append((matrix, layer))
     for (_, _, block), group in groups.items():
-        for part in _parts(group):
+        for part in in_buckets(group, _made_bytes, _MADE_BYTES):
             layers = [layer for _, layer in part]
             foreach_project_(
                 [matrix for matrix, _ in part],
@@ -254,17 +255,8 @@ def project_each_(pairs: Iterable[tuple[Tensor, LayerSubspace]]) -> None:
             )
 
 
-def _parts(group: Sequence[tuple[Tensor, LayerSubspace]]) -> Iterator[list[tuple[Tensor, LayerSubspace]]]:
-    """As many as make at most `_MADE_BYTES` of bases for the call, and at least one."""
-    part: list[tuple[Tensor, LayerSubspace]] = []
-    size = 0
-    for matrix, layer in group:
-        bases = (basis for basis in (layer.left_basis, layer.right_basis) if basis is not None and not basis.is_span)
-        made = sum(4 * basis.columns.numel() for basis in bases)
-        if part and size + made > _MADE_BYTES:
-            yield part
-            part, size = [], 0
-        part.append((matrix, layer))
-        size += made
-    if part:
-        yield part
+def _made_bytes(pair: tuple[Tensor, LayerSubspace]) -> int:
+    """Of bases that are not stored as the call takes them."""
+    _, layer = pair
+    bases = (basis for basis in (layer.left_basis, layer.right_basis) if basis is not None and not basis.is_span)
+    return sum(4 * basis.columns.numel() for basis in bases)

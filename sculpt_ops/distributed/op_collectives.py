@@ -11,6 +11,7 @@ import torch.distributed._functional_collectives as functional
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
+from ..buckets import in_buckets
 from .agreement import collective
 
 __all__ = ["BUCKET_BYTES", "agreed", "all_to_all", "buckets", "reduced", "start_sums"]
@@ -31,15 +32,7 @@ def buckets(
     for item in items:
         groups.setdefault(key(item), []).append(item)
     for group in groups.values():
-        bucket: list[Item] = []
-        held = 0
-        for item in group:
-            if bucket and held + nbytes(item) > BUCKET_BYTES:
-                yield bucket
-                bucket, held = [], 0
-            bucket.append(item)
-            held += nbytes(item)
-        yield bucket
+        yield from in_buckets(group, nbytes, BUCKET_BYTES)
 
 
 def start_sums(op: str, mesh: DeviceMesh, dims: Sequence[int], parts: Sequence[Tensor]) -> Callable[[], list[Tensor]]:

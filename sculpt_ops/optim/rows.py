@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
+from ..buckets import in_buckets
 from ..dtensor import is_dtensor
 from ..layer import LayerSubspace, project_each_
 from .options import Options
 from .precision import add_to_weight_, has_master, read_weight, rounding_seed, wide, write_moment_
 
 __all__ = [
+    "BUCKET_BYTES",
     "MOMENTS",
+    "SHARDED_BUCKETS",
     "Row",
     "adam_",
     "apply_step",
@@ -30,8 +33,8 @@ MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
 
 # Steps exist outside the weights before they are applied; with gradients in float32 and the decay the peak is about
 # three times this, or one matrix where it is larger.
-_BUCKET_BYTES = 64 * 2**20
-_SHARDED_BUCKETS = 4
+BUCKET_BYTES = 64 * 2**20
+SHARDED_BUCKETS = 4
 
 
 class Row(NamedTuple):
@@ -97,8 +100,9 @@ def step_rows(options: Options, group: Mapping[str, Any], rows: Sequence[Row]) -
 
         step_at_owners(options, group, away)
     here = [row for row in rows if row.layer is None or row.layer.owner is None]
+    whole = [row for row in here if not is_dtensor(row.parameter)]
     sharded = [row for row in here if is_dtensor(row.parameter)]
-    for bucket in (*_buckets([row for row in here if not is_dtensor(row.parameter)]), *_sharded_buckets(sharded)):
+    for bucket in (*in_buckets(whole, _step_bytes, BUCKET_BYTES), *_sharded_buckets(sharded)):
         if options.in_coordinates:
             # There and back: bases in 16 bit would be made float32 twice.
             bucket = [row._replace(layer=row.layer.in_full()) if row.layer else row for row in bucket]
@@ -203,28 +207,18 @@ def _seed(options: Options, row: Row, slot: int) -> int:
     return rounding_seed(options.seed, row.state["step"], row.place, slot)
 
 
-def _buckets(rows: Sequence[Row]) -> Iterator[list[Row]]:
-    bucket: list[Row] = []
-    size = 0
-    for row in rows:
-        nbytes = row.parameter.numel() * max(row.parameter.element_size(), 4)
-        if bucket and size + nbytes > _BUCKET_BYTES:
-            yield bucket
-            bucket, size = [], 0
-        bucket.append(row)
-        size += nbytes
-    if bucket:
-        yield bucket
+def _step_bytes(row: Row) -> int:
+    return row.parameter.numel() * max(row.parameter.element_size(), 4)
 
 
 def _sharded_buckets(rows: Sequence[Row]) -> list[list[Row]]:
-    """The same on all ranks, and at most `_SHARDED_BUCKETS`: the projections of each take a collective or two."""
+    """The same on all ranks, and at most `SHARDED_BUCKETS`: the projections of each take a collective or two."""
     if not rows:
         return []
     size = cast(Any, rows[0].parameter).device_mesh.size()
-    sizes = [row.parameter.numel() * max(row.parameter.element_size(), 4) for row in rows]
+    sizes = [_step_bytes(row) for row in rows]
     total, before = sum(sizes), 0
-    count = min(max(-(-total // (size * _BUCKET_BYTES)), 1), _SHARDED_BUCKETS)
+    count = min(max(-(-total // (size * BUCKET_BYTES)), 1), SHARDED_BUCKETS)
     buckets: list[list[Row]] = [[] for _ in range(count)]
     for row, nbytes in zip(rows, sizes, strict=True):
         buckets[count * before // total].append(row)

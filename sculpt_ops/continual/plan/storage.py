@@ -13,12 +13,10 @@ from ...basis import Basis, Form
 from ...layer import LayerSubspace, Sides
 from ...leak import sketch_shape
 from ...optim.options import Options
+from ...optim.rows import BUCKET_BYTES
 from .trace import Trace
 
 __all__ = ["Footprint", "footprint", "protected_layer"]
-
-# Steps of 64 MB of parameters at a time are computed outside of the weights (`optim.rows`).
-BUCKET = 64 * 2**20
 
 
 @dataclass(frozen=True)
@@ -85,7 +83,7 @@ def footprint(
         own = {name: _buffer_bytes(p) for name, p in trained.items() if name not in torchs}
         # torch keeps the roots of all second moments on a GPU, on a CPU twice those of one parameter.
         roots = [parameter.numel() * max(parameter.element_size(), 4) for parameter in torchs.values()]
-        bucket = max(min(3 * BUCKET, sum(own.values())), max(own.values(), default=0))
+        bucket = max(min(3 * BUCKET_BYTES, sum(own.values())), max(own.values(), default=0))
         buffers = max(sum(roots), 2 * max(roots, default=0), bucket)
         stepping = (alive + own.get(name, 2 * parameters[name].nbytes) for name, alive in trace.arrivals)
         in_backward = kept + max(trace.activations, *stepping)
