@@ -35,6 +35,7 @@ os.environ.setdefault("MAX_JOBS", str(os.cpu_count() or 1))
 setup(
     packages=[
         "sculpt_ops",
+        "sculpt_ops.bench",
         "sculpt_ops.ops",
         "sculpt_ops.optim",
         "sculpt_ops.continual",

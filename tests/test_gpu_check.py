@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from sculpt_ops import bench
-from sculpt_ops.bench_report import lost, markdown
-from sculpt_ops.bench_timing import Ceilings
+from sculpt_ops.bench.report import lost, markdown
+from sculpt_ops.bench.timing import Ceilings
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "bench" / "gpu"))
@@ -111,7 +111,7 @@ def test_repeatability_sees_a_bit_that_moves(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     count = iter(range(10))
-    monkeypatch.setattr(bench.ops, "orthonormalize", lambda x: x + (next(count) == 2))
+    monkeypatch.setattr("sculpt_ops.bench.command.ops.orthonormalize", lambda x: x + (next(count) == 2))
     assert bench.main(["--device", "cpu", "--repeat", "4"]) == 1
     different = json.loads(capsys.readouterr().out)["different"]
     assert {name: times for name, times in different.items() if times} == {"orthonormalize": 1}

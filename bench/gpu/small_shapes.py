@@ -8,8 +8,8 @@ import torch
 
 import sculpt_ops
 from sculpt_ops import reference
-from sculpt_ops.bench_rows import basis
-from sculpt_ops.bench_timing import backend
+from sculpt_ops.bench.rows import basis
+from sculpt_ops.bench.timing import backend
 
 DEVICE = torch.device(os.environ.get("SCULPT_TEST_DEVICE", "cuda"))
 FLAGS = ({}, {"keep_left": True}, {"keep_right": True}, {"block": True})

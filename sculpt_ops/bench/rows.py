@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import reference
-from .bench_timing import Ceilings, Contender, copies_beyond_l2, measure, synchronize
-from .decompose import top_subspace
-from .ops import foreach_project_, project_, rsvd
-from .optim import AdamW
-from .ranks import Rank
-from .subspaces import Subspaces
+from .. import reference
+from ..decompose import top_subspace
+from ..ops import foreach_project_, project_, rsvd
+from ..optim import AdamW
+from ..ranks import Rank
+from ..subspaces import Subspaces
+from .timing import Ceilings, Contender, copies_beyond_l2, measure, synchronize
 
 __all__ = ["MODELS", "TINY", "Row", "Setting", "decompositions", "models", "optimizer_step", "projections"]
 

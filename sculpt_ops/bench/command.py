@@ -20,10 +20,10 @@ from typing import Any
 
 import torch
 
-from . import ops
-from .bench_report import write_report
-from .bench_rows import Setting, basis, decompositions, models, optimizer_step, projections
-from .bench_timing import measure_ceilings, synchronize
+from .. import ops
+from .report import write_report
+from .rows import Setting, basis, decompositions, models, optimizer_step, projections
+from .timing import measure_ceilings, synchronize
 
 __all__ = ["facts", "main", "repeat", "run"]
 
@@ -160,7 +160,3 @@ def main(arguments: list[str] | None = None) -> int:
     for path in write_report(run(device, given.seconds, given.dry_run), given.output):
         print(f"written: {path}")
     return 0
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

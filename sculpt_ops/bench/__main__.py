@@ -1,0 +1,5 @@
+"""`python -m sculpt_ops.bench`."""
+
+from .command import main
+
+raise SystemExit(main())
