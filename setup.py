@@ -8,8 +8,9 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import torch
 from setuptools import setup
-from torch.utils.cpp_extension import BuildExtension, CppExtension
+from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension, CUDAExtension
 
 CSRC = Path("csrc")
 # torch >= 2.10 is enough for every stable-ABI call in csrc; the package itself asks for 2.11.
@@ -30,7 +31,30 @@ def headers() -> list[str]:
     return sorted(str(path) for path in CSRC.rglob("*.h"))
 
 
-print("sculpt-ops: building the CPU ops; the CUDA path uses Triton and library products, no nvcc needed")
+def cuda_extensions() -> list[CUDAExtension]:
+    """The CUDA C++ kernels, where torch is a CUDA build and nvcc is there. SCULPT_NO_CUDA=1 leaves them out: dispatch
+    does not choose them, the CUDA path uses Triton and library products."""
+    if torch.version.cuda is None or CUDA_HOME is None or os.environ.get("SCULPT_NO_CUDA") == "1":
+        return []
+    # All that is there so far is for Hopper.
+    os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "9.0a")
+    return [
+        CUDAExtension(
+            "sculpt_ops._cuda",
+            [*sources(CSRC / "cuda"), *sorted(str(path) for path in (CSRC / "cuda").glob("*.cu"))],
+            include_dirs=[str(CSRC.resolve())],
+            depends=headers(),
+            extra_compile_args={
+                "cxx": [*FLAGS, *STABLE_ABI, "-DUSE_CUDA"],
+                "nvcc": ["-O3", "-std=c++17", *STABLE_ABI, "-DUSE_CUDA"],
+            },
+            py_limited_api=True,
+        )
+    ]
+
+
+CUDA = cuda_extensions()
+print(f"sculpt-ops: building the CPU ops{' and the CUDA kernels' if CUDA else ''}")
 os.environ.setdefault("MAX_JOBS", str(os.cpu_count() or 1))
 setup(
     packages=[
@@ -63,6 +87,7 @@ setup(
             depends=headers(),
             extra_compile_args=FLAGS,
         ),
+        *CUDA,
     ],
     cmdclass={"build_ext": BuildExtension},
 )

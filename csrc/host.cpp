@@ -8,6 +8,7 @@
 #include <string>
 
 #include "common/heuristics.h"
+#include "common/left_panels.h"
 #include "common/philox.h"
 
 namespace {
@@ -39,6 +40,12 @@ const char* choose(int64_t m, int64_t n, int64_t r, int64_t s, int64_t batch, co
   }
 }
 
+pybind11::object left_panels(int64_t m, int64_t n, int64_t r, bool split, int64_t multiprocessors) {
+  const sculpt::LeftPanels plan = sculpt::left_panels(m, n, r, split, multiprocessors);
+  if (!plan.fits) return pybind11::none();
+  return pybind11::make_tuple(plan.cluster, plan.rows, plan.ranks, plan.bytes);
+}
+
 bool stacked(int64_t m, int64_t n, int64_t r, int64_t s, const std::string& dtype) {
   return sculpt::stacked(m, n, r, s, type_of(dtype));
 }
@@ -55,6 +62,9 @@ PYBIND11_MODULE(_host, m) {
         "The variant, cublas, triton or cuda, for batch matrices m x n with bases of ranks r and s (0: no basis).");
   m.def("stacked", &stacked, arg("m"), arg("n"), arg("r"), arg("s"), arg("dtype"),
         "Whether library products take both sides at once and not one after the other.");
+  m.def("left_panels", &left_panels, arg("m"), arg("n"), arg("r"), arg("split"), arg("multiprocessors"),
+        "Blocks of a cluster, rows of each, padded rank and bytes of shared memory of the left projection's CUDA kernel; "
+        "None where it cannot run.");
   m.attr("thresholds") = pybind11::dict(
       arg("cuda_proven") = sculpt::kCudaProven, arg("max_rank") = sculpt::kMaxRank,
       arg("max_rank_float32") = sculpt::kMaxRankFloat32, arg("max_rank_float16") = sculpt::kMaxRankFloat16,

@@ -405,7 +405,7 @@ def test_quick_demo_runs_from_a_made_up_cache_without_network(tmp_path: Path) ->
     assert not plain.learned[0].leak
     assert protected.learned[0].leak
     kept = {path.name for path in (tmp_path / "results").iterdir()}
-    assert kept == {"plain", "protected", "report.md", "accuracy.png", "curves.png", "leak.png"}
+    assert kept == {"plain", "protected", "report.md", "accuracy.png", "curves.png", "leak.png", "tradeoff.png"}
     again = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert again.returncode == 1
     assert "is there already" in again.stderr

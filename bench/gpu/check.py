@@ -20,7 +20,12 @@ TAIL = 4000
 PYTHON = sys.executable
 # Tests of the CPU kernels and of pure functions have nothing to find on a GPU. By path and without conftest.py: a GPU
 # image has pytest, but seldom hypothesis.
-GPU_TESTS = ("tests/test_on_device.py", "tests/triton/kernel_checks.py", "tests/triton/grouped_checks.py")
+GPU_TESTS = (
+    "tests/test_on_device.py",
+    "tests/triton/kernel_checks.py",
+    "tests/triton/grouped_checks.py",
+    "tests/cuda/left_checks.py",
+)
 SANITIZED = (PYTHON, "bench/gpu/small_shapes.py")
 
 

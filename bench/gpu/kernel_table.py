@@ -151,7 +151,8 @@ def cuda_table() -> list[str]:
                 text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
                 for mangled, usage in re.findall(r"Function (\S+?):?\n\s*(REG:.*)", text):
                     demangled = subprocess.run(["c++filt", mangled], capture_output=True, text=True, check=True).stdout
-                    name = demangled.strip().split("(")[0].removeprefix("void ")
+                    name = demangled.strip().replace("(anonymous namespace)::", "").removeprefix("void ")
+                    name = re.sub(r"\((?:int|bool)\)", "", name).split("(")[0]
                     facts = [str(number(pattern, usage)) for pattern in (r"REG:(\d+)", r"SHARED:(\d+)", r"STACK:(\d+)")]
                     lines.append(f"| `{name}` | {source.name} | sm_{architecture} | {' | '.join(facts)} |")
     return lines

@@ -1,0 +1,60 @@
+// Tensor-core products of 16 x 16 by 16 x 8 blocks of bfloat16 (mma.sync.m16n8k16), and how operands come from shared
+// memory. Fragment layouts are those of the PTX ISA, section "Matrix Fragments for mma.m16n8k16".
+#pragma once
+#include <cuda_bf16.h>
+
+#include <cstdint>
+
+namespace sculpt {
+
+__device__ inline uint32_t shared_address(const void* pointer) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
+}
+
+// A fragment of X (16 x 16) stored as rows of X, `pitch` elements apart; `x` points to its first element.
+__device__ inline void load_rows(uint32_t (&a)[4], const __nv_bfloat16* x, int64_t pitch, int lane) {
+  const __nv_bfloat16* row = x + (lane & 15) * pitch + (lane >> 4) * 8;
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(a[0]), "=r"(a[1]), "=r"(a[2]), "=r"(a[3])
+               : "r"(shared_address(row))
+               : "memory");
+}
+
+// A fragment of Xᵀ (16 x 16), X being stored by rows as above.
+__device__ inline void load_transposed(uint32_t (&a)[4], const __nv_bfloat16* x, int64_t pitch, int lane) {
+  // The four 8 x 8 blocks of Xᵀ in the order of the fragment: (0, 0), (8, 0), (0, 8), (8, 8); of X the transposed ones.
+  const __nv_bfloat16* row = x + ((lane & 7) + (lane >> 4) * 8) * pitch + ((lane >> 3) & 1) * 8;
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(a[0]), "=r"(a[1]), "=r"(a[2]), "=r"(a[3])
+               : "r"(shared_address(row))
+               : "memory");
+}
+
+// B fragment of Y (16 x 8), stored by rows.
+__device__ inline void load_columns(uint32_t (&b)[2], const __nv_bfloat16* y, int64_t pitch, int lane) {
+  const __nv_bfloat16* row = y + (lane & 15) * pitch;
+  asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0, %1}, [%2];"
+               : "=r"(b[0]), "=r"(b[1])
+               : "r"(shared_address(row))
+               : "memory");
+}
+
+// c += a b. c[0], c[1]: row lane / 4, columns 2 (lane % 4) and the next; c[2], c[3]: eight rows below.
+__device__ inline void multiply_add(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+      "{%0, %1, %2, %3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+
+// 16 bytes from global to shared memory, not through registers. Both addresses are multiples of 16.
+__device__ inline void copy_async(void* to, const void* from) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(to)), "l"(from) : "memory");
+}
+
+__device__ inline void wait_for_copies() {
+  asm volatile("cp.async.commit_group;\ncp.async.wait_group 0;" ::: "memory");
+}
+
+}  // namespace sculpt

@@ -1,0 +1,60 @@
+// `_cuda_project_`, private: the CUDA C++ kernels by themselves. SCULPT_BACKEND=cuda reaches them, dispatch does not: none
+// has run on a GPU yet. What they cannot do is refused with the reason, before anything is written.
+#include <cuda_runtime_api.h>
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <optional>
+#include <string>
+
+#include "common/check.h"
+#include "common/left_panels.h"
+#include "cuda/project_left.h"
+
+namespace sculpt::cuda {
+namespace {
+
+constexpr const char* kOp = "_cuda_project_";
+
+bool aligned(const Tensor& t) {
+  return t.is_contiguous() && reinterpret_cast<uintptr_t>(t.const_data_ptr()) % 16 == 0;
+}
+
+void project_(Tensor grad, std::optional<Tensor> left, std::optional<Tensor> right, bool keep_left, bool keep_right,
+              bool block) {
+  check_matrix(kOp, "grad", grad);
+  STD_TORCH_CHECK(left.has_value() && !right.has_value() && !block && !keep_right, kOp,
+                  ": wanted a left basis alone: there is no kernel for the right side, both or block yet");
+  STD_TORCH_CHECK(grad.dim() == 2 && left->dim() == 2, kOp, ": grad: wanted one matrix, given shape ", shape(grad));
+  STD_TORCH_CHECK(grad.scalar_type() == ScalarType::BFloat16, kOp, ": grad: wanted dtype bfloat16, given another");
+  const int64_t m = grad.size(0), n = grad.size(1), r = left->size(1);
+  check_basis(kOp, "left", *left, grad, m);
+  STD_TORCH_CHECK(aligned(grad) && aligned(*left), kOp,
+                  ": grad, left: wanted contiguous memory that starts at a multiple of 16 bytes");
+  if (m == 0 || n == 0) return;
+  const bool split = left->scalar_type() == ScalarType::Float;
+  // As many multiprocessors as may be: whether a plan fits does not depend on them.
+  STD_TORCH_CHECK(left_panels(m, n, r, split, 1).fits, kOp, ": left: wanted a rank of 1 to ", kMaxLeftRank,
+                  " whose rows fit the shared memory of ", kMaxCluster, " blocks, given shapes ", shape(grad), " and ",
+                  shape(*left));
+  const torch::stable::accelerator::DeviceGuard guard(grad.get_device_index());
+  void* stream = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(grad.get_device_index(), &stream));
+  const cudaError_t error = project_left_sm90a(grad.mutable_data_ptr(), left->const_data_ptr(), m, n, r, split, keep_left,
+                                               static_cast<cudaStream_t>(stream));
+  STD_TORCH_CHECK(error == cudaSuccess, kOp, ": shapes ", shape(grad), " and ", shape(*left), ": ",
+                  cudaGetErrorString(error));
+}
+
+}  // namespace
+}  // namespace sculpt::cuda
+
+STABLE_TORCH_LIBRARY_FRAGMENT(sculpt, m) {
+  m.def(
+      "_cuda_project_(Tensor(a!) grad, Tensor? left=None, Tensor? right=None, *, bool keep_left=False, "
+      "bool keep_right=False, bool block=False) -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(sculpt, CUDA, m) { m.impl("_cuda_project_", TORCH_BOX(&sculpt::cuda::project_)); }

@@ -1,0 +1,69 @@
+"""Every CUDA C++ file through nvcc for its targets: no spills, registers within the launch bounds, tensor cores."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.cpp_extension import include_paths
+
+ROOT = Path(__file__).parents[2]
+CUDA = ROOT / "csrc" / "cuda"
+KERNELS = sorted(CUDA.glob("*.cu"))
+FLAGS = ["-O3", "-std=c++17", "-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020a000000000000", f"-I{ROOT / 'csrc'}"]
+THREADS, REGISTERS = 256, 65536
+
+pytestmark = pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not installed")
+
+
+def compiled(source: Path, architecture: str, folder: Path) -> tuple[str, str]:
+    """What ptxas says, and the PTX."""
+    out = []
+    for kind in ("-cubin", "-ptx"):
+        target = folder / f"{source.stem}{kind}"
+        command = ["nvcc", kind, f"-gencode=arch=compute_{architecture},code=sm_{architecture}", *FLAGS]
+        if kind == "-ptx":
+            command[2] = f"-arch=compute_{architecture}"
+        run = subprocess.run(
+            [*command, "-Xptxas", "-v", str(source), "-o", str(target)], capture_output=True, text=True
+        )
+        assert run.returncode == 0, run.stderr
+        out.append(run.stderr if kind == "-cubin" else target.read_text())
+    return out[0], out[1]
+
+
+def test_there_are_kernels() -> None:
+    assert KERNELS
+
+
+@pytest.mark.parametrize("source", KERNELS, ids=lambda path: path.name)
+def test_kernels_compile_without_spills(source: Path, tmp_path: Path) -> None:
+    suffix = re.search(r"_sm(\d+a?)$", source.stem)
+    for architecture in (suffix[1],) if suffix else ("80", "90a", "100a"):
+        said, ptx = compiled(source, architecture, tmp_path)
+        spills = [int(x) for x in re.findall(r"(\d+) bytes spill", said)]
+        registers = [int(x) for x in re.findall(r"Used (\d+) registers", said)]
+        assert registers
+        assert max(spills) == 0, said
+        assert max(registers) * THREADS <= REGISTERS
+        assert "warning" not in said
+        assert "mma.sync.aligned.m16n8k16" in ptx
+        if "left" in source.stem:
+            assert "barrier.cluster" in ptx
+            assert "cp.async.cg" in ptx
+        # No atomic sums: their order is not fixed.
+        assert not re.search(r"\b(atom|red)\.", ptx)
+
+
+def test_the_op_compiles_against_torch(tmp_path: Path) -> None:
+    """Stable ABI alone, and refusals before anything is launched."""
+    includes = [f"-I{path}" for path in include_paths()]
+    command = ["nvcc", "-c", *FLAGS, *includes, str(CUDA / "ops.cpp"), "-o", str(tmp_path / "ops.o")]
+    run = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "TMPDIR": str(tmp_path)})
+    assert run.returncode == 0, run.stderr
+    assert torch.version.cuda is None or (tmp_path / "ops.o").exists()
