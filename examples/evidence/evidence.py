@@ -23,8 +23,8 @@ CACHE = HERE.parents[1] / ".cache"
 
 @dataclass(frozen=True)
 class Job:
-    """One run. part: "entry", "dev" or "final", the folder of its tasks. method, config: of `protocol.CONFIGS`. order:
-    "dev", one of `protocol.ORDERS`, or at entry the one task."""
+    """One run. part: "entry", "dev", "final" or "ablation", the folder of its result. method, config: of
+    `protocol.CONFIGS` or `protocol.ABLATIONS`. order: "dev", one of `protocol.ORDERS`, or at entry the one task."""
 
     part: str
     method: str
@@ -35,6 +35,22 @@ class Job:
     @property
     def name(self) -> str:
         return f"{self.method}, {self.config}, {self.order}, seed {self.seed}"
+
+    @property
+    def tasks(self) -> str:
+        """Folder of its tasks."""
+        return "dev" if self.part == "ablation" else self.part
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What its `TrainConfig` is made from, but for folders and names."""
+        from protocol import ABLATIONS, COMMON, CONFIGS
+
+        from sculpt_ops.continual.config import parse_protect
+
+        own = ABLATIONS[self.config] if self.part == "ablation" else CONFIGS[self.method][self.config]
+        settings = {**COMMON, **own}
+        return {**settings, "protect": parse_protect(settings["protect"])}
 
 
 def main() -> int:
@@ -60,7 +76,7 @@ def main() -> int:
 def jobs(stage: str, results: Path) -> Iterator[Job]:
     """What there is to run: each task alone, every configuration on the development order, then the chosen ones on the
     others."""
-    from protocol import CONFIGS, DATASETS, ENTRY_RATES, ORDERS, SEEDS
+    from protocol import ABLATIONS, CONFIGS, DATASETS, ENTRY_RATES, ORDERS, SEEDS
     from tables import choose
 
     if stage in ("entry", "all"):
@@ -79,37 +95,36 @@ def jobs(stage: str, results: Path) -> Iterator[Job]:
             for order in ORDERS:
                 for method, config in chosen.items():
                     yield Job("final", method, config, order, seed)
+    if stage in ("ablation", "all"):
+        for config in ABLATIONS:
+            yield Job("ablation", "sculpt", config, "dev", 0)
 
 
 def run(job: Job, model: Path, work: Path, results: Path) -> None:
     """Train and measure, unless there is a result."""
-    from protocol import COMMON, CONFIGS, DEV_ORDER, ORDERS
+    from protocol import DEV_ORDER, ORDERS
     from results import pack
 
     from sculpt_ops.continual import RunResult, TrainConfig, train
-    from sculpt_ops.continual.config import parse_protect
 
     if (results / job.part / f"{job.name}.json.gz").exists():
         return
     start = time.perf_counter()
-    settings: dict[str, Any] = {**COMMON, **CONFIGS[job.method][job.config]}
-    if "protect" in settings:
-        settings["protect"] = parse_protect(settings["protect"])
     order = (job.order,) if job.part == "entry" else DEV_ORDER if job.order == "dev" else ORDERS[job.order]
     output = work / "runs" / job.part / job.name
     resume = (output / "checkpoint").exists()
     if not resume:
         shutil.rmtree(output, ignore_errors=True)
-    first = work / "runs" / job.part / ("zero-shot" if job.part != "entry" else f"zero-shot {job.order}")
+    first = work / "runs" / job.tasks / ("zero-shot" if job.part != "entry" else f"zero-shot {job.order}")
     config = TrainConfig(
         model=model,
-        tasks=[work / job.part / name for name in order],
+        tasks=[work / job.tasks / name for name in order],
         output=output,
         name=job.name,
         seed=job.seed,
         eval_options=job.part == "final",
         resume=resume,
-        **settings,
+        **job.settings,
     )
     result = train(config, zero_shot=RunResult.load(first) if first.exists() else None, quiet=True)
     if not first.exists():
@@ -141,7 +156,7 @@ def _arguments() -> argparse.Namespace:
         "--data", type=Path, default=os.environ.get("SCULPT_CL_BENCHMARK"), help="the benchmark's folder"
     )
     parser.add_argument("--model", type=Path, help="model folder; not given, the demo's SmolLM2-135M")
-    parser.add_argument("--stage", choices=("entry", "dev", "final", "all"), default="all")
+    parser.add_argument("--stage", choices=("entry", "dev", "final", "ablation", "all"), default="all")
     parser.add_argument("--only", help="only runs with this in their name")
     parser.add_argument("--tables", action="store_true", help="run nothing, only write the tables")
     parser.add_argument("--results", type=Path, default=HERE / "results")

@@ -12,7 +12,6 @@ DATASETS = {
     "agnews": "TC/agnews",
     "IMDB": "SC/IMDB",
     "yelp": "SC/yelp",
-    "MultiRC": "MultiRC/MultiRC",
 }
 TRAIN_ITEMS, TEST_ITEMS = 320, 250
 # Held-out training rows: to see whether a task enters, and (the first of them) to choose configurations.
@@ -22,8 +21,14 @@ ENTRY_RATES = (5e-5, 1e-4, 3e-5)
 TEXT_TOKENS = 96
 
 # Configurations are chosen on held-out training rows of an order that the comparison does not use.
-DEV_ORDER = ("agnews", "dbpedia", "IMDB", "amazon")
-ORDERS = {"O1": ("dbpedia", "amazon", "agnews", "IMDB"), "O2": ("IMDB", "agnews", "amazon", "dbpedia")}
+# With the four tasks of `FIRST_DEV_ORDER` plain fine-tuning at its best rate forgot 2.8 points, less than the 5 that a
+# comparison needs: yelp was added to every order.
+FIRST_DEV_ORDER = ("agnews", "dbpedia", "IMDB", "amazon")
+DEV_ORDER = ("agnews", "yelp", "dbpedia", "amazon", "IMDB")
+ORDERS = {
+    "O1": ("dbpedia", "amazon", "agnews", "yelp", "IMDB"),
+    "O2": ("IMDB", "yelp", "agnews", "amazon", "dbpedia"),
+}
 SEEDS = (0, 1, 2)
 
 # bfloat16 autocast: 2.3 times as fast on the two cores that this was planned for. lr is every configuration's own.
@@ -49,14 +54,16 @@ _CHANGES: Settings = {"protect": "0.25", "remember": "rank:0.12", **_FROZEN}
 _INPUTS: Settings = {"protect": "0", "sides": "right", **_FROZEN}
 _OSF: Settings = {"method": "peft-osf"}
 
-# Six each. Of "sculpt" the later ones were chosen after the results of the earlier.
+# Six each. Those of "sculpt" were chosen after the results on `FIRST_DEV_ORDER`.
 CONFIGS: dict[str, dict[str, Settings]] = {
-    "plain": _rates({"protect": "none"}, 3e-5, 1e-4, 1e-5, 5e-5, 2e-5, 2e-4),
+    "plain": _rates({"protect": "none"}, 5e-5, 3e-5, 1e-4, 2e-5, 1e-5, 2e-4),
     "sculpt": {
-        "weights .25 + changes .12, lr 1e-4": {**_CHANGES, "lr": 1e-4},
-        "inputs .95, lr 1e-4": {**_INPUTS, "remember": "inputs:0.95", "lr": 1e-4},
         "inputs .95, lr 2e-4": {**_INPUTS, "remember": "inputs:0.95", "lr": 2e-4},
         "inputs .9, lr 1e-4": {**_INPUTS, "remember": "inputs:0.9", "lr": 1e-4},
+        "weights .25 + changes .12, lr 1e-4": {**_CHANGES, "lr": 1e-4},
+        "inputs .9, lr 2e-4": {**_INPUTS, "remember": "inputs:0.9", "lr": 2e-4},
+        "inputs .95, lr 1e-4": {**_INPUTS, "remember": "inputs:0.95", "lr": 1e-4},
+        "inputs .95, lr 4e-4": {**_INPUTS, "remember": "inputs:0.95", "lr": 4e-4},
     },
     "random": {
         "dimensions of .25 + .12, lr 1e-4": {"method": "random", **_CHANGES, "lr": 1e-4},
@@ -74,4 +81,26 @@ CONFIGS: dict[str, dict[str, Settings]] = {
         "three quarters, lr 3e-4": {**_OSF, "protect": "0.75", "lr": 3e-4},
         "a quarter, lr 1e-4": {**_OSF, "protect": "0.25", "lr": 1e-4},
     },
+}
+
+# One thing changed at a time, on the development order: first from the configuration of "sculpt" that did best on
+# `FIRST_DEV_ORDER`, then from protection by the weights alone.
+_BASE: Settings = {**_INPUTS, "remember": "inputs:0.95", "lr": 2e-4}
+_BY_WEIGHTS: Settings = {"protect": "0.5", **_FROZEN, "lr": 1e-4}
+ABLATIONS: dict[str, Settings] = {
+    "inputs .95: embeddings, norms and head trained": {**_BASE, "others": "train"},
+    "inputs .95: weights .25 protected as well": {**_BASE, "protect": "0.25"},
+    "inputs .8": {**_BASE, "remember": "inputs:0.8"},
+    "inputs .99": {**_BASE, "remember": "inputs:0.99"},
+    "inputs .95: changes .12 as well, both sides": {**_BASE, "sides": "both", "remember": "inputs:0.95+rank:0.12"},
+    "changes .12 alone, both sides": {"protect": "0", "remember": "rank:0.12", **_FROZEN, "lr": 2e-4},
+    "changes .12 alone, right": {"protect": "0", "sides": "right", "remember": "rank:0.12", **_FROZEN, "lr": 2e-4},
+    "weights .5, both sides": _BY_WEIGHTS,
+    "weights .5, left": {**_BY_WEIGHTS, "sides": "left"},
+    "weights .5, block": {**_BY_WEIGHTS, "sides": "block"},
+    "weights .25": {**_BY_WEIGHTS, "protect": "0.25"},
+    "weights .75": {**_BY_WEIGHTS, "protect": "0.75"},
+    "weights by importance": {**_BY_WEIGHTS, "protect": "importance"},
+    "weights on a schedule": {**_BY_WEIGHTS, "protect": "schedule"},
+    "weights .5: embeddings, norms and head trained": {**_BY_WEIGHTS, "others": "train"},
 }

@@ -88,7 +88,7 @@ def test_the_best_configuration_on_the_development_order_is_taken(modules: dict[
         modules["results"].pack(run, tmp_path / "dev", {"method": method, "config": config})
     assert modules["tables"].choose(tmp_path) == {"plain": configs["plain"][1], "sculpt": configs["sculpt"][0]}
     table = modules["tables"].dev_table(tmp_path)
-    assert table.count("**chosen**") == 2
+    assert table.count("**best**") == 2
     assert "dequantised from 4 bits" in table
     # Of what was chosen every order and seed, and nothing else.
     jobs = list(modules["evidence"].jobs("final", tmp_path))
@@ -116,6 +116,9 @@ def test_the_protocol_is_of_settings_that_there_are(modules: dict[str, Any]) -> 
             given["protect"] = parse_protect(given["protect"])
             config = TrainConfig("model", ["task"], "output", **given)
             assert config.method == method or (config.method == "sculpt" and method in ("plain", "sculpt"))
+    for config in protocol.ABLATIONS:
+        job = modules["evidence"].Job("ablation", "sculpt", config, "dev", 0)
+        TrainConfig("model", ["task"], "output", **job.settings)
     assert set(protocol.DEV_ORDER) <= set(protocol.DATASETS)
     assert all(sorted(order) == sorted(protocol.DEV_ORDER) for order in protocol.ORDERS.values())
     assert tuple(protocol.DEV_ORDER) not in protocol.ORDERS.values()
@@ -134,6 +137,7 @@ def test_the_whole_of_it_on_a_tiny_model(
         "SEEDS": (0,),
         "ENTRY_RATES": (3e-5,),
         "COMMON": {**protocol.COMMON, "max_length": 64, "cpu": True, "bf16": False},
+        "ABLATIONS": dict(list(protocol.ABLATIONS.items())[:1]),
         "CONFIGS": {m: dict(list(c.items())[:1]) for m, c in protocol.CONFIGS.items() if m in ("plain", "sculpt")},
     }.items():
         monkeypatch.setattr(protocol, name, value)
@@ -145,11 +149,11 @@ def test_the_whole_of_it_on_a_tiny_model(
     work, results = tmp_path / "work", tmp_path / "results"
     data.make_tasks(write_benchmark, model_folder, work)
     for _ in range(2):
-        for stage in ("entry", "dev", "final"):
+        for stage in ("entry", "dev", "final", "ablation"):
             for job in evidence.jobs(stage, results):
                 evidence.run(job, model_folder, work, results)
-    found = {part: len(list((results / part).iterdir())) for part in ("entry", "dev", "final")}
-    assert found == {"entry": 2, "dev": 2, "final": 2}
+    found = {part: len(list((results / part).iterdir())) for part in ("entry", "dev", "final", "ablation")}
+    assert found == {"entry": 2, "dev": 2, "final": 2, "ablation": 1}
     readme = tmp_path / "README.md"
     readme.write_text(f"before\n{modules['tables'].BEGIN}old\n{modules['tables'].END}after\n")
     modules["tables"].write_tables(results, readme)
@@ -157,5 +161,11 @@ def test_the_whole_of_it_on_a_tiny_model(
     assert text.startswith("before\n")
     assert text.endswith("after\n")
     assert "old" not in text.splitlines()
-    for heading in ("### Tasks that enter", "### Configurations", "### Test items", "### Difference from plain"):
+    for heading in (
+        "### Tasks that enter",
+        "### Configurations",
+        "### Test items",
+        "### Difference from plain",
+        "### One factor",
+    ):
         assert heading in text
