@@ -7,7 +7,7 @@ from .ranks import Ranks
 
 @pytest.fixture(scope="session")
 def pools() -> Iterator[dict[int, Ranks]]:
-    """One pool of a size for all tests; its processes (about 0.3 GB each) start with its first test."""
+    """One pool of a size for all tests; its processes (0.4 GB each) start with its first test."""
     made = {size: Ranks(size) for size in (2, 4)}
     yield made
     for pool in made.values():
