@@ -135,7 +135,7 @@ def test_the_whole_of_it_on_a_tiny_model(
         "DEV_ORDER": ("one", "two"),
         "ORDERS": {"O1": ("two", "one")},
         "SEEDS": (0,),
-        "ENTRY_RATES": (3e-5,),
+        "ENTRY_RATES": (5e-5,),
         "COMMON": {**protocol.COMMON, "max_length": 64, "cpu": True, "bf16": False},
         "ABLATIONS": dict(list(protocol.ABLATIONS.items())[:1]),
         "CONFIGS": {m: dict(list(c.items())[:1]) for m, c in protocol.CONFIGS.items() if m in ("plain", "sculpt")},
