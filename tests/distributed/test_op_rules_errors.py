@@ -202,6 +202,7 @@ grad = DTensor.from_local(torch.ones(4, 4), init_device_mesh("cpu", (1,)), [Shar
 basis = DTensor.from_local(torch.eye(4), grad.device_mesh, [Shard(0)])
 torch.ops.sculpt.project_(grad, basis)
 print(float(grad.full_tensor().abs().sum()))
+dist.destroy_process_group()
 """.format(*imports)
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
