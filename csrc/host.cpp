@@ -6,7 +6,10 @@
 
 #include <array>
 #include <string>
+#include <utility>
+#include <vector>
 
+#include "common/adam_chunks.h"
 #include "common/heuristics.h"
 #include "common/left_panels.h"
 #include "common/philox.h"
@@ -46,6 +49,21 @@ pybind11::object left_panels(int64_t m, int64_t n, int64_t r, bool split, int64_
   return pybind11::make_tuple(plan.cluster, plan.rows, plan.ranks, plan.bytes);
 }
 
+// The launches for tensors of these sizes, and in the last one what a block begins with.
+std::pair<std::vector<std::pair<int64_t, int64_t>>, std::pair<int64_t, int64_t>> adam_chunks(
+    const std::vector<int64_t>& sizes, int64_t block) {
+  std::vector<std::pair<int64_t, int64_t>> launches;
+  sculpt::AdamChunks chunks;
+  for (size_t i = 0; i < sizes.size();) {
+    chunks = {};
+    while (i < sizes.size() && chunks.add(sizes[i])) ++i;
+    if (chunks.entries == 0) throw pybind11::value_error("sizes: given a tensor that has no room in a launch");
+    launches.emplace_back(chunks.entries, chunks.total());
+  }
+  const int entry = chunks.entry_of(block);
+  return {launches, {entry, chunks.begin(entry, block)}};
+}
+
 bool stacked(int64_t m, int64_t n, int64_t r, int64_t s, const std::string& dtype) {
   return sculpt::stacked(m, n, r, s, type_of(dtype));
 }
@@ -65,6 +83,9 @@ PYBIND11_MODULE(_host, m) {
   m.def("left_panels", &left_panels, arg("m"), arg("n"), arg("r"), arg("split"), arg("multiprocessors"),
         "Blocks of a cluster, rows of each, padded rank and bytes of shared memory of the left projection's CUDA kernel; "
         "None where it cannot run.");
+  m.def("adam_chunks", &adam_chunks, arg("sizes"), arg("block"),
+        "How tensors of these sizes are dealt out to launches of the AdamW CUDA kernel: tensors and blocks of each, and "
+        "the entry and the first element of a block of the last.");
   m.attr("thresholds") = pybind11::dict(
       arg("cuda_proven") = sculpt::kCudaProven, arg("max_rank") = sculpt::kMaxRank,
       arg("max_rank_float32") = sculpt::kMaxRankFloat32, arg("max_rank_float16") = sculpt::kMaxRankFloat16,

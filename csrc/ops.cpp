@@ -37,5 +37,10 @@ STABLE_TORCH_LIBRARY(sculpt, m) {
   m.def("_join(Tensor high, Tensor low) -> Tensor");
   m.def("_split_(Tensor value, Tensor(a!) high, Tensor(b!) low) -> ()");
   m.def("_add_split_(Tensor(a!) high, Tensor(b!) low, Tensor step) -> ()");
+  // AdamW's elementwise work before its steps are projected, private: counts + 1, moments, and steps = direction - decay.
+  m.def(
+      "_adam_(Tensor(a!)[] steps, Tensor[] grads, Tensor(b!)[] firsts, Tensor(c!)[] seconds, Tensor(d!)[] counts, "
+      "Tensor?[] weights, Tensor?[] lows, Tensor?[] starts, Tensor lr, *, float beta1, float beta2, float eps, "
+      "float weight_decay, bool maximize=False) -> ()");
   m.def("_round_stochastic_(Tensor(a!) out, Tensor value, *, SymInt seed, SymInt offset=0) -> ()");
 }

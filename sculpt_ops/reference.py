@@ -15,6 +15,7 @@ from .philox import normals, philox
 from .philox import rademacher as signs
 
 __all__ = [
+    "adam_",
     "add_split_",
     "foreach_project_",
     "join_halves",
@@ -246,3 +247,38 @@ def round_stochastic_(out: Tensor, value: Tensor, *, seed: int, offset: int = 0)
     rounded = torch.where(bits & 0x7FFFFFFF < 0x7F7F0000, (bits + noise) >> 16, truncated)
     out.view(torch.int16).copy_(rounded)
     return out
+
+
+def adam_(
+    steps: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    firsts: Sequence[Tensor],
+    seconds: Sequence[Tensor],
+    counts: Sequence[Tensor],
+    weights: Sequence[Tensor | None],
+    lows: Sequence[Tensor | None],
+    starts: Sequence[Tensor | None],
+    lr: Tensor,
+    *,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    maximize: bool = False,
+) -> None:
+    """AdamW's moments and steps; see :func:`sculpt_ops.ops.adam.adam_`."""
+    for step, grad, first, second, count, weight, low, start in zip(
+        steps, grads, firsts, seconds, counts, weights, lows, starts, strict=True
+    ):
+        count += 1
+        wide = -grad.float() if maximize else grad.float()
+        # In float64: 1 - 0.999 in float32 is off by 2^-14.
+        rate = (lr.double() / (1 - beta1 ** count.double())).float()
+        root = (1 - beta2 ** count.double()).sqrt().float()
+        first.add_((wide - first) * (1 - beta1))
+        second.copy_(second * beta2 + wide * (1 - beta2) * wide)
+        # Through float64: torch's own float32 root is off in the last bit for one number in six.
+        step.copy_(-(first * rate) / (second.double().sqrt().float() / root + eps))
+        if weight is not None and weight_decay:
+            value = weight.float() if low is None else join_halves(weight, low)
+            step.sub_((value if start is None else value - start.float()) * (lr.double() * weight_decay).float())

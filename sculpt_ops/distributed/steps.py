@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 from ..layer import LayerSubspace, project_each_
 from ..optim.options import Options
 from ..optim.precision import wide
-from ..optim.rows import MOMENTS, Row, apply_step, coordinates_of, decayed, make_steps, start_row
+from ..optim.rows import MOMENTS, Decayed, Row, apply_step, coordinates_of, decayed, make_steps, start_row
 from .agreement import collective
 from .exchange import Place, gather, round_trip, scatter
 from .layers import place_of
@@ -33,7 +33,7 @@ def step_at_owners(options: Options, group: Mapping[str, Any], rows: Sequence[Ro
         start_row(options, group, row)
         grad = row.parameter.grad
         parts = [] if grad is None else [as_shard(grad)]
-        sent.append(parts + ([as_shard(decayed(options, row))] if decays else []))
+        sent.append(parts + ([as_shard(decayed(options, row).read())] if decays else []))
     places = [_place(row) for row in rows]
     likes = [torch.empty(0, dtype=wide(row.parameter.dtype), device=row.parameter.device) for row in rows]
 
@@ -48,7 +48,7 @@ def step_at_owners(options: Options, group: Mapping[str, Any], rows: Sequence[Ro
                 fed.append(prepare(options, row, grad))
             total = fed[0] if len(fed) == 1 else fed[0] + fed[1]
             grads.append(total.to(wide(total.dtype)))
-        return make_steps(options, group, mine, grads, lambda row: weights[id(row.parameter)])
+        return make_steps(options, group, mine, grads, lambda row: Decayed(weights[id(row.parameter)]))
 
     for index, shard in round_trip("AdamW.step", sent, places, likes, work):
         row = rows[index]

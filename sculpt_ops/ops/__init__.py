@@ -1,5 +1,6 @@
 """The op families: schemas in C++ (csrc/ops.cpp), CPU kernels in C++, CUDA through Triton or library products."""
 
+from . import adam as _adam  # noqa: F401  (registers the fake, Autograd and CUDA kernels)
 from . import cuda as _cuda  # noqa: F401  (registers the CUDA kernels)
 from . import products as _products  # noqa: F401  (registers the fakes, gradients and CUDA kernels)
 from . import rounding as _rounding  # noqa: F401  (registers the fakes, Autograd and CUDA kernels)

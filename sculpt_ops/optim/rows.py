@@ -12,6 +12,7 @@ from torch.optim.adamw import adamw
 from ..buckets import in_buckets
 from ..dtensor import is_dtensor
 from ..layer import LayerSubspace, project_each_
+from ..ops.adam import adam_ as step_adam_
 from .options import Options
 from .precision import add_to_weight_, has_master, read_weight, rounding_seed, wide, write_moment_
 
@@ -19,6 +20,7 @@ __all__ = [
     "BUCKET_BYTES",
     "MOMENTS",
     "SHARDED_BUCKETS",
+    "Decayed",
     "Row",
     "adam_",
     "apply_step",
@@ -36,6 +38,8 @@ MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
 BUCKET_BYTES = 64 * 2**20
 SHARDED_BUCKETS = 4
 
+_SERVED = (torch.float32, torch.bfloat16, torch.int16)
+
 
 class Row(NamedTuple):
     """A parameter to step.
@@ -49,6 +53,18 @@ class Row(NamedTuple):
     state: dict[str, Any]
     layer: LayerSubspace | None
     compressed: Tensor | None
+
+
+class Decayed(NamedTuple):
+    """What weight decay goes by: a weight, with its low bits where it has them, less where it started."""
+
+    weight: Tensor
+    low: Tensor | None = None
+    start: Tensor | None = None
+
+    def read(self) -> Tensor:
+        weight = read_weight(self.weight, self.low)
+        return weight if self.start is None else weight - self.start
 
 
 def adam_(
@@ -113,21 +129,27 @@ def step_rows(options: Options, group: Mapping[str, Any], rows: Sequence[Row]) -
 
 
 def make_steps(
-    options: Options, group: Mapping[str, Any], rows: list[Row], grads: list[Tensor], decays: Callable[[Row], Tensor]
+    options: Options, group: Mapping[str, Any], rows: list[Row], grads: list[Tensor], decays: Callable[[Row], Decayed]
 ) -> list[Tensor]:
     """The steps of `rows`, of the shapes of their parameters, with the moments taken on.
 
-    grads: what Adam is fed (`coordinates_of` the gradients), `wide`. decays: of a row what its weight decay goes by,
-    asked only if there is any.
+    grads: what Adam is fed (`coordinates_of` the gradients). decays: of a row what its weight decay goes by, asked only
+    if there is any.
     """
-    directions = [torch.zeros_like(grad) for grad in grads]
     held = [_moments(options, group, row, grad) for row, grad in zip(rows, grads, strict=True)]
-    computed = [[moment.to(grad.dtype) for moment in moments] for moments, grad in zip(held, grads, strict=True)]
-    # On CPUs the fused kernel makes one pass where the others make eight.
-    fused = group["foreach"] is None and all(grad.device.type == "cpu" for grad in grads)
+    computed = [[moment.to(wide(grad.dtype)) for moment in moments] for moments, grad in zip(held, grads, strict=True)]
     columns = [list(column) for column in zip(*computed, strict=True)]
-    if rows:
-        adam_(group, directions, grads, columns, [r.state["step"] for r in rows], weight_decay=0.0, fused=fused or None)
+    own = [decays(row) if group["weight_decay"] and not _decays_apart(options, row) else None for row in rows]
+    counts = [row.state["step"] for row in rows]
+    if at_once := _serves(group, grads, columns, own):
+        directions = _one_pass(group, grads, columns, counts, own)
+    else:
+        grads[:] = [grad.to(wide(grad.dtype)) for grad in grads]
+        directions = [torch.zeros_like(grad) for grad in grads]
+        # On CPUs the fused kernel makes one pass where the others make eight.
+        fused = group["foreach"] is None and all(grad.device.type == "cpu" for grad in grads)
+        if rows:
+            adam_(group, directions, grads, columns, counts, weight_decay=0.0, fused=fused or None)
     grads.clear()
     for row, moments, values in zip(rows, held, computed, strict=True):
         for slot, (moment, value) in enumerate(zip(moments, values, strict=True)):
@@ -136,9 +158,11 @@ def make_steps(
     del computed, columns
     if group["weight_decay"]:
         decay = group["lr"] * group["weight_decay"]
-        for row, direction in zip(rows, directions, strict=True):
+        for row, direction, entry in zip(rows, directions, own, strict=True):
+            if at_once and entry is not None:
+                continue
             scale = decay.squeeze().to(direction.device) if isinstance(decay, Tensor) else decay
-            direction.sub_(coordinates_of(options, row, decays(row)) * scale)
+            direction.sub_(coordinates_of(options, row, (entry or decays(row)).read()) * scale)
     if not options.in_coordinates:
         if options.project != "gradient":
             project_each_((d, row.layer) for row, d in zip(rows, directions, strict=True) if row.layer is not None)
@@ -146,6 +170,56 @@ def make_steps(
     for index, row in enumerate(rows):
         if row.layer is not None:
             directions[index] = row.layer.from_coordinates(directions[index])
+    return directions
+
+
+def _decays_apart(options: Options, row: Row) -> bool:
+    """Whether the direction is in coordinates and what decays is not."""
+    return options.in_coordinates and row.layer is not None
+
+
+def _serves(
+    group: Mapping[str, Any],
+    grads: Sequence[Tensor],
+    columns: Sequence[list[Tensor]],
+    decays: Sequence[Decayed | None],
+) -> bool:
+    """Whether `_one_pass` does: on CPUs, with float32 moments. torch's AdamW does the rest."""
+    if len(columns) != 2 or group["foreach"] is not None or group["differentiable"]:
+        return False
+    others = [tensor for entry in decays if entry is not None for tensor in entry if tensor is not None]
+    return all(moment.dtype == torch.float32 for column in columns for moment in column) and all(
+        tensor.device.type == "cpu" and not is_dtensor(tensor) and tensor.is_contiguous() and tensor.dtype in _SERVED
+        for tensor in (*grads, *columns[0], *columns[1], *others)
+    )
+
+
+def _one_pass(
+    group: Mapping[str, Any],
+    grads: Sequence[Tensor],
+    columns: Sequence[list[Tensor]],
+    counts: Sequence[Tensor],
+    decays: Sequence[Decayed | None],
+) -> list[Tensor]:
+    """The steps without a projection, less what decays."""
+    directions = [torch.empty_like(grad, dtype=torch.float32) for grad in grads]
+    beta1, beta2 = group["betas"]
+    step_adam_(
+        directions,
+        grads,
+        columns[0],
+        columns[1],
+        counts,
+        [None if entry is None else entry.weight for entry in decays],
+        [None if entry is None else entry.low for entry in decays],
+        [None if entry is None else entry.start for entry in decays],
+        torch.as_tensor(group["lr"], dtype=torch.float64),
+        beta1=float(beta1),
+        beta2=float(beta2),
+        eps=float(group["eps"]),
+        weight_decay=float(group["weight_decay"]),
+        maximize=group["maximize"],
+    )
     return directions
 
 
@@ -173,20 +247,19 @@ def coordinates_of(options: Options, row: Row, matrix: Tensor) -> Tensor:
     return row.layer.to_coordinates(matrix) if options.in_coordinates and row.layer is not None else matrix
 
 
-def decayed(options: Options, row: Row) -> Tensor:
-    """What decays: the weight, or its distance from the start."""
-    weight = read_weight(row.parameter, row.state.get("low"))
-    return weight - row.state["start"] if options.decay_to == "start" else weight
+def decayed(options: Options, row: Row) -> Decayed:
+    start = row.state["start"] if options.decay_to == "start" else None
+    return Decayed(row.parameter.detach(), row.state.get("low"), start)
 
 
 def _gradient(options: Options, row: Row) -> Tensor:
-    """What Adam is fed, in `wide` precision: the gradient, or its coordinates."""
+    """What Adam is fed: the gradient, or its coordinates."""
     grad = row.parameter.grad
     if grad is None:
         assert row.compressed is not None
         return row.compressed
     if row.layer is None or not options.in_coordinates:
-        return grad.to(wide(grad.dtype))
+        return grad
     coordinates = row.layer.to_coordinates(grad)
     return coordinates if row.compressed is None else coordinates.add_(row.compressed)
 
