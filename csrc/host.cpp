@@ -46,7 +46,7 @@ const char* choose(int64_t m, int64_t n, int64_t r, int64_t s, int64_t batch, co
 pybind11::object left_panels(int64_t m, int64_t n, int64_t r, bool split, int64_t multiprocessors) {
   const sculpt::LeftPanels plan = sculpt::left_panels(m, n, r, split, multiprocessors);
   if (!plan.fits) return pybind11::none();
-  return pybind11::make_tuple(plan.cluster, plan.rows, plan.ranks, plan.bytes);
+  return pybind11::make_tuple(plan.cluster, plan.rows, plan.stages, plan.ranks, plan.owned, plan.bytes);
 }
 
 // The launches for tensors of these sizes, and in the last one what a block begins with.
@@ -81,8 +81,8 @@ PYBIND11_MODULE(_host, m) {
   m.def("stacked", &stacked, arg("m"), arg("n"), arg("r"), arg("s"), arg("dtype"),
         "Whether library products take both sides at once and not one after the other.");
   m.def("left_panels", &left_panels, arg("m"), arg("n"), arg("r"), arg("split"), arg("multiprocessors"),
-        "Blocks of a cluster, rows of each, padded rank and bytes of shared memory of the left projection's CUDA kernel; "
-        "None where it cannot run.");
+        "Blocks of a cluster, rows of each, panels at a time, padded rank, ranks that a block adds up and bytes of shared "
+        "memory of the left projection's CUDA kernel; None where it cannot run.");
   m.def("adam_chunks", &adam_chunks, arg("sizes"), arg("block"),
         "How tensors of these sizes are dealt out to launches of the AdamW CUDA kernel: tensors and blocks of each, and "
         "the entry and the first element of a block of the last.");

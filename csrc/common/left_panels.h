@@ -3,52 +3,74 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "common/bits.h"
+
 namespace sculpt {
 
-// A row of a panel is 128 bytes: one full line of memory.
-constexpr int64_t kPanelColumns = 64;
-// 16 bytes after every row of a 16-bit array: rows that are read together lie in different banks.
-constexpr int64_t kPanelPitch = kPanelColumns + 8;
-// Rows of coefficients in float32, the sum of the cluster's parts.
-constexpr int64_t kPartPitch = kPanelColumns + 4;
 // Of an SM of capability 9.0, less the kilobyte that each block reserves.
 constexpr int64_t kSharedBytes = 227 * 1024;
 constexpr int64_t kMaxLeftRank = 128;
 // Beyond 8 blocks a cluster needs cudaFuncAttributeNonPortableClusterSizeAllowed; an H100 has GPCs of 16 or 18 SMs.
 constexpr int64_t kMaxCluster = 16;
+// A row of a panel is 128 bytes: one full line of memory, and the rows of one tensor-core product.
+constexpr int64_t kPanelColumns = 64;
+// Rows of a product.
+constexpr int64_t kTileRows = 64;
+// Ranks that a block at least adds up: four float32 are stored at once.
+constexpr int64_t kLeastOwned = 4;
 
-// fits: whether the kernel can run. cluster: blocks that share a panel, each `rows` of its rows. ranks: the columns of
-// the basis, padded to 16, 32, 64 or 128. bytes: shared memory of a block.
+// fits: whether the kernel can run. cluster: blocks that share a panel, each with `rows` of its rows. stages: panels in
+// shared memory at a time. ranks: the columns of the basis, padded to 16, 32, 64 or 128. owned: ranks whose parts a
+// block adds up; `ranks / owned` of the blocks do. bytes: shared memory of a block.
 struct LeftPanels {
   bool fits = false;
-  int64_t cluster = 0, rows = 0, ranks = 0, bytes = 0;
+  int64_t cluster = 0, rows = 0, stages = 0, ranks = 0, owned = 0, bytes = 0;
 };
 
-// `split`: the basis is float32, kept as two bfloat16 parts.
-inline int64_t left_panel_bytes(int64_t rows, int64_t ranks, int64_t cluster, bool split) {
-  const int64_t basis = rows * (ranks + 8) * 2 * (split ? 2 : 1), panel = rows * kPanelPitch * 2;
-  const int64_t factors = 2 * ranks * kPanelPitch * 2;
-  const int64_t parts = ranks * kPartPitch * 4, sums = ranks * kPanelColumns / cluster * 4;
-  return basis + panel + factors + parts + sums;
+// `split`: the basis is float32, kept as two bfloat16 parts. The factors of two panels, in two bfloat16 parts each, and
+// one panel's parts of them in float32 lie beside the panels.
+inline int64_t left_panel_bytes(const LeftPanels& plan, bool split) {
+  const int64_t basis = plan.rows * plan.ranks * 2 * (split ? 2 : 1);
+  const int64_t panels = plan.stages * plan.rows * kPanelColumns * 2;
+  return basis + panels + 2 * plan.ranks * kPanelColumns * 4 + plan.cluster * plan.owned * kPanelColumns * 4;
 }
 
-// The fewest blocks a cluster into whose shared memory a panel and its rows of the basis fit; more while the GPU would
-// otherwise have multiprocessors with nothing to do.
-inline LeftPanels left_panels(int64_t m, int64_t n, int64_t r, bool split, int64_t multiprocessors) {
+// The fewest blocks a cluster into whose shared memory all fits, more while the GPU would otherwise have multiprocessors
+// with nothing to do.
+inline LeftPanels left_panels_of(int64_t m, int64_t n, int64_t r, bool split, int64_t multiprocessors, int64_t stages) {
+  LeftPanels best;
+  if (m < 1 || n < 1 || r < 1 || r > std::min(m, kMaxLeftRank)) return best;
   LeftPanels plan;
-  if (m < 1 || n < 1 || r < 1 || r > std::min(m, kMaxLeftRank)) return plan;
-  plan.ranks = 16;
+  plan.stages = stages, plan.ranks = 16;
   while (plan.ranks < r) plan.ranks *= 2;
   const int64_t panels = (n + kPanelColumns - 1) / kPanelColumns;
-  for (int64_t cluster = 1; cluster <= kMaxCluster; cluster *= 2) {
-    const int64_t rows = ((m + cluster - 1) / cluster + 15) / 16 * 16;
-    const int64_t bytes = left_panel_bytes(rows, plan.ranks, cluster, split);
-    // No block without a row, and none with too few to be worth its share of the sums.
-    if (plan.fits && (panels * plan.cluster >= multiprocessors || rows < 64)) break;
-    if (bytes > kSharedBytes || (cluster - 1) * rows >= m) continue;
-    plan.fits = true, plan.cluster = cluster, plan.rows = rows, plan.bytes = bytes;
+  for (plan.cluster = 1; plan.cluster <= kMaxCluster; plan.cluster *= 2) {
+    plan.rows = ((m + plan.cluster - 1) / plan.cluster + kTileRows - 1) / kTileRows * kTileRows;
+    plan.owned = std::max(kLeastOwned, plan.ranks / plan.cluster);
+    plan.bytes = left_panel_bytes(plan, split);
+    if (best.fits && panels * best.cluster >= multiprocessors) break;
+    // No block without a row.
+    if (plan.bytes > kSharedBytes || (plan.cluster - 1) * plan.rows >= m) continue;
+    best = plan;
+    best.fits = true;
   }
-  return plan;
+  return best;
+}
+
+// With three stages a panel is loaded while the one before it is multiplied and the one before that is corrected; with
+// two the load is waited for.
+inline LeftPanels left_panels(int64_t m, int64_t n, int64_t r, bool split, int64_t multiprocessors) {
+  const LeftPanels plan = left_panels_of(m, n, r, split, multiprocessors, 3);
+  return plan.fits ? plan : left_panels_of(m, n, r, split, multiprocessors, 2);
+}
+
+// Where element (row, column) of rows of W 16-bit numbers lies. Pieces of 16 bytes change places within a row, by the
+// row, so that the same piece of eight rows in a row lies in different banks: the swizzling modes of wgmma's operands.
+template <int W>
+SCULPT_HOST_DEVICE inline int swizzled(int row, int column) {
+  static_assert(W == 16 || W == 32 || W == 64);
+  constexpr int kPieces = W / 8, kShift = W == 64 ? 0 : W == 32 ? 1 : 2;
+  return row * W + (((column / 8) ^ ((row >> kShift) & (kPieces - 1))) * 8) + column % 8;
 }
 
 }  // namespace sculpt

@@ -35,15 +35,19 @@ void project_(Tensor grad, std::optional<Tensor> left, std::optional<Tensor> rig
                   ": grad, left: wanted contiguous memory that starts at a multiple of 16 bytes");
   if (m == 0 || n == 0) return;
   const bool split = left->scalar_type() == ScalarType::Float;
-  // As many multiprocessors as may be: whether a plan fits does not depend on them.
-  STD_TORCH_CHECK(left_panels(m, n, r, split, 1).fits, kOp, ": left: wanted a rank of 1 to ", kMaxLeftRank,
+  int multiprocessors = 0;
+  cudaError_t error =
+      cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, grad.get_device_index());
+  STD_TORCH_CHECK(error == cudaSuccess, kOp, ": ", cudaGetErrorString(error));
+  const LeftPanels plan = left_panels(m, n, r, split, multiprocessors);
+  STD_TORCH_CHECK(plan.fits, kOp, ": left: wanted a rank of 1 to ", kMaxLeftRank,
                   " whose rows fit the shared memory of ", kMaxCluster, " blocks, given shapes ", shape(grad), " and ",
                   shape(*left));
   const torch::stable::accelerator::DeviceGuard guard(grad.get_device_index());
   void* stream = nullptr;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(grad.get_device_index(), &stream));
-  const cudaError_t error = project_left_sm90a(grad.mutable_data_ptr(), left->const_data_ptr(), m, n, r, split, keep_left,
-                                               static_cast<cudaStream_t>(stream));
+  error = project_left_sm90a(grad.mutable_data_ptr(), left->const_data_ptr(), m, n, r, split, keep_left, plan,
+                             static_cast<cudaStream_t>(stream));
   STD_TORCH_CHECK(error == cudaSuccess, kOp, ": shapes ", shape(grad), " and ", shape(*left), ": ",
                   cudaGetErrorString(error));
 }

@@ -20,7 +20,7 @@ def made(m: int, n: int, r: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     generator = torch.Generator(device="cuda").manual_seed(m + n)
     grad = torch.randn(m, n, device="cuda", generator=generator).bfloat16()
     basis = torch.linalg.qr(torch.randn(m, r, device="cuda", generator=generator)).Q
-    return grad, basis.to(dtype)
+    return grad, basis.to(dtype).contiguous()
 
 
 @pytest.mark.parametrize("keep", [False, True])

@@ -1,0 +1,102 @@
+// Hopper's asynchronous products of a warpgroup (wgmma, bfloat16 to float32): D (64 x N) += A (64 x 16) B (16 x N), both
+// operands in shared memory. PTX ISA, sections "Asynchronous Warpgroup Level Matrix Instructions" and "Matrix Descriptor".
+#pragma once
+#include <cuda_bf16.h>
+
+#include <cstdint>
+
+namespace sculpt {
+
+// An operand stored by rows of W numbers (16, 32 or 64), `swizzled<W>`, from a multiple of 1024 bytes on; eight rows
+// after eight rows. Whether the rows run along K or along the other dimension is said with the product. The two low bits
+// of the layout are 1, 2, 3 for rows of 128, 64, 32 bytes. The other stride is for operands wider than a row: unused.
+template <int W>
+__device__ inline uint64_t operand(uint32_t address) {
+  constexpr uint64_t kLayout = W == 64 ? 1 : W == 32 ? 2 : 3, kEightRows = 8 * W * 2;
+  return uint64_t((address >> 4) & 0x3fff) | uint64_t(1) << 16 | (kEightRows >> 4) << 32 | kLayout << 62;
+}
+
+// The same operand `bytes` further: along a row, or whole groups of eight rows.
+__device__ inline uint64_t further(uint64_t operand, uint32_t bytes) { return operand + (bytes >> 4); }
+
+// The compiler may neither move what is written to `d` before into the products nor what reads it after: it would wait
+// for each product by itself.
+template <int N>
+__device__ inline void hold(float (&d)[N]) {
+#pragma unroll
+  for (int i = 0; i < N; ++i) asm volatile("" : "+f"(d[i])::"memory");
+}
+
+// Registers and shared memory that were written before are seen by the products after.
+__device__ inline void go_on_with_products() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+
+// Until `wait_for_products` `d` is a sum of products.
+template <int N>
+__device__ inline void begin_products(float (&d)[N]) {
+#pragma unroll
+  for (int i = 0; i < N; ++i) d[i] = 0.0f;
+  hold(d);
+  go_on_with_products();
+}
+
+// A group of products ends.
+__device__ inline void end_products() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+
+template <int N>
+__device__ inline void wait_for_products(float (&d)[N]) {
+  asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+  hold(d);
+}
+
+// Ordinary stores to shared memory before it are seen by products after the next barrier.
+__device__ inline void show_to_products() { asm volatile("fence.proxy.async;" ::: "memory"); }
+
+// ROWS_A, ROWS_B: whether the operand is stored with rows along K (16 numbers of a row at a time), else K is the number
+// of the row. D: thread t has, of rows 16 (t / 32) + t % 32 / 4 and the one eight
+// below, columns 8 j + 2 (t % 4) and the next: d[4 j], d[4 j + 1], and below d[4 j + 2], d[4 j + 3].
+template <bool ROWS_A, bool ROWS_B>
+__device__ inline void multiply_add(float (&d)[4], uint64_t a, uint64_t b) {
+  asm volatile(
+      "wgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16 "
+      "{%0, %1, %2, %3}, "
+      "%4, %5, 1, 1, 1, %6, %7;"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "l"(a), "l"(b), "n"(ROWS_A ? 0 : 1), "n"(ROWS_B ? 0 : 1));
+}
+
+template <bool ROWS_A, bool ROWS_B>
+__device__ inline void multiply_add(float (&d)[8], uint64_t a, uint64_t b) {
+  asm volatile(
+      "wgmma.mma_async.sync.aligned.m64n16k16.f32.bf16.bf16 "
+      "{%0, %1, %2, %3, %4, %5, %6, %7}, "
+      "%8, %9, 1, 1, 1, %10, %11;"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7])
+      : "l"(a), "l"(b), "n"(ROWS_A ? 0 : 1), "n"(ROWS_B ? 0 : 1));
+}
+
+template <bool ROWS_A, bool ROWS_B>
+__device__ inline void multiply_add(float (&d)[16], uint64_t a, uint64_t b) {
+  asm volatile(
+      "wgmma.mma_async.sync.aligned.m64n32k16.f32.bf16.bf16 "
+      "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15}, "
+      "%16, %17, 1, 1, 1, %18, %19;"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]),
+        "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15])
+      : "l"(a), "l"(b), "n"(ROWS_A ? 0 : 1), "n"(ROWS_B ? 0 : 1));
+}
+
+template <bool ROWS_A, bool ROWS_B>
+__device__ inline void multiply_add(float (&d)[32], uint64_t a, uint64_t b) {
+  asm volatile(
+      "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 "
+      "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
+      " %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, "
+      "%32, %33, 1, 1, 1, %34, %35;"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]),
+        "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15]),
+        "+f"(d[16]), "+f"(d[17]), "+f"(d[18]), "+f"(d[19]), "+f"(d[20]), "+f"(d[21]), "+f"(d[22]), "+f"(d[23]),
+        "+f"(d[24]), "+f"(d[25]), "+f"(d[26]), "+f"(d[27]), "+f"(d[28]), "+f"(d[29]), "+f"(d[30]), "+f"(d[31])
+      : "l"(a), "l"(b), "n"(ROWS_A ? 0 : 1), "n"(ROWS_B ? 0 : 1));
+}
+
+}  // namespace sculpt
