@@ -41,7 +41,7 @@ struct JacobiRotation {
 SCULPT_HOST_DEVICE inline JacobiRotation jacobi_rotation(float alpha, float beta, float gamma, float tolerance) {
   if (!(alpha >= kJacobiZero && beta >= kJacobiZero && fabsf(gamma) > tolerance * (sqrtf(alpha) * sqrtf(beta))))
     return {0.0f, 0.0f, false};
-  // At most 2^100 / 2^-21 / ... in magnitude; its square would overflow from 2^64 on, and adds nothing to 1 from 2^12 on.
+  // Up to 2^79 in magnitude: its square would overflow from 2^64 on, and 1 adds nothing to it from 2^12 on.
   const float zeta = (beta - alpha) / (2.0f * gamma), size = fabsf(zeta);
   const float positive = size > 4096.0f ? 0.5f / size : 1.0f / (size + sqrtf(1.0f + size * size));
   const float tangent = zeta < 0.0f ? -positive : positive;

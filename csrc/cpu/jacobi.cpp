@@ -1,7 +1,7 @@
 // SVD of small square matrices by one-sided Jacobi rotations on the CPU, one matrix a thread: step by step what the CUDA
 // kernel does, so that its algorithm is tested without a GPU. LAPACK is faster here, rsvd on the CPU uses it.
 //
-// (4/3 + 4/3) q^3 operations for the pivoted factor and its Q, then 5 to 9 sweeps of 3 to 9 q^3.
+// (4/3 + 4/3) q^3 operations for the pivoted factor and its Q, then 5 to 9 sweeps of 3 to 11 q^3.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 

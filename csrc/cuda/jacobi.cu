@@ -2,8 +2,9 @@
 //
 // Moves 16 q^2 bytes of a matrix to and from memory; everything else happens in shared memory: the matrix and the second
 // factor, 8 q (q + 1) bytes, 204 KB at q = 160. A sweep reads the first once for each of its q - 1 rounds, and reads and
-// writes both where columns are turned: 16 q^3 bytes, 3200 clocks of shared memory a round at q = 160, which bounds the
-// kernel; 3 to 9 q^3 operations. Calculated for 224 matrices of 144 x 144 on an H100, nine sweeps: 4 ms.
+// writes both where columns are turned: up to 16 q^3 bytes, 3200 clocks of shared memory a round at q = 160, which bounds the
+// kernel; 3 to 11 q^3 operations. Calculated from that alone for 224 matrices on an H100, eight sweeps that turn: 4 ms at
+// q = 144, where a multiprocessor has one block, 0.6 ms at q = 80, where it has two.
 //
 // Where a block may not have that much (163 KB on sm_80: from q = 144 on) the second factor lies in global memory, for
 // all matrices together 23 MB at most that stay in L2: rotations touch it less often than the matrix, and the
@@ -17,76 +18,15 @@
 #include <cuda_runtime.h>
 
 #include "common/jacobi.h"
+#include "cuda/column.h"
 
 namespace sculpt {
 namespace {
 
-constexpr unsigned kAll = 0xffffffffu;
 // Up to q = 96 two blocks share a multiprocessor, 48 registers a thread; above, one has it, 72 registers.
 constexpr int kMaxWarps = 27;
 constexpr int max_blocks(int chunks) { return chunks <= 3 ? 2 : 1; }
 constexpr int max_warps(int chunks) { return chunks <= 3 ? 20 : kMaxWarps; }
-
-__device__ float sum_of(float x) {
-#pragma unroll
-  for (int step = 16; step > 0; step /= 2) x += __shfl_xor_sync(kAll, x, step);
-  return x;  // the same bits in every lane: sums of the same two numbers at each step
-}
-
-// The larger value and its index, the lower index of equal ones.
-__device__ void best_of(float& value, int& index) {
-#pragma unroll
-  for (int step = 16; step > 0; step /= 2) {
-    const float other = __shfl_xor_sync(kAll, value, step);
-    const int at = __shfl_xor_sync(kAll, index, step);
-    if (other > value || (other == value && at < index)) value = other, index = at;
-  }
-}
-
-// A column across a warp: lane l has rows l, l + 32, ...; zeros beyond q.
-template <int CHUNKS>
-struct Column {
-  float x[CHUNKS];
-
-  __device__ void load(const float* from, int lane, int q) {
-#pragma unroll
-    for (int i = 0; i < CHUNKS; ++i) x[i] = 32 * i + lane < q ? from[32 * i + lane] : 0.0f;
-  }
-  __device__ void store(float* to, int lane, int q) const {
-#pragma unroll
-    for (int i = 0; i < CHUNKS; ++i)
-      if (32 * i + lane < q) to[32 * i + lane] = x[i];
-  }
-  // This lane's part.
-  __device__ float dot(const Column& other) const {
-    float sum = 0.0f;
-#pragma unroll
-    for (int i = 0; i < CHUNKS; ++i) sum = fmaf(x[i], other.x[i], sum);
-    return sum;
-  }
-  __device__ void subtract(float factor, const Column& other) {
-#pragma unroll
-    for (int i = 0; i < CHUNKS; ++i) x[i] = fmaf(-factor, other.x[i], x[i]);
-  }
-  __device__ void divide(float by) {
-#pragma unroll
-    for (int i = 0; i < CHUNKS; ++i) x[i] /= by;
-  }
-  // Zeros above row k; `at_k` there.
-  __device__ void from_row(int k, float at_k, int lane) {
-#pragma unroll
-    for (int i = 0; i < CHUNKS; ++i) {
-      const int row = 32 * i + lane;
-      x[i] = row < k ? 0.0f : row == k ? at_k : x[i];
-    }
-  }
-  __device__ float square_from(int k, int lane) const {
-    float sum = 0.0f;
-#pragma unroll
-    for (int i = 0; i < CHUNKS; ++i) sum = fmaf(x[i], 32 * i + lane >= k ? x[i] : 0.0f, sum);
-    return sum_of(sum);
-  }
-};
 
 // One matrix in the hands of a block.
 template <int CHUNKS>

@@ -294,7 +294,7 @@ def small_svds(setting: Setting) -> Iterator[Row]:
         contenders = [Contender(name, lambda _, call=call: call()) for name, call in calls.items()]  # type: ignore[misc]
         entries = measure(contenders, 1, setting.device, 3)
         # A matrix read, two and the values written; a pivoted factor, its Q, and one sweep of rotations on both.
-        moved, operations = 224.0 * (3 * q * q + q) * 4, 224.0 * (8 / 3 + 9) * q**3
+        moved, operations = 224.0 * (3 * q * q + q) * 4, 224.0 * (8 / 3 + 11) * q**3
         floor = setting.ceilings.floor(moved, operations, torch.float32)
         yield {
             "table": "small svd",
