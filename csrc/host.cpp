@@ -6,11 +6,13 @@
 
 #include <array>
 #include <string>
+#include <tuple>
 #include <utility>
 #include <vector>
 
 #include "common/adam_chunks.h"
 #include "common/heuristics.h"
+#include "common/jacobi.h"
 #include "common/left_panels.h"
 #include "common/philox.h"
 
@@ -64,6 +66,23 @@ std::pair<std::vector<std::pair<int64_t, int64_t>>, std::pair<int64_t, int64_t>>
   return {launches, {entry, chunks.begin(entry, block)}};
 }
 
+// The pairs of columns of every round of a sweep.
+std::vector<std::vector<std::pair<int, int>>> jacobi_rounds(int q) {
+  std::vector<std::vector<std::pair<int, int>>> rounds(sculpt::jacobi_rounds(q));
+  for (size_t round = 0; round < rounds.size(); ++round)
+    for (int k = 0; k < sculpt::jacobi_pairs(q); ++k) {
+      const sculpt::JacobiPair pair = sculpt::jacobi_pair(q, static_cast<int>(round), k);
+      if (pair.high < q) rounds[round].emplace_back(pair.low, pair.high);
+    }
+  return rounds;
+}
+
+// Of the 2 x 2 matrix whose entries are alpha, beta and gamma: sine, sine / (1 + cosine), and whether it turns.
+std::tuple<float, float, bool> jacobi_rotation(float alpha, float beta, float gamma, int q) {
+  const sculpt::JacobiRotation turn = sculpt::jacobi_rotation(alpha, beta, gamma, sculpt::jacobi_tolerance(q));
+  return {turn.sine, turn.ratio, turn.turns};
+}
+
 bool stacked(int64_t m, int64_t n, int64_t r, int64_t s, const std::string& dtype) {
   return sculpt::stacked(m, n, r, s, type_of(dtype));
 }
@@ -86,7 +105,11 @@ PYBIND11_MODULE(_host, m) {
   m.def("adam_chunks", &adam_chunks, arg("sizes"), arg("block"),
         "How tensors of these sizes are dealt out to launches of the AdamW CUDA kernel: tensors and blocks of each, and "
         "the entry and the first element of a block of the last.");
+  m.def("jacobi_rounds", &jacobi_rounds, arg("q"), "The pairs of columns of every round of a sweep of a Jacobi SVD.");
+  m.def("jacobi_rotation", &jacobi_rotation, arg("alpha"), arg("beta"), arg("gamma"), arg("q"),
+        "Sine, sine / (1 + cosine), and whether columns with these squared norms and this product are turned.");
   m.attr("thresholds") = pybind11::dict(
+      arg("jacobi_proven") = sculpt::kJacobiProven, arg("jacobi_max_size") = sculpt::kJacobiMaxSize,
       arg("cuda_proven") = sculpt::kCudaProven, arg("max_rank") = sculpt::kMaxRank,
       arg("max_rank_float32") = sculpt::kMaxRankFloat32, arg("max_rank_float16") = sculpt::kMaxRankFloat16,
       arg("rank_unit") = sculpt::kRankUnit, arg("panel") = sculpt::kPanel, arg("l2_share") = sculpt::kL2Share,

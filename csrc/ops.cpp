@@ -33,6 +33,9 @@ STABLE_TORCH_LIBRARY(sculpt, m) {
   m.def("_product(Tensor input, Tensor factor, *, bool transpose=False) -> Tensor");
   m.def("_gram(Tensor input, *, bool transpose=False, bool double=False) -> Tensor");
   m.def("_eigh(Tensor input) -> (Tensor values, Tensor vectors)");
+  // Private: all singular triplets of small square float32 matrices, V not transposed; zero singular values have
+  // orthonormal vectors too, NaN or Inf make a matrix's results NaN.
+  m.def("_jacobi_svd(Tensor input) -> (Tensor U, Tensor S, Tensor V)");
   // Master weights of bfloat16 parameters, private: float32 as a bfloat16 and 16 more bits, and stochastic rounding.
   m.def("_join(Tensor high, Tensor low) -> Tensor");
   m.def("_split_(Tensor value, Tensor(a!) high, Tensor(b!) low) -> ()");

@@ -18,6 +18,7 @@ __all__ = [
     "adam_",
     "add_split_",
     "foreach_project_",
+    "jacobi_svd",
     "join_halves",
     "orthonormalize",
     "project",
@@ -209,6 +210,12 @@ def rsvd(
     U, V = (basis @ left)[..., :rank], (wide @ right.mT)[..., :rank]
     sign = U.gather(-2, U.abs().argmax(dim=-2, keepdim=True)).sgn()
     return U * sign, S[..., :rank].contiguous(), V * sign
+
+
+def jacobi_svd(input: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The library's SVD, V not transposed; see :func:`sculpt_ops.ops.jacobi.jacobi_svd`."""
+    U, S, Vh = torch.linalg.svd(input)
+    return U.contiguous(), S, Vh.mT.contiguous()
 
 
 def join_halves(high: Tensor, low: Tensor) -> Tensor:

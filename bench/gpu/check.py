@@ -26,6 +26,7 @@ GPU_TESTS = (
     "tests/triton/grouped_checks.py",
     "tests/cuda/left_checks.py",
     "tests/cuda/adam_checks.py",
+    "tests/cuda/jacobi_checks.py",
 )
 SANITIZED = (PYTHON, "bench/gpu/small_shapes.py")
 

@@ -10,6 +10,7 @@ import sculpt_ops
 from sculpt_ops import reference
 from sculpt_ops.bench.rows import basis
 from sculpt_ops.bench.timing import backend
+from sculpt_ops.ops.variants import cuda_missing
 
 DEVICE = torch.device(os.environ.get("SCULPT_TEST_DEVICE", "cuda"))
 FLAGS = ({}, {"keep_left": True}, {"keep_right": True}, {"block": True})
@@ -33,6 +34,13 @@ def projections(variant: str) -> None:
             sculpt_ops.foreach_project_(copies, [left, None], [None, right])
 
 
+def jacobi(matrices: torch.Tensor) -> None:
+    ops = torch.ops.sculpt
+    run = ops._cuda_jacobi_svd if DEVICE.type == "cuda" and cuda_missing() is None else ops._jacobi_svd
+    U, S, V = run(matrices)
+    close(U * S.unsqueeze(-2) @ V.mT, matrices.double())
+
+
 def main() -> None:
     torch.manual_seed(0)
     for variant in ("triton", "cublas"):
@@ -43,6 +51,8 @@ def main() -> None:
     assert U.shape == (96, 8)
     assert V.shape == (64, 8)
     assert bool(S.isfinite().all())
+    for q in (5, 40):  # the second of rank 3: the factors are completed
+        jacobi(torch.stack([torch.randn(q, q), torch.randn(q, 3) @ torch.randn(3, q)]).to(DEVICE))
     if DEVICE.type == "cuda":
         torch.cuda.synchronize()
     print("small shapes: done")

@@ -7,6 +7,7 @@
 
 #include "common/aten.h"
 #include "common/check.h"
+#include "common/jacobi.h"
 #include "linalg/cholesky_qr.h"
 #include "linalg/products.h"
 
@@ -37,6 +38,20 @@ void fix_signs(Tensor& u, Tensor& v) {
 // The triangular factor P^T image, summed in the precision of the products.
 Tensor core(const Tensor& p, const Tensor& image) {
   return torch::stable::contiguous(transposed(product(image, p, true)));
+}
+
+// All triplets of the small factor, V not transposed. On a GPU by Jacobi rotations once their kernel has proven itself: the
+// library takes a batch's matrices one after the other and waits for the device between them.
+std::tuple<Tensor, Tensor, Tensor> small_svd(const Tensor& small) {
+  const bool fits = small.scalar_type() == ScalarType::Float && small.size(small.dim() - 1) <= kJacobiMaxSize;
+  if (kJacobiProven && fits && !small.is_cpu())
+    return aten::call<Tensor, Tensor, Tensor>("sculpt::_jacobi_svd", "", small);
+  Tensor a, s, bt;
+  aten::serially(small.is_cpu(), [&] {
+    std::tie(a, s, bt) = aten::call<Tensor, Tensor, Tensor>("aten::linalg_svd", "", small, false,
+                                                            std::optional<std::string>());
+  });
+  return {a, s, transposed(bt)};
 }
 
 }  // namespace
@@ -77,13 +92,8 @@ std::tuple<Tensor, Tensor, Tensor> rsvd(const Tensor& input, int64_t rank, Optio
   const bool whole = q == thin;
   const Tensor tall = flip ? transposed(input) : input;
   const Tensor image = whole ? tall : product(input, basis, !flip), p = orthonormal(image);
-  const Tensor small = core(p, image);
-  Tensor a, s, bt;
-  aten::serially(input.is_cpu(), [&] {
-    std::tie(a, s, bt) = aten::call<Tensor, Tensor, Tensor>("aten::linalg_svd", "", small, false,
-                                                            std::optional<std::string>());
-  });
-  const Tensor b = columns(transposed(bt), rank);
+  const auto [a, s, right] = small_svd(core(p, image));
+  const Tensor b = columns(right, rank);
   Tensor short_side = product(p, columns(a, rank), false);
   Tensor long_side = whole ? b : product(basis, b, false);
   if (whole) std::swap(short_side, long_side);

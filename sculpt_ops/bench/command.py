@@ -22,7 +22,7 @@ import torch
 
 from .. import ops
 from .report import write_report
-from .rows import Setting, basis, decompositions, models, optimizer_step, projections
+from .rows import Setting, basis, decompositions, models, optimizer_step, projections, small_svds
 from .timing import measure_ceilings, synchronize
 
 __all__ = ["facts", "main", "repeat", "run"]
@@ -84,7 +84,8 @@ def run(device: torch.device, seconds: float, small: bool = False, say: Callable
     }
     first = Setting(device, ceilings, small, begin + FIRST * seconds)
     last = Setting(device, ceilings, small, begin + seconds)
-    for table, setting in ((models, first), (optimizer_step, first), (decompositions, first), (projections, last)):
+    tables = (models, optimizer_step, decompositions, small_svds)
+    for table, setting in (*((table, first) for table in tables), (projections, last)):
         try:
             for row in table(setting):
                 result["rows"].append(row)

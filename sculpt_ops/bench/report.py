@@ -15,6 +15,7 @@ TABLES = {
     "model": ("Whole models, foreach_project_", ("model", "matrices", "kind", "rank", "dtype", "host_us")),
     "optimizer": ("A step of AdamW", ("model", "matrices", "rank", "dtype")),
     "decomposition": ("Decompositions", ("m", "n", "rank", "dtype")),
+    "small svd": ("SVDs of small factors, a batch at once", ("matrices", "m", "n", "dtype")),
     "projection": ("Single matrices", ("model", "kind", "m", "n", "rank", "dtype", "relative_error")),
 }
 

@@ -14,12 +14,23 @@ from torch import Tensor, nn
 from .. import reference
 from ..decompose import top_subspace
 from ..ops import foreach_project_, project_, rsvd
+from ..ops.variants import cuda_missing
 from ..optim import AdamW
 from ..ranks import Rank
 from ..subspaces import Subspaces
 from .timing import Ceilings, Contender, copies_beyond_l2, measure, synchronize
 
-__all__ = ["MODELS", "TINY", "Row", "Setting", "decompositions", "models", "optimizer_step", "projections"]
+__all__ = [
+    "MODELS",
+    "TINY",
+    "Row",
+    "Setting",
+    "decompositions",
+    "models",
+    "optimizer_step",
+    "projections",
+    "small_svds",
+]
 
 Row = dict[str, Any]
 Layers = tuple[tuple[tuple[int, int], ...], int]
@@ -260,6 +271,36 @@ def decompositions(setting: Setting) -> Iterator[Row]:
             "m": m,
             "n": n,
             "rank": rank,
+            "dtype": "float32",
+            "floor_us": floor * 1e6,
+            "contenders": with_rates(entries, floor, moved, operations),
+        }
+
+
+def small_svds(setting: Setting) -> Iterator[Row]:
+    """The small factors of rsvd over a model's layers, rank 64 and 128: the Jacobi kernel, where it was built, against
+    the library's SVD and the eigendecomposition of Gram matrices, which loses half of the digits."""
+    if setting.device.type != "cuda" or cuda_missing() is not None:
+        return
+    for q in (80, 144):
+        if setting.over():
+            return
+        batch = torch.linalg.qr(torch.randn(224, q, q, device=setting.device))[1]
+        calls: dict[str, Callable[[], Any]] = {
+            "_cuda_jacobi_svd": partial(torch.ops.sculpt._cuda_jacobi_svd, batch),
+            "torch.linalg.svd": partial(torch.linalg.svd, batch),
+            "torch.linalg.eigh of the Gram": lambda batch=batch: torch.linalg.eigh(batch.mT @ batch),  # type: ignore[misc]
+        }
+        contenders = [Contender(name, lambda _, call=call: call()) for name, call in calls.items()]  # type: ignore[misc]
+        entries = measure(contenders, 1, setting.device, 3)
+        # A matrix read, two and the values written; a pivoted factor, its Q, and one sweep of rotations on both.
+        moved, operations = 224.0 * (3 * q * q + q) * 4, 224.0 * (8 / 3 + 11) * q**3
+        floor = setting.ceilings.floor(moved, operations, torch.float32)
+        yield {
+            "table": "small svd",
+            "matrices": 224,
+            "m": q,
+            "n": q,
             "dtype": "float32",
             "floor_us": floor * 1e6,
             "contenders": with_rates(entries, floor, moved, operations),

@@ -2,6 +2,7 @@
 
 from . import adam as _adam  # noqa: F401  (registers the fake, Autograd and CUDA kernels)
 from . import cuda as _cuda  # noqa: F401  (registers the CUDA kernels)
+from . import jacobi as _jacobi  # noqa: F401  (registers the fake, Autograd and CUDA kernels)
 from . import products as _products  # noqa: F401  (registers the fakes, gradients and CUDA kernels)
 from . import rounding as _rounding  # noqa: F401  (registers the fakes, Autograd and CUDA kernels)
 from .orthonormalize import orthonormalize

@@ -16,7 +16,9 @@ ROOT = Path(__file__).parents[2]
 CUDA = ROOT / "csrc" / "cuda"
 KERNELS = sorted(CUDA.glob("*.cu"))
 FLAGS = ["-O3", "-std=c++17", "-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020a000000000000", f"-I{ROOT / 'csrc'}"]
-THREADS, REGISTERS = 256, 65536
+REGISTERS = 65536
+# Threads of a multiprocessor that the registers must be enough for: 256 a block, or the launch bounds of jacobi.cu.
+THREADS = {"jacobi": 32 * 27}
 
 pytestmark = pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not installed")
 
@@ -50,15 +52,19 @@ def test_kernels_compile_without_spills(source: Path, tmp_path: Path) -> None:
         registers = [int(x) for x in re.findall(r"Used (\d+) registers", said)]
         assert registers
         assert max(spills) == 0, said
-        assert max(registers) * THREADS <= REGISTERS
+        assert max(registers) * THREADS.get(source.stem, 256) <= REGISTERS
         assert "warning" not in said
         if "project" in source.stem:
             assert "mma.sync.aligned.m16n8k16" in ptx
         if "left" in source.stem:
             assert "barrier.cluster" in ptx
             assert "cp.async.cg" in ptx
-        # No atomic sums: their order is not fixed.
-        assert not re.search(r"\b(atom|red)\.", ptx)
+        if source.stem == "jacobi":
+            # One for each length of a column and place of the second factor; no access to memory of unknown place.
+            assert len(registers) == 10
+            assert not re.search(r"\b(ld|st)\.(f32|u32)", ptx)
+        # No atomic sums: their order is not fixed. (A barrier may count threads: bar.red.)
+        assert not re.search(r"(?<!\.)\b(atom|red)\.", ptx)
 
 
 @pytest.mark.parametrize("source", sorted(CUDA.glob("*.cpp")), ids=lambda path: path.name)

@@ -1,0 +1,57 @@
+// `_cuda_jacobi_svd`, private: `_jacobi_svd` by the CUDA C++ kernel. Dispatch does not choose it before kJacobiProven
+// (common/jacobi.h) is set: it has not run on a GPU yet.
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include <tuple>
+
+#include "common/jacobi_checks.h"
+#include "common/shapes.h"
+#include "cuda/jacobi.h"
+
+namespace sculpt::cuda {
+namespace {
+
+constexpr const char* kOp = "_cuda_jacobi_svd";
+
+std::tuple<Tensor, Tensor, Tensor> jacobi_svd(const Tensor& input) {
+  check_jacobi(kOp, input);
+  STD_TORCH_CHECK(!input.is_cpu(), kOp, ": input: wanted a tensor on a GPU, given one on the CPU");
+  const int q = static_cast<int>(input.size(input.dim() - 1));
+  std::vector<int64_t> sizes;
+  for (int64_t i = 0; i < input.dim() - 1; ++i) sizes.push_back(input.size(i));
+  const auto device = input.get_device_index();
+  const torch::stable::accelerator::DeviceGuard guard(device);
+  const Tensor u = torch::stable::new_empty(input, input.sizes()), v = torch::stable::new_empty(input, input.sizes());
+  const Tensor s = torch::stable::new_empty(input, sizes);
+  if (input.numel() == 0) return {u, s, v};
+  const int64_t batch = batch_of(input);
+  STD_TORCH_CHECK(batch <= 0x7fffffff, kOp, ": input: wanted at most 2^31 - 1 matrices, given shape ", shape(input));
+  const auto check = [&](cudaError_t error) {
+    STD_TORCH_CHECK(error == cudaSuccess, kOp, ": shape ", shape(input), ": ", cudaGetErrorString(error));
+  };
+  const JacobiRoom room = jacobi_room(q);
+  check(room.error);
+  STD_TORCH_CHECK(room.one, kOp, ": input: wanted matrices that take at most ", room.limit,
+                  " bytes of shared memory, what a block may have on this device, given shape ", shape(input), ": ",
+                  jacobi_bytes(q, false));
+  const Tensor from = torch::stable::contiguous(input);
+  const Tensor scratch = torch::stable::new_empty(input, {room.both ? 0 : batch * q * q});
+  void* stream = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
+  const auto at = [](const Tensor& t) { return static_cast<float*>(t.mutable_data_ptr()); };
+  check(sculpt::jacobi_svd(static_cast<const float*>(from.const_data_ptr()), at(u), at(s), at(v), at(scratch), batch, q,
+                           room.both, static_cast<cudaStream_t>(stream)));
+  return {u, s, v};
+}
+
+}  // namespace
+}  // namespace sculpt::cuda
+
+STABLE_TORCH_LIBRARY_FRAGMENT(sculpt, m) {
+  m.def("_cuda_jacobi_svd(Tensor input) -> (Tensor U, Tensor S, Tensor V)");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(sculpt, CUDA, m) { m.impl("_cuda_jacobi_svd", TORCH_BOX(&sculpt::cuda::jacobi_svd)); }
