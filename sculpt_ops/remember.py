@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal
 
@@ -38,6 +38,8 @@ Side = Literal["left", "right"]
 
 # A direction whose part outside of a space is smaller belongs to it: float32 bases are known to some 1e-7.
 _SMALLEST_SINE = 1e-6
+# Numbers of the covariances that are decomposed together: in float64 128 MB, and about three times that at work.
+_AT_ONCE = 2**24
 
 
 @dataclass(frozen=True)
@@ -209,6 +211,9 @@ def join(bases: Iterable[Tensor]) -> Tensor:
     joined, *others = (basis.double() for basis in bases)
     for other in others:
         outside = other.to(joined.device)
+        if not joined.shape[1]:
+            joined = outside
+            continue
         for _ in range(2):
             outside = outside - joined @ (joined.mT @ outside)
         squares, vectors = torch.linalg.eigh(outside.mT @ outside)
@@ -263,34 +268,63 @@ def remember_inputs(
     remembered: Mapping[str, Remembered], covariances: Mapping[tuple[str, ...], Tensor], energy: float
 ) -> dict[str, Remembered]:
     """`remembered` with the directions of new inputs (`input_covariances`), one basis for all layers that share one."""
-    out = dict(remembered)
+    # What the layers of a covariance remember already may differ, where an earlier task had them share less.
+    todo: dict[tuple[tuple[str, ...], int], tuple[Tensor | None, Tensor]] = {}
     for names, covariance in covariances.items():
-        extended: dict[int, Tensor] = {}
         for name in names:
-            before = out[name].inputs
-            if id(before) not in extended:
-                extended[id(before)] = extend_inputs(before, covariance, energy)
-            out[name] = replace(out[name], inputs=extended[id(before)])
+            before = remembered[name].inputs
+            todo[names, id(before)] = before, covariance
+    extended = dict(zip(todo, extend_inputs(list(todo.values()), energy), strict=True))
+    out = dict(remembered)
+    for names in covariances:
+        for name in names:
+            out[name] = replace(out[name], inputs=extended[names, id(remembered[name].inputs)])
     return out
 
 
-def extend_inputs(basis: Tensor | None, covariance: Tensor, energy: float) -> Tensor:
-    """`basis` (d, r) and the fewest eigenvectors of what `covariance` (d, d) is outside of it that together hold the
-    share `energy` of its trace; on the CPU. Arithmetic in float64."""
+def extend_inputs(pairs: Sequence[tuple[Tensor | None, Tensor]], energy: float) -> list[Tensor]:
+    """Of every pair, a basis (d, r) and a covariance (d, d): the basis and the fewest eigenvectors of what the
+    covariance is outside of it that together hold the share `energy` of its trace; on the CPU.
+
+    Arithmetic in float64; those of one size are decomposed side by side."""
+    alike: dict[tuple[int, torch.device], list[int]] = {}
+    for place, (_, covariance) in enumerate(pairs):
+        alike.setdefault((len(covariance), covariance.device), []).append(place)
+    found: dict[int, Tensor] = {}
+    for (size, _), places in alike.items():
+        at_once = max(1, _AT_ONCE // max(1, size**2))
+        for first in range(0, len(places), at_once):
+            chunk = places[first : first + at_once]
+            rests = torch.stack([_outside(*pairs[place]) for place in chunk])
+            for place, rest, values, vectors in zip(chunk, rests, *torch.ops.sculpt._eigh(rests), strict=True):
+                basis, covariance = pairs[place]
+                rank = _missing_rank(covariance, rest, values, energy)
+                chosen = vectors[:, len(values) - rank :].flip(1)
+                found[place] = _stored_join(basis, chosen.to(covariance.dtype))
+    return [found[place] for place in range(len(pairs))]
+
+
+def _outside(basis: Tensor | None, covariance: Tensor) -> Tensor:
+    """`covariance` without the directions of `basis`, in float64."""
     rest = covariance.double()
-    total = float(rest.trace())
-    if basis is not None:
-        known = basis.to(rest.device, torch.float64)
-        for _ in range(2):
-            rest = rest - known @ (known.mT @ rest)
-            rest = rest.mT
-    values, vectors = torch.ops.sculpt._eigh(rest.contiguous())
+    if basis is None:
+        return rest
+    known = basis.to(rest.device, torch.float64)
+    for _ in range(2):
+        rest = rest - known @ (known.mT @ rest)
+        rest = rest.mT
+    return rest
+
+
+def _missing_rank(covariance: Tensor, rest: Tensor, values: Tensor, energy: float) -> int:
+    """How many of the eigenvectors of `rest`, with `values` (ascending), the share `energy` still takes."""
+    total, outside = float(covariance.double().trace()), float(rest.trace())
     # Below this an eigenvalue is rounding of the float32 sums, whose directions nobody has seen.
     floor = len(values) * torch.finfo(covariance.dtype).eps * total
     squares = values.flip(0)
     squares = squares[squares > floor]
-    missing = energy * total - (total - float(rest.trace()))
+    missing = energy * total - (total - outside)
     left = float(squares.sum())
-    rank = 0 if missing <= 0 or left <= 0 else smallest_rank(squares, min(missing / left, 1.0), left) or len(squares)
-    found = vectors[:, len(values) - rank :].flip(1)
-    return _stored_join(basis, found.to(covariance.dtype))
+    if missing <= 0 or left <= 0:
+        return 0
+    return smallest_rank(squares, min(missing / left, 1.0), left) or len(squares)

@@ -7,7 +7,7 @@ import random
 from collections.abc import Sequence
 from pathlib import Path
 
-from protocol import DATASETS, DEV_ITEMS, ENTRY_ITEMS, TEST_ITEMS, TEXT_TOKENS, TRAIN_ITEMS
+from protocol import DATASETS, TEXT_TOKENS, Protocol
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from sculpt_ops.continual.benchmark import read_benchmark_task
@@ -16,9 +16,9 @@ from sculpt_ops.continual.tasks import Example
 PARTS = ("entry", "dev", "final")
 
 
-def make_tasks(source: Path, model: Path, folder: Path) -> None:
+def make_tasks(source: Path, model: Path, folder: Path, protocol: Protocol) -> None:
     """`folder`/entry, /dev and /final, a task folder in each per data set of the benchmark in `source`; those that are
-    there stay."""
+    there stay. A smaller protocol's rows are the first of a larger one's."""
     tokenizer = AutoTokenizer.from_pretrained(model)
     for name, path in DATASETS.items():
         if all((folder / part / name / "options.json").exists() for part in PARTS):
@@ -28,8 +28,9 @@ def make_tasks(source: Path, model: Path, folder: Path) -> None:
         train, test = list(task.train), list(task.test)
         shuffle.shuffle(train)
         shuffle.shuffle(test)
-        held, train = train[:ENTRY_ITEMS], train[ENTRY_ITEMS : ENTRY_ITEMS + TRAIN_ITEMS]
-        for part, measured in zip(PARTS, (held, held[:DEV_ITEMS], test[:TEST_ITEMS]), strict=True):
+        held, rest = train[: protocol.entry_items], train[protocol.entry_items :]
+        train = rest[: protocol.train_items]
+        for part, measured in zip(PARTS, (held, held[: protocol.dev_items], test[: protocol.test_items]), strict=True):
             _write(folder / part / name, "train", train, tokenizer)
             _write(folder / part / name, "test", measured, tokenizer)
             (folder / part / name / "options.json").write_text(json.dumps(task.options), encoding="utf-8")

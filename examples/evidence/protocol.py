@@ -1,9 +1,15 @@
-"""What is compared: tasks, orders, seeds, and every method's configurations."""
+"""What is compared: the tasks, and the sizes, orders, seeds and configurations of each of the two comparisons."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
+
+__all__ = ["DATASETS", "TEXT_TOKENS", "Protocol", "Settings", "rates"]
+
+# Of a `TrainConfig`; protect as `parse_protect` reads it.
+Settings = Mapping[str, Any]
 
 # Folders of the O-LoRA benchmark (TYPE/DATASET), by the name that the tables use.
 DATASETS = {
@@ -13,94 +19,35 @@ DATASETS = {
     "IMDB": "SC/IMDB",
     "yelp": "SC/yelp",
 }
-TRAIN_ITEMS, TEST_ITEMS = 320, 250
-# Held-out training rows: to see whether a task enters, and (the first of them) to choose configurations.
-ENTRY_ITEMS, DEV_ITEMS = 250, 120
-ENTRY_RATES = (5e-5, 1e-4, 3e-5)
 # Of a text; its instruction and the cue to answer come on top.
 TEXT_TOKENS = 96
 
-# Configurations are chosen on held-out training rows of an order that the comparison does not use.
-# With the four tasks of `FIRST_DEV_ORDER` plain fine-tuning at its best rate forgot 2.8 points, less than the 5 that a
-# comparison needs: yelp was added to every order.
-FIRST_DEV_ORDER = ("agnews", "dbpedia", "IMDB", "amazon")
-DEV_ORDER = ("agnews", "yelp", "dbpedia", "amazon", "IMDB")
-ORDERS = {
-    "O1": ("dbpedia", "amazon", "agnews", "yelp", "IMDB"),
-    "O2": ("IMDB", "yelp", "agnews", "amazon", "dbpedia"),
-}
-SEEDS = (0, 1, 2)
 
-# bfloat16 autocast: 2.3 times as fast on the two cores that this was planned for. lr is every configuration's own.
-COMMON: dict[str, Any] = {
-    "bf16": True,
-    "max_length": 256,
-    "batch_size": 8,
-    "eval_batch_size": 32,
-    "eval_rows": "seen",
-    "leak_every": 0,
-    "save_every": 0,
-}
+@dataclass(frozen=True)
+class Protocol:
+    """entry_items, dev_items: held-out training rows, to see whether a task enters, and (the first of them) to choose
+    configurations on `dev_order`, which the comparison on `orders` does not use. common: settings of every run; lr is
+    every configuration's own. configs: by method. ablations: of "sculpt", one thing changed at a time, on `dev_order`.
+    """
 
-Settings = Mapping[str, Any]
+    train_items: int
+    test_items: int
+    entry_items: int
+    dev_items: int
+    entry_rates: Sequence[float]
+    dev_order: Sequence[str]
+    orders: Mapping[str, Sequence[str]]
+    seeds: Sequence[int]
+    common: Settings
+    configs: Mapping[str, Mapping[str, Settings]]
+    ablations: Mapping[str, Settings] = field(default_factory=dict)
 
-
-def _rates(settings: Settings, *rates: float) -> dict[str, Settings]:
-    return {f"lr {rate:g}": {**settings, "lr": rate} for rate in rates}
+    @property
+    def planned(self) -> int:
+        """Runs of every method in the comparison."""
+        return len(self.orders) * len(self.seeds)
 
 
-_FROZEN: Settings = {"others": "freeze"}
-_CHANGES: Settings = {"protect": "0.25", "remember": "rank:0.12", **_FROZEN}
-_INPUTS: Settings = {"protect": "0", "sides": "right", **_FROZEN}
-_OSF: Settings = {"method": "peft-osf"}
-
-# Six each. Those of "sculpt" were chosen after the results on `FIRST_DEV_ORDER`.
-CONFIGS: dict[str, dict[str, Settings]] = {
-    "plain": _rates({"protect": "none"}, 5e-5, 3e-5, 1e-4, 2e-5, 1e-5, 2e-4),
-    "sculpt": {
-        "inputs .95, lr 2e-4": {**_INPUTS, "remember": "inputs:0.95", "lr": 2e-4},
-        "inputs .9, lr 1e-4": {**_INPUTS, "remember": "inputs:0.9", "lr": 1e-4},
-        "weights .25 + changes .12, lr 1e-4": {**_CHANGES, "lr": 1e-4},
-        "inputs .9, lr 2e-4": {**_INPUTS, "remember": "inputs:0.9", "lr": 2e-4},
-        "inputs .95, lr 1e-4": {**_INPUTS, "remember": "inputs:0.95", "lr": 1e-4},
-        "inputs .95, lr 4e-4": {**_INPUTS, "remember": "inputs:0.95", "lr": 4e-4},
-    },
-    "random": {
-        "dimensions of .25 + .12, lr 1e-4": {"method": "random", **_CHANGES, "lr": 1e-4},
-        "dimensions of .25 + .12, lr 3e-5": {"method": "random", **_CHANGES, "lr": 3e-5},
-        "dimensions of .25 + .12, lr 2e-4": {"method": "random", **_CHANGES, "lr": 2e-4},
-        "half, lr 1e-4": {"method": "random", "protect": "0.5", **_FROZEN, "lr": 1e-4},
-        "half, lr 3e-5": {"method": "random", "protect": "0.5", **_FROZEN, "lr": 3e-5},
-        "half, lr 5e-5": {"method": "random", "protect": "0.5", **_FROZEN, "lr": 5e-5},
-    },
-    "peft-osf": {
-        "half, lr 1e-4": {**_OSF, "protect": "0.5", "lr": 1e-4},
-        "half, lr 3e-4": {**_OSF, "protect": "0.5", "lr": 3e-4},
-        "half, lr 3e-5": {**_OSF, "protect": "0.5", "lr": 3e-5},
-        "three quarters, lr 1e-4": {**_OSF, "protect": "0.75", "lr": 1e-4},
-        "three quarters, lr 3e-4": {**_OSF, "protect": "0.75", "lr": 3e-4},
-        "a quarter, lr 1e-4": {**_OSF, "protect": "0.25", "lr": 1e-4},
-    },
-}
-
-# One thing changed at a time, on the development order: first from the configuration of "sculpt" that did best on
-# `FIRST_DEV_ORDER`, then from protection by the weights alone.
-_BASE: Settings = {**_INPUTS, "remember": "inputs:0.95", "lr": 2e-4}
-_BY_WEIGHTS: Settings = {"protect": "0.5", **_FROZEN, "lr": 1e-4}
-ABLATIONS: dict[str, Settings] = {
-    "inputs .95: embeddings, norms and head trained": {**_BASE, "others": "train"},
-    "inputs .95: weights .25 protected as well": {**_BASE, "protect": "0.25"},
-    "inputs .8": {**_BASE, "remember": "inputs:0.8"},
-    "inputs .99": {**_BASE, "remember": "inputs:0.99"},
-    "inputs .95: changes .12 as well, both sides": {**_BASE, "sides": "both", "remember": "inputs:0.95+rank:0.12"},
-    "changes .12 alone, both sides": {"protect": "0", "remember": "rank:0.12", **_FROZEN, "lr": 2e-4},
-    "changes .12 alone, right": {"protect": "0", "sides": "right", "remember": "rank:0.12", **_FROZEN, "lr": 2e-4},
-    "weights .5, both sides": _BY_WEIGHTS,
-    "weights .5, left": {**_BY_WEIGHTS, "sides": "left"},
-    "weights .5, block": {**_BY_WEIGHTS, "sides": "block"},
-    "weights .25": {**_BY_WEIGHTS, "protect": "0.25"},
-    "weights .75": {**_BY_WEIGHTS, "protect": "0.75"},
-    "weights by importance": {**_BY_WEIGHTS, "protect": "importance"},
-    "weights on a schedule": {**_BY_WEIGHTS, "protect": "schedule"},
-    "weights .5: embeddings, norms and head trained": {**_BY_WEIGHTS, "others": "train"},
-}
+def rates(settings: Settings, *lrs: float, named: str = "") -> dict[str, Settings]:
+    """One configuration per learning rate."""
+    return {f"{named}lr {lr:g}": {**settings, "lr": lr} for lr in lrs}

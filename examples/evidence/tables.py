@@ -7,57 +7,60 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from protocol import ABLATIONS, CONFIGS, ORDERS, SEEDS
+from protocol import Protocol
 from results import read_all, write_text
 
 from sculpt_ops.continual import RunResult
 from sculpt_ops.continual.markdown import percent, table
-from sculpt_ops.continual.metrics import Estimate
+from sculpt_ops.continual.metrics import Estimate, average_accuracy
 from sculpt_ops.continual.paired import paired
 
-BEGIN, END = "<!-- begin: make evidence -->\n", "<!-- end -->"
+BEGIN, END = "<!-- begin: {scale} -->\n", "<!-- end -->"
 WEIGHTS = "Weights dequantised from 4 bits; exploratory."
 BASELINE = "plain"
+# Points of backward transfer that plain fine-tuning has to lose for a comparison to have something to show.
+FORGETS = 5.0
 
 Found = tuple[RunResult, dict[str, Any]]
 
 
-def choose(results: Path, part: str = "dev") -> dict[str, str]:
+def choose(results: Path, protocol: Protocol) -> dict[str, str]:
     """Of every method the configuration with the highest average accuracy on the development order; the first of
     equals."""
     best: dict[str, tuple[float, str]] = {}
-    for run, record in _in_order(results / part):
+    for run, record in _in_order(results / "dev", protocol):
         method, config = record["about"]["method"], record["about"]["config"]
-        value = run.metrics.average_accuracy.value
+        value = average_accuracy(run.accuracy)
         if method not in best or value > best[method][0]:
             best[method] = value, config
     return {method: config for method, (_, config) in best.items()}
 
 
-def _in_order(folder: Path) -> Iterator[Found]:
+def _in_order(folder: Path, protocol: Protocol) -> Iterator[Found]:
     """As the protocol lists them."""
-    listed = [(method, config) for method, configs in CONFIGS.items() for config in configs]
+    listed = [(method, config) for method, configs in protocol.configs.items() for config in configs]
     found = {(record["about"]["method"], record["about"]["config"]): (run, record) for run, record in read_all(folder)}
     yield from (found[each] for each in listed if each in found)
 
 
-def write_tables(results: Path, readme: Path) -> None:
-    """Replace what stands between the marks of `readme`."""
+def write_tables(results: Path, readme: Path, protocol: Protocol, scale: str) -> None:
+    """Replace what stands between the marks of `scale` in `readme`, if there are results."""
     text = readme.read_text(encoding="utf-8")
-    before, _, rest = text.partition(BEGIN)
+    begin = BEGIN.format(scale=scale)
+    before, mark, rest = text.partition(begin)
     _, _, after = rest.partition(END)
     sections = [
-        entry_table(results),
-        dev_table(results, "first-dev", "first order tried, of four tasks"),
-        dev_table(results),
-        final_tables(results),
-        ablation_table(results),
+        entry_table(results, protocol),
+        dev_table(results, protocol),
+        final_tables(results, protocol),
+        ablation_table(results, protocol),
     ]
     body = "\n\n".join(section for section in sections if section)
-    write_text(readme, f"{before}{BEGIN}{body}\n{END}{after}")
+    if mark and body:
+        write_text(readme, f"{before}{begin}{body}\n{END}{after}")
 
 
-def entry_table(results: Path) -> str:
+def entry_table(results: Path, protocol: Protocol) -> str:
     """Whether fine-tuning on one task alone beats the majority and the model as it is by ten points."""
     best: dict[str, tuple[float, float, float]] = {}
     for run, record in read_all(results / "entry"):
@@ -75,16 +78,20 @@ def entry_table(results: Path) -> str:
     if not rows:
         return ""
     header = ("task", "alone, %", "zero-shot, %", "majority, %", "enters")
-    return f"### Tasks that enter (250 held-out training rows). {WEIGHTS}\n\n{table(header, rows)}"
+    return f"### Tasks that enter ({protocol.entry_items} held-out training rows). {WEIGHTS}\n\n{table(header, rows)}"
 
 
-def dev_table(results: Path, part: str = "dev", order: str = "development order") -> str:
-    """Every configuration that was tried. order: what the heading calls it."""
-    chosen = choose(results, part)
-    rows = []
-    for run, record in _in_order(results / part):
+def dev_table(results: Path, protocol: Protocol) -> str:
+    """Every configuration that was tried, and whether plain fine-tuning forgets enough."""
+    chosen = choose(results, protocol)
+    rows, forgets = [], ""
+    for run, record in _in_order(results / "dev", protocol):
         about, values = record["about"], run.metrics
         mark = "**best**" if chosen[about["method"]] == about["config"] else ""
+        if mark and about["method"] == BASELINE:
+            lost = -100 * values.backward_transfer.value
+            enough = "enough" if lost >= FORGETS else "too little"
+            forgets = f"\n\nAt its best rate {BASELINE} loses {lost:.1f} points: {enough}, wanted were {FORGETS:g}."
         rows.append(
             (
                 about["method"],
@@ -99,9 +106,11 @@ def dev_table(results: Path, part: str = "dev", order: str = "development order"
     if not rows:
         return ""
     header = ("method", "configuration", "average accuracy, %", "backward transfer, points", "learning accuracy, %")
+    planned = sum(map(len, protocol.configs.values()))
     return (
-        f"### Configurations, {order}, seed 0, 120 held-out training rows a task. {WEIGHTS}\n\n"
-        f"{table((*header, 'of the last change protected, %', ''), rows)}"
+        f"### Configurations, {len(rows)} of {planned}, development order, seed 0, {protocol.dev_items} held-out "
+        f"training rows a task. {WEIGHTS}\n\n"
+        f"{table((*header, 'of the last change protected, %', ''), rows)}{forgets}"
     )
 
 
@@ -111,7 +120,7 @@ def _protected(record: dict[str, Any]) -> str:
     return ", ".join(f"{100 * share:.0f}" for share in shares) or "-"
 
 
-def final_tables(results: Path) -> str:
+def final_tables(results: Path, protocol: Protocol) -> str:
     """The chosen configurations on the orders and seeds of the comparison."""
     runs: dict[str, dict[tuple[str, int], RunResult]] = {}
     for run, record in read_all(results / "final"):
@@ -119,20 +128,23 @@ def final_tables(results: Path) -> str:
     if BASELINE not in runs:
         return ""
     rows, pairs = [], []
-    for method in (name for name in CONFIGS if name in runs):
+    for method in (name for name in protocol.configs if name in runs):
         found = runs[method]
-        rows.append((method, str(len(found)), *_means(found.values())))
+        rows.append((method, f"{len(found)} of {protocol.planned}", *_means(found.values())))
         both = sorted(found.keys() & runs[BASELINE].keys())
         if method == BASELINE or not both:
             continue
         against = paired([found[key] for key in both], [runs[BASELINE][key] for key in both])
         estimates = (against.average_accuracy, against.backward_transfer, against.learning_accuracy)
         pairs.append((method, str(len(both)), *(percent(estimate, signed=True) for estimate in estimates)))
-    planned = len(ORDERS) * len(SEEDS)
     quality = ("average accuracy, %", "backward transfer, points", "learning accuracy, %", "likeliest option, %")
-    seeds = ", ".join(map(str, SEEDS))
+    devices = ", ".join(
+        sorted({run.versions.get("device", "unknown") for each in runs.values() for run in each.values()})
+    )
+    orders, seeds = ", ".join(protocol.orders), ", ".join(map(str, protocol.seeds))
     parts = [
-        f"### Test items, mean over runs of {planned} planned ({', '.join(ORDERS)}; seeds {seeds}). {WEIGHTS}\n\n"
+        f"### {protocol.test_items} test items a task, mean over runs (smallest to largest). {WEIGHTS}\n\n"
+        f"Orders {orders}; seeds {seeds}; on {devices}.\n\n"
         f"{table(('method', 'runs', *quality), rows)}"
     ]
     if pairs:
@@ -152,12 +164,12 @@ def _means(runs: Iterable[RunResult]) -> Iterator[str]:
     yield f"{100 * mean(options):.1f}"
 
 
-def ablation_table(results: Path) -> str:
+def ablation_table(results: Path, protocol: Protocol) -> str:
     """One factor changed at a time, on the development order."""
     found = {record["about"]["config"]: (run, record) for run, record in read_all(results / "ablation")}
     rows = [
         (config, *_values(run.metrics), _protected(record))
-        for config, (run, record) in ((config, found[config]) for config in ABLATIONS if config in found)
+        for config, (run, record) in ((config, found[config]) for config in protocol.ablations if config in found)
     ]
     if not rows:
         return ""

@@ -235,7 +235,11 @@ class AdamW(torch.optim.AdamW):
         held = [p.grad for p in self._parameters() if p.grad is not None] + list(self._compressed.values())
         norm = self._total_norm(norm_type, error_if_nonfinite, foreach)
         factor = (max_norm / (norm + 1e-6)).clamp_(max=1.0)
-        for grad in held:
+        # One launch for many on a GPU, where they are on one: of small matrices the launches take longest.
+        together = all(grad.is_cuda and grad.device == factor.device and not is_dtensor(grad) for grad in held)
+        if together and held:
+            torch._foreach_mul_(held, factor)
+        for grad in () if together else held:
             grad.mul_(factor.to(grad.device) if not grad.is_meta else 1.0)
         self._projected = {
             p: (reference, p.grad._version) for p, (reference, _) in self._projected.items() if p.grad is not None

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import json
+import os
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
@@ -24,15 +26,48 @@ FOLDER = Path(__file__).parents[2] / "examples" / "evidence"
 TASKS = ["dbpedia", "agnews"]
 
 
+NAMES = ("protocol", "two_cores", "one_gpu", "results", "tables", "jobs", "running", "workers", "data")
+
+
 @pytest.fixture
 def modules(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, ModuleType]]:
     import importlib
 
-    names = ("protocol", "results", "tables", "evidence")
     monkeypatch.setattr(sys, "path", [str(FOLDER), *sys.path])
-    yield {name: importlib.import_module(name) for name in names}
-    for name in (*names, "data"):
+    yield {name: importlib.import_module(name) for name in NAMES}
+    for name in NAMES:
         sys.modules.pop(name, None)
+
+
+@pytest.fixture(params=["two_cores", "one_gpu"])
+def protocol(request: pytest.FixtureRequest, modules: dict[str, Any]) -> Any:
+    return getattr(modules[request.param], request.param.upper())
+
+
+@pytest.fixture
+def tiny(modules: dict[str, Any]) -> Any:
+    """Two tasks, one order, two methods with one configuration each, on a CPU."""
+    full = modules["two_cores"].TWO_CORES
+    return replace(
+        full,
+        train_items=8,
+        test_items=4,
+        entry_items=6,
+        dev_items=3,
+        entry_rates=(5e-5,),
+        dev_order=("one", "two"),
+        orders={"O1": ("two", "one")},
+        seeds=(0,),
+        common={**full.common, "max_length": 64, "cpu": True, "bf16": False},
+        configs={method: dict(list(full.configs[method].items())[:1]) for method in ("plain", "sculpt")},
+        ablations=dict(list(full.ablations.items())[:1]),
+    )
+
+
+@pytest.fixture
+def two_tasks(modules: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("protocol", "data", "jobs"):
+        monkeypatch.setattr(modules[name], "DATASETS", {"one": "TC/one", "two": "TC/two"})
 
 
 @pytest.fixture
@@ -76,87 +111,97 @@ def test_a_packed_run_is_the_same_run_without_its_folders(modules: dict[str, Any
     assert b"/somewhere" not in gzip.decompress(path.read_bytes())
 
 
-def test_the_best_configuration_on_the_development_order_is_taken(modules: dict[str, Any], tmp_path: Path) -> None:
-    configs = {method: list(each) for method, each in modules["protocol"].CONFIGS.items()}
+def pack_dev(modules: dict[str, Any], results: Path, method: str, config: str, final: tuple[float, float]) -> None:
+    run = made(f"{method}, {config}, dev, seed 0", final)
+    modules["results"].pack(run, results / "dev", {"method": method, "config": config, "order": "dev"})
+
+
+def test_the_best_configuration_on_the_development_order_is_taken(
+    modules: dict[str, Any], protocol: Any, tmp_path: Path
+) -> None:
+    configs = {method: list(each) for method, each in protocol.configs.items()}
     for method, config, final in (
         ("plain", configs["plain"][0], (0.5, 0.8)),
         ("plain", configs["plain"][1], (0.7, 0.8)),
         ("plain", configs["plain"][2], (0.7, 0.8)),
         ("sculpt", configs["sculpt"][0], (0.8, 0.8)),
     ):
-        run = made(f"{method}, {config}", final)
-        modules["results"].pack(run, tmp_path / "dev", {"method": method, "config": config})
-    assert modules["tables"].choose(tmp_path) == {"plain": configs["plain"][1], "sculpt": configs["sculpt"][0]}
-    table = modules["tables"].dev_table(tmp_path)
+        pack_dev(modules, tmp_path, method, config, final)
+    chosen = {"plain": configs["plain"][1], "sculpt": configs["sculpt"][0]}
+    assert modules["tables"].choose(tmp_path, protocol) == chosen
+    table = modules["tables"].dev_table(tmp_path, protocol)
     assert table.count("**best**") == 2
     assert "dequantised from 4 bits" in table
-    # Of what was chosen every order and seed, and nothing else.
-    jobs = list(modules["evidence"].jobs("final", tmp_path))
-    assert len(jobs) == 2 * len(modules["protocol"].ORDERS) * len(modules["protocol"].SEEDS)
-    assert {(job.method, job.config) for job in jobs} == set(modules["tables"].choose(tmp_path).items())
+    assert "loses 10.0 points: enough, wanted were 5" in table
+    # Of what was chosen every order and seed, and nothing else; of all methods the first place before the second.
+    queue = modules["jobs"].Queue(protocol, "final", tmp_path)
+    jobs = list(iter(queue.next, None))
+    assert len(jobs) == 2 * protocol.planned
+    assert {(job.method, job.config) for job in jobs} == set(chosen.items())
+    assert [job.method for job in jobs] == ["plain", "sculpt"] * protocol.planned
+    assert len({(job.order, job.seed) for job in jobs[:2]}) == 1
 
 
-def test_methods_are_compared_in_pairs(modules: dict[str, Any], tmp_path: Path) -> None:
+def test_final_runs_wait_for_their_own_method_alone(modules: dict[str, Any], tiny: Any, tmp_path: Path) -> None:
+    queue = modules["jobs"].Queue(tiny, "all", tmp_path)
+    started = list(iter(queue.next, None))
+    assert [job.part for job in started] == ["entry"] * 5 + ["dev"] * 2
+    plain, sculpt = started[-2:]
+    pack_dev(modules, tmp_path, "sculpt", sculpt.config, (0.5, 0.5))
+    queue.done(sculpt)
+    assert [(job.part, job.method) for job in iter(queue.next, None)] == [("final", "sculpt")]
+    # Without a result there is nothing to compare; the ablations come last.
+    queue.done(plain)
+    assert [(job.part, job.method) for job in iter(queue.next, None)] == [("ablation", "sculpt")]
+
+
+def test_methods_are_compared_in_pairs(modules: dict[str, Any], protocol: Any, tmp_path: Path) -> None:
     for seed in (0, 1):
         for method, final in (("plain", (0.5, 0.75)), ("sculpt", (0.75, 0.75))):
             run = made(f"{method} {seed}", final, seed=seed)
             modules["results"].pack(run, tmp_path / "final", {"method": method, "config": "c", "order": "O1"})
-    text = modules["tables"].final_tables(tmp_path)
-    assert "| plain | 2 | 62.5 (62.5 to 62.5) | -30.0" in text
+    text = modules["tables"].final_tables(tmp_path, protocol)
+    assert f"| plain | 2 of {protocol.planned} | 62.5 (62.5 to 62.5) | -30.0" in text
     assert "| sculpt | 2 | +12.5 (" in text
     assert average_accuracy(made("x", (0.5, 0.75)).accuracy) == 0.625
 
 
-def test_the_protocol_is_of_settings_that_there_are(modules: dict[str, Any]) -> None:
-    protocol = modules["protocol"]
-    for method, configs in protocol.CONFIGS.items():
-        assert len(configs) <= 6
-        for settings in configs.values():
-            given = {**protocol.COMMON, **settings}
-            given["protect"] = parse_protect(given["protect"])
-            config = TrainConfig("model", ["task"], "output", **given)
-            assert config.method == method or (config.method == "sculpt" and method in ("plain", "sculpt"))
-    for config in protocol.ABLATIONS:
-        job = modules["evidence"].Job("ablation", "sculpt", config, "dev", 0)
-        TrainConfig("model", ["task"], "output", **job.settings)
-    assert set(protocol.DEV_ORDER) <= set(protocol.DATASETS)
-    assert all(sorted(order) == sorted(protocol.DEV_ORDER) for order in protocol.ORDERS.values())
-    assert tuple(protocol.DEV_ORDER) not in protocol.ORDERS.values()
+def test_the_protocol_is_of_settings_that_there_are(modules: dict[str, Any], protocol: Any) -> None:
+    jobs = modules["jobs"]
+    finals = [
+        job for m, configs in protocol.configs.items() for c in configs for job in jobs.final_jobs(protocol, m, c)
+    ]
+    every = [*jobs.first_jobs(protocol, "all"), *finals, *jobs.ablation_jobs(protocol)]
+    assert len({(job.part, job.name) for job in every}) == len(every)
+    for job in every:
+        settings = {**job.settings, "protect": parse_protect(job.settings.get("protect", "0.5"))}
+        config = TrainConfig("model", ["task"], "output", **settings)
+        assert config.method == job.method or (config.method == "sculpt" and job.method in ("plain", "sculpt"))
+        assert config.protects == (job.method in ("sculpt", "random"))
+    assert max(map(len, protocol.configs.values())) <= 6
+    assert set(protocol.dev_order) <= set(modules["protocol"].DATASETS)
+    assert all(sorted(order) == sorted(protocol.dev_order) for order in protocol.orders.values())
+    assert tuple(protocol.dev_order) not in protocol.orders.values()
 
 
+@pytest.mark.usefixtures("two_tasks")
+@pytest.mark.parametrize("count", [1, 2])
 def test_the_whole_of_it_on_a_tiny_model(
-    modules: dict[str, Any], model_folder: Path, write_benchmark: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    modules: dict[str, Any], tiny: Any, model_folder: Path, write_benchmark: Path, tmp_path: Path, count: int
 ) -> None:
-    protocol, evidence = modules["protocol"], modules["evidence"]
-    import data
-
-    for name, value in {
-        "DATASETS": {"one": "TC/one", "two": "TC/two"},
-        "DEV_ORDER": ("one", "two"),
-        "ORDERS": {"O1": ("two", "one")},
-        "SEEDS": (0,),
-        "ENTRY_RATES": (5e-5,),
-        "COMMON": {**protocol.COMMON, "max_length": 64, "cpu": True, "bf16": False},
-        "ABLATIONS": dict(list(protocol.ABLATIONS.items())[:1]),
-        "CONFIGS": {m: dict(list(c.items())[:1]) for m, c in protocol.CONFIGS.items() if m in ("plain", "sculpt")},
-    }.items():
-        monkeypatch.setattr(protocol, name, value)
-        for module in (data, modules["tables"]):
-            if hasattr(module, name):
-                monkeypatch.setattr(module, name, value)
-    for name, value in {"TRAIN_ITEMS": 8, "TEST_ITEMS": 4, "ENTRY_ITEMS": 6, "DEV_ITEMS": 3}.items():
-        monkeypatch.setattr(data, name, value)
     work, results = tmp_path / "work", tmp_path / "results"
-    data.make_tasks(write_benchmark, model_folder, work)
+    modules["data"].make_tasks(write_benchmark, model_folder, work, tiny)
+    run = functools.partial(modules["running"].run, model=model_folder, work=work, results=results)
+    wanted = {"entry": 2, "dev": 2, "final": 2, "ablation": 1}
     for _ in range(2):
-        for stage in ("entry", "dev", "final", "ablation"):
-            for job in evidence.jobs(stage, results):
-                evidence.run(job, model_folder, work, results)
-    found = {part: len(list((results / part).iterdir())) for part in ("entry", "dev", "final", "ablation")}
-    assert found == {"entry": 2, "dev": 2, "final": 2, "ablation": 1}
+        assert modules["workers"].work_off(modules["jobs"].Queue(tiny, "all", results), run, count) == 0
+        found = {part: len(list((results / part).iterdir())) for part in wanted}
+        assert found == wanted
+    assert not [path for part in wanted for path in (work / "runs" / part).glob("*seed*")]
     readme = tmp_path / "README.md"
-    readme.write_text(f"before\n{modules['tables'].BEGIN}old\n{modules['tables'].END}after\n")
-    modules["tables"].write_tables(results, readme)
+    begin = modules["tables"].BEGIN.format(scale="cpu")
+    readme.write_text(f"before\n{begin}old\n{modules['tables'].END}after\n")
+    modules["tables"].write_tables(results, readme, tiny, "cpu")
     text = readme.read_text()
     assert text.startswith("before\n")
     assert text.endswith("after\n")
@@ -164,8 +209,42 @@ def test_the_whole_of_it_on_a_tiny_model(
     for heading in (
         "### Tasks that enter",
         "### Configurations",
-        "### Test items",
+        "### 4 test items a task",
         "### Difference from plain",
         "### One factor",
     ):
         assert heading in text
+    # Without results of the other comparison its part stays as it is.
+    modules["tables"].write_tables(tmp_path / "none", readme, tiny, "gpu")
+    assert readme.read_text() == text
+
+
+def fail_or_end(job: Any) -> str:
+    """A run that raises, one whose process ends, and others."""
+    if job.order == "one":
+        raise ValueError("no such luck")
+    if job.order == "two":
+        os._exit(3)
+    return f"{job.label} is through"
+
+
+@pytest.mark.usefixtures("two_tasks")
+def test_a_run_that_fails_ends_no_other(
+    modules: dict[str, Any], tiny: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert modules["workers"].work_off(modules["jobs"].Queue(tiny, "all", tmp_path), fail_or_end, 2) == 2
+    text = capsys.readouterr().out
+    assert "entry: plain, lr 5e-05, one, seed 0: FAILED" in text
+    assert "no such luck" in text
+    assert "entry: plain, lr 5e-05, two, seed 0: FAILED, its process ended with 3" in text
+    assert text.count("is through") == 3
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_nothing_begins_once_the_time_is_up(
+    modules: dict[str, Any], tiny: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], count: int
+) -> None:
+    queue = modules["jobs"].Queue(tiny, "all", tmp_path)
+    assert modules["workers"].work_off(queue, fail_or_end, count, seconds=0.0) == 0
+    assert capsys.readouterr().out == ""
+    assert queue.next().part == "entry"

@@ -22,8 +22,8 @@ from .base import Method, TaskContext
 
 __all__ = ["First", "Random", "Sculpt"]
 
-# Training rows of the task before that the importance of layers, or their inputs, are measured on.
-MEASURED_ROWS = 32
+# Training rows of the task before that the importance of layers, or their inputs, are measured on, and of a batch.
+MEASURED_ROWS, BATCH_ROWS = 32, 8
 
 
 class Sculpt(Method):
@@ -38,7 +38,10 @@ class Sculpt(Method):
         if isinstance(config.protect, Importance) or any(isinstance(each, RememberInputs) for each in remember):
             rows = context.tasks[max(index - 1, 0)].train
             chosen = random.Random(0).sample(range(len(rows)), min(MEASURED_ROWS, len(rows)))
-            batches = [context.collate([rows[row]]) for row in sorted(chosen)]
+            # Of similar length together, so that little is padding.
+            chosen.sort(key=lambda row: len(rows[row].prompt) + len(rows[row].answer))
+            parts = [chosen[first : first + BATCH_ROWS] for first in range(0, len(chosen), BATCH_ROWS)]
+            batches = [context.collate([rows[row] for row in part]) for part in parts]
         return Subspaces.from_model(
             context.model,
             protect=Schedule(index + 1, len(context.tasks)) if config.protect == "schedule" else config.protect,
