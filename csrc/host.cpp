@@ -45,6 +45,13 @@ const char* choose(int64_t m, int64_t n, int64_t r, int64_t s, int64_t batch, co
   }
 }
 
+int swizzled(int width, int row, int column) {
+  if (width == 16) return sculpt::swizzled<16>(row, column);
+  if (width == 32) return sculpt::swizzled<32>(row, column);
+  if (width == 64) return sculpt::swizzled<64>(row, column);
+  throw pybind11::value_error("width: given " + std::to_string(width) + ", wanted 16, 32 or 64");
+}
+
 pybind11::object left_panels(int64_t m, int64_t n, int64_t r, bool split, int64_t multiprocessors) {
   const sculpt::LeftPanels plan = sculpt::left_panels(m, n, r, split, multiprocessors);
   if (!plan.fits) return pybind11::none();
@@ -99,6 +106,8 @@ PYBIND11_MODULE(_host, m) {
         "The variant, cublas, triton or cuda, for batch matrices m x n with bases of ranks r and s (0: no basis).");
   m.def("stacked", &stacked, arg("m"), arg("n"), arg("r"), arg("s"), arg("dtype"),
         "Whether library products take both sides at once and not one after the other.");
+  m.def("swizzled", &swizzled, arg("width"), arg("row"), arg("column"),
+        "Where an element of rows of 16-bit numbers lies in shared memory for a product of a warpgroup.");
   m.def("left_panels", &left_panels, arg("m"), arg("n"), arg("r"), arg("split"), arg("multiprocessors"),
         "Blocks of a cluster, rows of each, panels at a time, padded rank, ranks that a block adds up and bytes of shared "
         "memory of the left projection's CUDA kernel; None where it cannot run.");

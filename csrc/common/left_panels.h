@@ -32,7 +32,8 @@ struct LeftPanels {
 inline int64_t left_panel_bytes(const LeftPanels& plan, bool split) {
   const int64_t basis = plan.rows * plan.ranks * 2 * (split ? 2 : 1);
   const int64_t panels = plan.stages * plan.rows * kPanelColumns * 2;
-  return basis + panels + 2 * plan.ranks * kPanelColumns * 4 + plan.cluster * plan.owned * kPanelColumns * 4;
+  const int64_t factors = 2 * plan.ranks * kPanelColumns * 4, parts = plan.cluster * plan.owned * kPanelColumns * 4;
+  return basis + panels + factors + parts + 3 * 8;  // and three barriers
 }
 
 // The fewest blocks a cluster into whose shared memory all fits, more while the GPU would otherwise have multiprocessors

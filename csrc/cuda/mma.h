@@ -40,39 +40,12 @@ __device__ inline void load_columns(uint32_t (&b)[2], const __nv_bfloat16* y, in
 }
 
 // c += a b. c[0], c[1]: row lane / 4, columns 2 (lane % 4) and the next; c[2], c[3]: eight rows below.
-__device__ inline void multiply_add(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+__device__ inline void multiply_add(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
   asm volatile(
       "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
       "{%0, %1, %2, %3};"
       : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-}
-
-__device__ inline void multiply_add(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
-  multiply_add(c, a, b[0], b[1]);
-}
-
-// Four 8 x 8 blocks from shared memory as they lie, or each transposed: lane i points to row i % 8 of block i / 8.
-__device__ inline void load_blocks(uint32_t (&x)[4], const __nv_bfloat16* row) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-               : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3])
-               : "r"(shared_address(row))
-               : "memory");
-}
-
-__device__ inline void load_blocks_transposed(uint32_t (&x)[4], const __nv_bfloat16* row) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
-               : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3])
-               : "r"(shared_address(row))
-               : "memory");
-}
-
-// Two of them; lanes 0 to 15 point.
-__device__ inline void load_blocks_transposed(uint32_t (&x)[2], const __nv_bfloat16* row) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0, %1}, [%2];"
-               : "=r"(x[0]), "=r"(x[1])
-               : "r"(shared_address(row))
-               : "memory");
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
 // 16 bytes from global to shared memory, not through registers. Both addresses are multiples of 16.

@@ -58,7 +58,10 @@ struct Block {
   bool keep;
   __nv_bfloat16 *high, *low, *panels, *factors;
   float* parts;
+  // Of the parts, and of the factors of each parity: addresses in shared memory.
+  uint32_t parts_barrier, factor_barriers;
 
+  __device__ uint32_t factor_barrier(int parity) const { return factor_barriers + 8 * parity; }
   __device__ __nv_bfloat16* panel(int slot) const { return panels + slot * rows * kColumns; }
   // High parts, then low ones; a row is a column of the panel.
   __device__ __nv_bfloat16* factor(int parity) const { return factors + parity * 2 * RANKS * kColumns; }
@@ -178,17 +181,20 @@ struct Block {
     for (int j = 0; j < kGroupRanks / 8; ++j) {
       const int rank = group * kGroupRanks + 8 * j + 2 * (lane % 4);
       const uint32_t to = address_in(here, rank >> shift) + 4 * (rank & (owned - 1));
+      const uint32_t barrier = address_in(parts_barrier, rank >> shift);
 #pragma unroll
       for (int half = 0; half < 2; ++half)
-        store_in(to + 4 * owned * (16 * (warp % 4) + lane / 4 + 8 * half), sums[4 * j + 2 * half],
-                 sums[4 * j + 2 * half + 1]);
+        send(to + 4 * owned * (16 * (warp % 4) + lane / 4 + 8 * half), sums[4 * j + 2 * half],
+             sums[4 * j + 2 * half + 1], barrier);
     }
   }
+
+  __device__ bool owns() const { return own * owned < RANKS; }
 
   // The parts of the ranks that this block owns are added, and sent to every block. A thread has four ranks of a column,
   // and several threads the same ones, for different blocks.
   __device__ void send_factors(int parity) const {
-    if (own * owned >= RANKS) return;
+    if (!owns()) return;
     const int fours = owned / 4 * kColumns, shares = max(1, min(blocks, kThreads / fours));
     const uint32_t to_high = shared_address(factor(parity)), to_low = to_high + RANKS * kColumns * 2;
     for (int item = threadIdx.x; item < fours * shares; item += kThreads) {
@@ -203,11 +209,11 @@ struct Block {
       const uint32_t high_x = packed(sum.x, sum.y), high_y = packed(sum.z, sum.w);
       const uint32_t low_x = packed(rest_of(sum.x), rest_of(sum.y)), low_y = packed(rest_of(sum.z), rest_of(sum.w));
       for (int other = item / fours; other < blocks; other += shares) {
-        store_in(address_in(to_high + at, other), high_x, high_y);
-        store_in(address_in(to_low + at, other), low_x, low_y);
+        const uint32_t barrier = address_in(factor_barrier(parity), other);
+        send(address_in(to_high + at, other), high_x, high_y, barrier);
+        send(address_in(to_low + at, other), low_x, low_y, barrier);
       }
     }
-    show_to_products();
   }
 
   // A tile of 64 rows: U times the factors is taken from them where they lie.
@@ -272,6 +278,8 @@ __global__ void __launch_bounds__(kThreads, 1) project_left(__nv_bfloat16* grad,
   block.low = block.high + rows * RANKS;
   block.factors = SPLIT ? block.low + rows * RANKS : block.low;
   block.parts = reinterpret_cast<float*>(block.factors + 4 * RANKS * kColumns);
+  block.parts_barrier = shared_address(block.parts + blocks * owned * kColumns);
+  block.factor_barriers = block.parts_barrier + 8;
 
   const int64_t clusters = gridDim.x / blocks, cluster = blockIdx.x / blocks;
   const int64_t panels = (n + kColumns - 1) / kColumns;
@@ -285,17 +293,28 @@ __global__ void __launch_bounds__(kThreads, 1) project_left(__nv_bfloat16* grad,
     if (i == 0) block.load_basis(basis, r);
     close_group();
   }
-  // Every block of the cluster runs: from here on the others' memory may be written.
-  cluster_arrive();
-  cluster_wait();
+  const auto expect_parts = [&] {
+    if (threadIdx.x == 0 && block.owns()) expect(block.parts_barrier, 4 * blocks * owned * kColumns);
+  };
+  const auto expect_factors = [&](int parity) {
+    if (threadIdx.x == 0) expect(block.factor_barrier(parity), 4 * RANKS * kColumns);
+  };
+  if (threadIdx.x == 0)
+    for (int i = 0; i < 3; ++i) make_barrier(block.parts_barrier + 8 * i);
+  // Every block of the cluster runs and has its barriers: from here on the others' memory may be written.
+  wait_for_cluster();
 
   typename Block<RANKS, SPLIT>::Sums sums;
   block.wait_for_panel(true);
   block.multiply(0, sums);
-  int slot = 0, before = 0, parity = 0;
+  int slot = 0, before = 0;
+  // A part is sent when the factors of the panel before are there: their owner has added the parts up by then. Factors
+  // are sent when all parts are there: no block corrects the panel before the last any more.
   for (int64_t i = 0; i < count; ++i) {
+    const int parity = static_cast<int>(i % 2), phase = static_cast<int>(i / 2 % 2);
+    expect_parts();
+    expect_factors(parity);
     block.send_part(sums);
-    cluster_arrive();
     if (i > 0) {
       for (int tile = block.group; tile < tiles; tile += kGroups) {
         block.correct_tile(before, parity ^ 1, tile);
@@ -305,20 +324,18 @@ __global__ void __launch_bounds__(kThreads, 1) project_left(__nv_bfloat16* grad,
       }
       close_group();
     }
-    cluster_wait();
+    if (block.owns()) wait_for(block.parts_barrier, parity);
     block.send_factors(parity);
-    cluster_arrive();
-    before = slot, slot = slot + 1 == stages ? 0 : slot + 1, parity ^= 1;
+    before = slot, slot = slot + 1 == stages ? 0 : slot + 1;
     if (i + 1 < count) {
       block.wait_for_panel(false);
       block.multiply(slot, sums);
     }
-    cluster_wait();
-    // The factors were stored by other blocks.
+    wait_for(block.factor_barrier(parity), phase);
     show_to_products();
   }
   for (int tile = block.group; tile < tiles; tile += kGroups) {
-    block.correct_tile(before, parity ^ 1, tile);
+    block.correct_tile(before, static_cast<int>((count - 1) % 2), tile);
     block.store_tile(before, tile, column_of(count - 1));
   }
 }

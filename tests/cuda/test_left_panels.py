@@ -1,18 +1,22 @@
-"""How the left projection's CUDA kernel divides a matrix, and its index arithmetic on an emulation in numpy."""
+"""How the one-pass left projection divides a matrix, and where its shared memory has what."""
 
 from __future__ import annotations
 
 import numpy as np
-import numpy.typing as npt
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from sculpt_ops import _host
 
-Array = npt.NDArray[np.float64]
-COLUMNS, SHARED = 64, 227 * 1024
+COLUMNS, SHARED, TILE = 64, 227 * 1024, 64
 SIZES = st.integers(1, 20000)
+
+
+def needed(rows: int, ranks: int, owned: int, cluster: int, stages: int, *, split: bool) -> int:
+    """Bytes: the basis' rows, the panels, the factors of two panels in two parts, the parts of one, three barriers."""
+    basis, panels = rows * ranks * 2 * (1 + split), stages * rows * COLUMNS * 2
+    return basis + panels + 2 * 2 * ranks * COLUMNS * 2 + cluster * owned * COLUMNS * 4 + 24
 
 
 @given(SIZES, SIZES, st.integers(1, 200), st.booleans(), st.integers(1, 200))
@@ -22,18 +26,24 @@ def test_every_row_is_in_one_block_and_all_fits(m: int, n: int, r: int, split: b
         assert plan is None
         return
     if plan is None:
-        # Not even the largest cluster's blocks have the room for their rows of panel and basis.
-        assert m / 16 * (144 + 2 * (r + 8) * (2 if split else 1)) > SHARED - 132 * 1024
+        ranks = max(16, 1 << (r - 1).bit_length())
+        for cluster in (1, 2, 4, 8, 16):
+            rows = -(-(-(-m // cluster)) // TILE) * TILE
+            taken = needed(rows, ranks, max(4, ranks // cluster), cluster, 2, split=split)
+            assert taken > SHARED or (cluster - 1) * rows >= m
         return
-    cluster, rows, ranks, size = plan
+    cluster, rows, stages, ranks, owned, size = plan
     assert cluster in (1, 2, 4, 8, 16)
-    assert rows % 16 == 0
+    assert stages in (2, 3)
+    assert rows % TILE == 0
     assert (cluster - 1) * rows < m <= cluster * rows
     assert ranks in (16, 32, 64, 128)
     assert r <= ranks
-    assert ranks * COLUMNS % cluster == 0
-    assert size <= SHARED
-    assert size % 4 == 0
+    # Every rank has one owner, and four of them are stored at once.
+    assert owned % 4 == 0
+    assert ranks % owned == 0
+    assert ranks // owned <= cluster
+    assert size == needed(rows, ranks, owned, cluster, stages, split=split) <= SHARED
 
 
 @pytest.mark.parametrize(
@@ -41,9 +51,11 @@ def test_every_row_is_in_one_block_and_all_fits(m: int, n: int, r: int, split: b
     [
         (4096, 4096, 64, True, True),
         (4096, 4096, 128, False, True),
+        (4096, 4096, 128, True, False),
         (4096, 11008, 64, True, True),
+        (5120, 13824, 64, False, True),
         (11008, 4096, 64, False, False),
-        (11008, 4096, 32, False, True),
+        (11008, 4096, 16, False, True),
         (4096, 4096, 256, False, False),
         (2**31, 64, 16, False, False),
         (576, 2**40, 16, True, True),
@@ -53,59 +65,25 @@ def test_shapes_of_models(m: int, n: int, r: int, split: bool, fits: bool) -> No
     assert (_host.left_panels(m, n, r, split, 132) is not None) == fits
 
 
-def fragment_rows(x: Array, matrices: int, lane_address: list[tuple[int, int]], *, trans: bool) -> Array:
-    """What ldmatrix leaves in the registers of 32 lanes: [lane, matrix, 2]; addresses are (row, column) by lane."""
-    out = np.zeros((32, matrices, 2), x.dtype)
-    for matrix in range(matrices):
-        block = np.stack([x[row, column : column + 8] for row, column in lane_address[8 * matrix : 8 * matrix + 8]])
-        block = block.T if trans else block
-        for lane in range(32):
-            out[lane, matrix] = block[lane // 4, 2 * (lane % 4) : 2 * (lane % 4) + 2]
-    return out
+@pytest.mark.parametrize("width", [16, 32, 64])
+def test_pieces_change_places_within_their_row_and_eight_rows_lie_in_different_banks(width: int) -> None:
+    places = np.array([[_host.swizzled(width, row, column) for column in range(width)] for row in range(64)])
+    assert sorted(places.ravel()) == list(range(64 * width))
+    assert (places // width == np.arange(64)[:, None]).all()
+    pieces = places[:, ::8]
+    # Sixteen bytes stay together.
+    assert (places.reshape(64, -1, 8) == pieces[:, :, None] + np.arange(8)).all()
+    banks = pieces * 2 // 16 % 8
+    for first in range(0, 64, 8):
+        assert all(len(set(banks[first : first + 8, piece])) == 8 for piece in range(width // 8))
 
 
-def multiply(a: Array, b: Array) -> Array:
-    """mma.m16n8k16 from fragments, as the PTX ISA lays them out; c [16, 8]."""
-    A, B = np.zeros((16, 16)), np.zeros((16, 8))
-    for lane in range(32):
-        row, column = lane // 4, 2 * (lane % 4)
-        for j in range(2):
-            A[row, column + j], A[row + 8, column + j] = a[lane, 0, j], a[lane, 1, j]
-            A[row, column + 8 + j], A[row + 8, column + 8 + j] = a[lane, 2, j], a[lane, 3, j]
-            B[column + j, row], B[column + 8 + j, row] = b[lane, 0, j], b[lane, 1, j]
-    return A @ B
-
-
-def test_operands_come_from_shared_memory_as_the_products_take_them() -> None:
-    """The lane addresses of csrc/cuda/mma.h."""
-    rng = np.random.default_rng(0)
-    x, y = rng.normal(size=(16, 24)), rng.normal(size=(16, 16))
-    rows = [(lane & 15, (lane >> 4) * 8) for lane in range(32)]
-    transposed = [((lane & 7) + (lane >> 4) * 8, ((lane >> 3) & 1) * 8) for lane in range(32)]
-    columns = [(lane & 15, 0) for lane in range(32)]
-    b = fragment_rows(y, 2, columns, trans=True)
-    a = fragment_rows(x, 4, rows, trans=False)
-    np.testing.assert_allclose(multiply(a, b), x[:, :16] @ y[:, :8])
-    a = fragment_rows(x, 4, transposed, trans=True)
-    np.testing.assert_allclose(multiply(a, b), x[:, :16].T @ y[:, :8])
-
-
-@pytest.mark.parametrize("rank_tiles", [1, 2, 4, 8])
-def test_the_warps_have_every_tile_of_the_coefficients_once(rank_tiles: int) -> None:
-    tiles = [(warp % rank_tiles, warp // rank_tiles * rank_tiles + t) for warp in range(8) for t in range(rank_tiles)]
-    assert sorted(tiles) == [(row, column) for row in range(rank_tiles) for column in range(8)]
-
-
-@pytest.mark.parametrize(("ranks", "blocks"), [(16, 1), (16, 16), (32, 2), (64, 8), (128, 16)])
-def test_the_sums_of_the_parts_are_shared_out_and_read_back(ranks: int, blocks: int) -> None:
-    rng = np.random.default_rng(1)
-    parts = rng.normal(size=(blocks, ranks, COLUMNS + 4))
-    part_slice = ranks * COLUMNS // blocks
-    sums = np.zeros((blocks, part_slice))
-    for block in range(blocks):
-        for i in range(part_slice):
-            at = block * part_slice + i
-            place = at // COLUMNS * (COLUMNS + 4) + at % COLUMNS
-            sums[block, i] = sum(parts[other].reshape(-1)[place] for other in range(blocks))
-    found = np.array([sums[i // part_slice, i % part_slice] for i in range(ranks * COLUMNS)]).reshape(ranks, COLUMNS)
-    np.testing.assert_allclose(found, parts[:, :, :COLUMNS].sum(0), atol=1e-12)
+@pytest.mark.parametrize("width", [16, 32, 64])
+def test_places_are_those_of_the_products_swizzling_modes(width: int) -> None:
+    """Bits 4 and up of a byte's address are changed by bits 7 and up: by one, two or three of them."""
+    bits = {16: 1, 32: 2, 64: 3}[width]
+    for row in range(32):
+        for column in range(0, width, 8):
+            address = 2 * (row * width + column)
+            moved = address ^ ((address >> 7 & (1 << bits) - 1) << 4)
+            assert 2 * _host.swizzled(width, row, column) == moved
