@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -28,7 +30,7 @@ def test_every_row_is_in_one_block_and_all_fits(m: int, n: int, r: int, split: b
     if plan is None:
         ranks = max(16, 1 << (r - 1).bit_length())
         for cluster in (1, 2, 4, 8, 16):
-            rows = -(-(-(-m // cluster)) // TILE) * TILE
+            rows = math.ceil(math.ceil(m / cluster) / TILE) * TILE
             taken = needed(rows, ranks, max(4, ranks // cluster), cluster, 2, split=split)
             assert taken > SHARED or (cluster - 1) * rows >= m
         return
