@@ -114,6 +114,12 @@ def with_rates(entries: dict[str, Row], floor: float, moved: float, operations: 
     return entries
 
 
+def each_variant(call: Callable[[int], Any], device: torch.device) -> list[Contender]:
+    """What dispatch chooses, and every variant by itself; one that cannot run says so in its entry."""
+    variants = ["triton", "cublas"] + (["cuda"] if device.type == "cuda" and cuda_missing() is None else [])
+    return [Contender("sculpt", call), *(Contender(f"sculpt, {name}", call, name) for name in variants)]
+
+
 def error_of(call: Callable[[], Tensor], exact: Tensor) -> float:
     return float((call().double() - exact).norm() / exact.norm())
 
@@ -152,9 +158,7 @@ def projection(
         project_(grads[i], left, right, block=block)
 
     contenders = [
-        Contender("sculpt", ours),
-        Contender("sculpt, triton", ours, "triton"),
-        Contender("sculpt, cublas", ours, "cublas"),
+        *each_variant(ours, device),
         Contender("mm + addmm_", lambda i: library(grads[i], left, right, block)),
         Contender("expression", lambda i: expression(grads[i], left, right, block)),
     ]
@@ -221,9 +225,7 @@ def whole_model(setting: Setting, name: str, ranks: str, kind: str) -> Row:
         return run
 
     contenders = [
-        Contender("sculpt", lambda _: foreach_project_(grads, lefts, rights)),
-        Contender("sculpt, triton", lambda _: foreach_project_(grads, lefts, rights), "triton"),
-        Contender("sculpt, cublas", lambda _: foreach_project_(grads, lefts, rights), "cublas"),
+        *each_variant(lambda _: foreach_project_(grads, lefts, rights), device),
         Contender("mm + addmm_", each(library)),
         Contender("expression", each(expression)),
     ]
