@@ -13,7 +13,7 @@
 #include "common/adam_chunks.h"
 #include "common/heuristics.h"
 #include "common/jacobi.h"
-#include "common/left_panels.h"
+#include "common/side_panels.h"
 #include "common/philox.h"
 
 namespace {
@@ -52,8 +52,8 @@ int swizzled(int width, int row, int column) {
   throw pybind11::value_error("width: given " + std::to_string(width) + ", wanted 16, 32 or 64");
 }
 
-pybind11::object left_panels(int64_t m, int64_t n, int64_t r, bool split, int64_t multiprocessors) {
-  const sculpt::LeftPanels plan = sculpt::left_panels(m, n, r, split, multiprocessors);
+pybind11::object side_panels(int64_t length, int64_t extent, int64_t r, bool split, int64_t multiprocessors) {
+  const sculpt::SidePanels plan = sculpt::side_panels(length, extent, r, split, multiprocessors);
   if (!plan.fits) return pybind11::none();
   return pybind11::make_tuple(plan.cluster, plan.rows, plan.stages, plan.ranks, plan.owned, plan.bytes);
 }
@@ -108,9 +108,9 @@ PYBIND11_MODULE(_host, m) {
         "Whether library products take both sides at once and not one after the other.");
   m.def("swizzled", &swizzled, arg("width"), arg("row"), arg("column"),
         "Where an element of rows of 16-bit numbers lies in shared memory for a product of a warpgroup.");
-  m.def("left_panels", &left_panels, arg("m"), arg("n"), arg("r"), arg("split"), arg("multiprocessors"),
+  m.def("side_panels", &side_panels, arg("length"), arg("extent"), arg("r"), arg("split"), arg("multiprocessors"),
         "Blocks of a cluster, rows of each, panels at a time, padded rank, ranks that a block adds up and bytes of shared "
-        "memory of the left projection's CUDA kernel; None where it cannot run.");
+        "memory of one side's CUDA kernel, for m and n of a left basis, n and m of a right one; None where it cannot run.");
   m.def("adam_chunks", &adam_chunks, arg("sizes"), arg("block"),
         "How tensors of these sizes are dealt out to launches of the AdamW CUDA kernel: tensors and blocks of each, and "
         "the entry and the first element of a block of the last.");

@@ -24,7 +24,7 @@ GPU_TESTS = (
     "tests/test_on_device.py",
     "tests/triton/kernel_checks.py",
     "tests/triton/grouped_checks.py",
-    "tests/cuda/left_checks.py",
+    "tests/cuda/side_checks.py",
     "tests/cuda/adam_checks.py",
     "tests/cuda/jacobi_checks.py",
 )

@@ -1,4 +1,4 @@
-// How csrc/cuda/project_left_sm90a.cu divides a matrix: pure functions, so that they are tested without a GPU.
+// How csrc/cuda/project_side_sm90a.cu divides a matrix: pure functions, so that they are tested without a GPU.
 #pragma once
 #include <algorithm>
 #include <cstdint>
@@ -9,49 +9,50 @@ namespace sculpt {
 
 // Of an SM of capability 9.0, less the kilobyte that each block reserves.
 constexpr int64_t kSharedBytes = 227 * 1024;
-constexpr int64_t kMaxLeftRank = 128;
+constexpr int64_t kMaxSideRank = 128;
 // Beyond 8 blocks a cluster needs cudaFuncAttributeNonPortableClusterSizeAllowed; an H100 has GPCs of 16 or 18 SMs.
 constexpr int64_t kMaxCluster = 16;
-// A row of a panel is 128 bytes: one full line of memory, and the rows of one tensor-core product.
-constexpr int64_t kPanelColumns = 64;
-// Rows of a product.
-constexpr int64_t kTileRows = 64;
+// A panel is this wide, and is held in square tiles: 128 bytes of a row, one full line of memory, and the rows of one
+// tensor-core product.
+constexpr int64_t kTile = 64;
 // Ranks that a block at least adds up: four float32 are stored at once.
 constexpr int64_t kLeastOwned = 4;
 
-// fits: whether the kernel can run. cluster: blocks that share a panel, each with `rows` of its rows. stages: panels in
-// shared memory at a time. ranks: the columns of the basis, padded to 16, 32, 64 or 128. owned: ranks whose parts a
+// Left: `length` is m, `extent` n, a panel some columns; right: n, m, some rows.
+//
+// fits: whether the kernel can run. cluster: blocks that share a panel, each with `rows` of its length and those rows of
+// the basis. stages: panels in shared memory at a time. ranks: the columns of the basis, padded to 16, 32, 64 or 128. owned: ranks whose parts a
 // block adds up; `ranks / owned` of the blocks do. bytes: shared memory of a block.
-struct LeftPanels {
+struct SidePanels {
   bool fits = false;
   int64_t cluster = 0, rows = 0, stages = 0, ranks = 0, owned = 0, bytes = 0;
 };
 
 // `split`: the basis is float32, kept as two bfloat16 parts. The factors of two panels, in two bfloat16 parts each, and
 // one panel's parts of them in float32 lie beside the panels.
-inline int64_t left_panel_bytes(const LeftPanels& plan, bool split) {
+inline int64_t side_panel_bytes(const SidePanels& plan, bool split) {
   const int64_t basis = plan.rows * plan.ranks * 2 * (split ? 2 : 1);
-  const int64_t panels = plan.stages * plan.rows * kPanelColumns * 2;
-  const int64_t factors = 2 * plan.ranks * kPanelColumns * 4, parts = plan.cluster * plan.owned * kPanelColumns * 4;
+  const int64_t panels = plan.stages * plan.rows * kTile * 2;
+  const int64_t factors = 2 * plan.ranks * kTile * 4, parts = plan.cluster * plan.owned * kTile * 4;
   return basis + panels + factors + parts + 3 * 8;  // and three barriers
 }
 
 // The fewest blocks a cluster into whose shared memory all fits, more while the GPU would otherwise have multiprocessors
 // with nothing to do.
-inline LeftPanels left_panels_of(int64_t m, int64_t n, int64_t r, bool split, int64_t multiprocessors, int64_t stages) {
-  LeftPanels best;
-  if (m < 1 || n < 1 || r < 1 || r > std::min(m, kMaxLeftRank)) return best;
-  LeftPanels plan;
+inline SidePanels side_panels_of(int64_t length, int64_t extent, int64_t r, bool split, int64_t multiprocessors, int64_t stages) {
+  SidePanels best;
+  if (length < 1 || extent < 1 || r < 1 || r > std::min(length, kMaxSideRank)) return best;
+  SidePanels plan;
   plan.stages = stages, plan.ranks = 16;
   while (plan.ranks < r) plan.ranks *= 2;
-  const int64_t panels = (n + kPanelColumns - 1) / kPanelColumns;
+  const int64_t panels = (extent + kTile - 1) / kTile;
   for (plan.cluster = 1; plan.cluster <= kMaxCluster; plan.cluster *= 2) {
-    plan.rows = ((m + plan.cluster - 1) / plan.cluster + kTileRows - 1) / kTileRows * kTileRows;
+    plan.rows = ((length + plan.cluster - 1) / plan.cluster + kTile - 1) / kTile * kTile;
     plan.owned = std::max(kLeastOwned, plan.ranks / plan.cluster);
-    plan.bytes = left_panel_bytes(plan, split);
+    plan.bytes = side_panel_bytes(plan, split);
     if (best.fits && panels * best.cluster >= multiprocessors) break;
     // No block without a row.
-    if (plan.bytes > kSharedBytes || (plan.cluster - 1) * plan.rows >= m) continue;
+    if (plan.bytes > kSharedBytes || (plan.cluster - 1) * plan.rows >= length) continue;
     best = plan;
     best.fits = true;
   }
@@ -60,9 +61,9 @@ inline LeftPanels left_panels_of(int64_t m, int64_t n, int64_t r, bool split, in
 
 // With three stages a panel is loaded while the one before it is multiplied and the one before that is corrected; with
 // two the load is waited for.
-inline LeftPanels left_panels(int64_t m, int64_t n, int64_t r, bool split, int64_t multiprocessors) {
-  const LeftPanels plan = left_panels_of(m, n, r, split, multiprocessors, 3);
-  return plan.fits ? plan : left_panels_of(m, n, r, split, multiprocessors, 2);
+inline SidePanels side_panels(int64_t length, int64_t extent, int64_t r, bool split, int64_t multiprocessors) {
+  const SidePanels plan = side_panels_of(length, extent, r, split, multiprocessors, 3);
+  return plan.fits ? plan : side_panels_of(length, extent, r, split, multiprocessors, 2);
 }
 
 // Where element (row, column) of rows of W 16-bit numbers lies. Pieces of 16 bytes change places within a row, by the

@@ -1,4 +1,4 @@
-"""How the one-pass left projection divides a matrix, and where its shared memory has what."""
+"""How the one-pass projection of one side divides a matrix, and where its shared memory has what."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def needed(rows: int, ranks: int, owned: int, cluster: int, stages: int, *, spli
 
 @given(SIZES, SIZES, st.integers(1, 200), st.booleans(), st.integers(1, 200))
 def test_every_row_is_in_one_block_and_all_fits(m: int, n: int, r: int, split: bool, multiprocessors: int) -> None:
-    plan = _host.left_panels(m, n, r, split, multiprocessors)
+    plan = _host.side_panels(m, n, r, split, multiprocessors)
     if r > min(m, 128):
         assert plan is None
         return
@@ -64,7 +64,7 @@ def test_every_row_is_in_one_block_and_all_fits(m: int, n: int, r: int, split: b
     ],
 )
 def test_shapes_of_models(m: int, n: int, r: int, split: bool, fits: bool) -> None:
-    assert (_host.left_panels(m, n, r, split, 132) is not None) == fits
+    assert (_host.side_panels(m, n, r, split, 132) is not None) == fits
 
 
 @pytest.mark.parametrize("width", [16, 32, 64])

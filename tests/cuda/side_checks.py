@@ -1,0 +1,74 @@
+"""The one-pass projection of one side on a GPU, against float64; not run yet anywhere."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from sculpt_ops import reference
+from sculpt_ops.ops.variants import cuda_missing
+
+pytestmark = pytest.mark.skipif(
+    not torch.cuda.is_available() or cuda_missing() is not None or torch.cuda.get_device_capability() != (9, 0),
+    reason="needs a GPU of capability 9.0 and the CUDA C++ kernels",
+)
+
+# Length of the side, the other, rank.
+SHAPES = [(4096, 4096, 64), (64, 64, 16), (100, 70, 7), (1, 3, 1), (577, 130, 33), (2048, 63, 128), (4096, 11008, 32)]
+
+
+def made(length: int, extent: int, r: int, dtype: torch.dtype, side: str) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator(device="cuda").manual_seed(length + extent)
+    shape = (length, extent) if side == "left" else (extent, length)
+    grad = torch.randn(*shape, device="cuda", generator=generator).bfloat16()
+    basis = torch.linalg.qr(torch.randn(length, r, device="cuda", generator=generator)).Q
+    return grad, basis.to(dtype).contiguous()
+
+
+def project(grad: Tensor, basis: Tensor, side: str, keep: bool) -> None:
+    torch.ops.sculpt._cuda_project_(grad, **{side: basis, f"keep_{side}": keep})
+
+
+@pytest.mark.parametrize("keep", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize(("length", "extent", "r"), SHAPES)
+def test_values(length: int, extent: int, r: int, side: str, dtype: torch.dtype, keep: bool) -> None:
+    grad, basis = made(length, extent, r, dtype, side)
+    bases = {side: basis.double()}
+    exact = reference.project(grad.double(), **bases, **{f"keep_{side}": keep})
+    plain = reference.project(grad, **{side: basis.bfloat16()}, **{f"keep_{side}": keep}).double()
+    project(grad, basis, side, keep)
+    error, allowed = (grad.double() - exact).norm(), (plain - exact).norm()
+    assert error <= 2 * allowed + 2**-8 * exact.norm() / 16
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_it_is_the_same_to_the_bit_every_time(side: str) -> None:
+    grad, basis = made(4096, 4096, 64, torch.float32, side)
+    first = grad.clone()
+    project(first, basis, side, False)
+    different = torch.zeros((), dtype=torch.int64, device="cuda")
+    for _ in range(1000):
+        again = grad.clone()
+        project(again, basis, side, False)
+        different += (again != first).any()
+    assert int(different) == 0
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda g, u: (g.half(), u), "wanted dtype bfloat16"),
+        (lambda g, u: (g, torch.eye(4096, 256, device="cuda")), "wanted a rank of 1 to 128"),
+        (lambda g, u: (g.mT, u), "contiguous"),
+    ],
+)
+def test_what_it_cannot_do_is_refused_before_anything_is_written(change: object, words: str) -> None:
+    assert callable(change)
+    grad, basis = change(*made(4096, 4096, 64, torch.float32, "left"))
+    before = grad.clone()
+    with pytest.raises(RuntimeError, match=words):
+        torch.ops.sculpt._cuda_project_(grad, basis)
+    assert torch.equal(grad, before)
