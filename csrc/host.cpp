@@ -10,9 +10,11 @@
 #include <vector>
 
 #include "common/adam_chunks.h"
+#include "common/both_panels.h"
 #include "common/heuristics.h"
 #include "common/left_panels.h"
 #include "common/philox.h"
+#include "common/right_panels.h"
 
 namespace {
 
@@ -49,6 +51,33 @@ pybind11::object left_panels(int64_t m, int64_t n, int64_t r, bool split, int64_
   return pybind11::make_tuple(plan.cluster, plan.rows, plan.ranks, plan.bytes);
 }
 
+pybind11::object right_panels(int64_t m, int64_t n, int64_t s, bool split, int64_t multiprocessors) {
+  const sculpt::RightPanels plan = sculpt::right_panels(m, n, s, split, multiprocessors);
+  if (!plan.fits) return pybind11::none();
+  return pybind11::dict(pybind11::arg("cluster") = plan.cluster, pybind11::arg("columns") = plan.columns,
+                        pybind11::arg("rows") = plan.rows, pybind11::arg("buffers") = plan.buffers,
+                        pybind11::arg("ranks") = plan.ranks, pybind11::arg("bytes") = plan.bytes);
+}
+
+pybind11::dict pass(const sculpt::Pass& pass) {
+  return pybind11::dict(pybind11::arg("columns") = pass.columns, pybind11::arg("slices") = pass.slices,
+                        pybind11::arg("rows") = pass.rows, pybind11::arg("chunks") = pass.chunks,
+                        pybind11::arg("panels") = pass.panels, pybind11::arg("bytes") = pass.bytes);
+}
+
+pybind11::object both_panels(int64_t m, int64_t n, int64_t r, int64_t s, bool split, bool block, int64_t multiprocessors,
+                             int64_t shared_bytes, bool clusters) {
+  const sculpt::BothPanels plan =
+      sculpt::both_panels(m, n, r, s, split, block, {multiprocessors, shared_bytes, clusters});
+  if (!plan.fits) return pybind11::none();
+  const std::vector<int64_t> offsets = {plan.left_high,   plan.left_low,  plan.right_high, plan.right_low,
+                                        plan.row_high,    plan.row_low,   plan.column_high, plan.column_low,
+                                        plan.row_parts,   plan.column_parts, plan.core_parts, plan.core, plan.bytes};
+  return pybind11::dict(pybind11::arg("ranks") = plan.ranks, pybind11::arg("cluster") = plan.cluster,
+                        pybind11::arg("groups") = plan.groups, pybind11::arg("thin") = pass(plan.thin),
+                        pybind11::arg("update") = pass(plan.update), pybind11::arg("offsets") = offsets);
+}
+
 // The launches for tensors of these sizes, and in the last one what a block begins with.
 std::pair<std::vector<std::pair<int64_t, int64_t>>, std::pair<int64_t, int64_t>> adam_chunks(
     const std::vector<int64_t>& sizes, int64_t block) {
@@ -83,6 +112,12 @@ PYBIND11_MODULE(_host, m) {
   m.def("left_panels", &left_panels, arg("m"), arg("n"), arg("r"), arg("split"), arg("multiprocessors"),
         "Blocks of a cluster, rows of each, padded rank and bytes of shared memory of the left projection's CUDA kernel; "
         "None where it cannot run.");
+  m.def("right_panels", &right_panels, arg("m"), arg("n"), arg("s"), arg("split"), arg("multiprocessors"),
+        "How the right projection's CUDA kernel divides a matrix; None where it cannot run.");
+  m.def("both_panels", &both_panels, arg("m"), arg("n"), arg("r"), arg("s"), arg("split"), arg("block"),
+        arg("multiprocessors"), arg("shared_bytes"), arg("clusters"),
+        "How the two-sided projection's CUDA kernels divide a matrix and their scratch memory, of which `offsets` are the "
+        "arrays' beginnings and the end; None where they cannot run.");
   m.def("adam_chunks", &adam_chunks, arg("sizes"), arg("block"),
         "How tensors of these sizes are dealt out to launches of the AdamW CUDA kernel: tensors and blocks of each, and "
         "the entry and the first element of a block of the last.");

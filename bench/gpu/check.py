@@ -25,6 +25,8 @@ GPU_TESTS = (
     "tests/triton/kernel_checks.py",
     "tests/triton/grouped_checks.py",
     "tests/cuda/left_checks.py",
+    "tests/cuda/right_checks.py",
+    "tests/cuda/both_checks.py",
     "tests/cuda/adam_checks.py",
 )
 SANITIZED = (PYTHON, "bench/gpu/small_shapes.py")

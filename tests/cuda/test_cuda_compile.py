@@ -52,11 +52,13 @@ def test_kernels_compile_without_spills(source: Path, tmp_path: Path) -> None:
         assert max(spills) == 0, said
         assert max(registers) * THREADS <= REGISTERS
         assert "warning" not in said
+        if "right" in source.stem:
+            # Two blocks an SM, which `right_panels` counts on.
+            assert 2 * max(registers) * THREADS <= REGISTERS
         if "project" in source.stem:
             assert "mma.sync.aligned.m16n8k16" in ptx
-        if "left" in source.stem:
-            assert "barrier.cluster" in ptx
             assert "cp.async.cg" in ptx
+            assert ("barrier.cluster" in ptx) == (architecture != "80")
         # No atomic sums: their order is not fixed.
         assert not re.search(r"\b(atom|red)\.", ptx)
 

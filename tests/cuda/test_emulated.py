@@ -1,0 +1,181 @@
+"""The right and two-sided CUDA kernels' own code on an emulated GPU (tests/cuda/emulation), against float64.
+
+Index arithmetic, fragment layouts, barriers and waits for copies are those that will run; speed, and whether the real
+instructions do what the emulation says, are not tested here.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+ROOT = Path(__file__).parents[2]
+EMULATION = Path(__file__).parent / "emulation"
+NVCC = shutil.which("nvcc")
+
+pytestmark = pytest.mark.skipif(NVCC is None or shutil.which("g++") is None, reason="needs CUDA's headers and g++")
+
+
+def library(name: str, kernel: str, folder: Path) -> ctypes.CDLL:
+    text = (ROOT / "csrc" / "cuda" / f"{kernel}.cu").read_text()
+    text, count = re.subn(
+        r"extern __shared__ __align__\(128\) unsigned char memory\[\];",
+        "unsigned char* memory = emulated::current->block->memory.data();",
+        text,
+    )
+    assert count
+    text = re.sub(r"__shared__ float4 runs\[.*\];", "float4* runs = emulated::current->block->fixed.data();", text)
+    assert "__shared__" not in text
+    (folder / f"{kernel}.inc").write_text(text)
+    assert NVCC is not None
+    said = subprocess.run(
+        [NVCC, "--dryrun", "-x", "cu", "-c", "/dev/null", "-o", "/dev/null"], capture_output=True, text=True, check=True
+    ).stderr
+    toolkit = re.findall(r'"-I([^"]+)"', said)
+    includes = [f"-I{path}" for path in (EMULATION, folder, ROOT / "csrc", *toolkit)]
+    target = folder / f"{name}.so"
+    flags = ["-O1", "-std=c++17", "-fPIC", "-shared", "-w", f"-D{name.upper()}"]
+    run = subprocess.run(
+        ["g++", *flags, *includes, str(EMULATION / "driver.cpp"), "-o", str(target)], capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stderr
+    return ctypes.CDLL(str(target))
+
+
+@pytest.fixture(scope="module")
+def right(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+    return library("right", "project_right_sm90a", tmp_path_factory.mktemp("right"))
+
+
+@pytest.fixture(scope="module")
+def both(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+    return library("both", "project_both", tmp_path_factory.mktemp("both"))
+
+
+def aligned(tensor: Tensor) -> Tensor:
+    room = torch.empty(tensor.numel() * tensor.element_size() + 16, dtype=torch.uint8)
+    begin = -room.data_ptr() % 16
+    return room[begin : begin + room.numel() - 16].view(tensor.dtype).view(tensor.shape).copy_(tensor)
+
+
+def basis(rows: int, rank: int, dtype: torch.dtype) -> Tensor:
+    return aligned(torch.linalg.qr(torch.randn(rows, rank, dtype=torch.float64)).Q.to(dtype))
+
+
+def pointer(tensor: Tensor) -> ctypes.c_void_p:
+    return ctypes.c_void_p(tensor.data_ptr())
+
+
+def sizes(*values: int) -> list[ctypes.c_int64]:
+    return [ctypes.c_int64(value) for value in values]
+
+
+def near(out: Tensor, exact: Tensor, given: Tensor) -> None:
+    """Within the rounding of the result and 8e-6 of what was given: a coefficient in one part leaves 6e-4 of it."""
+    rounding = (exact.bfloat16().double() - exact).norm()
+    assert float((out.double() - exact).norm()) <= 1.02 * float(rounding) + 8e-6 * float(given.double().norm())
+
+
+def spanned(left: Tensor | None, right: Tensor | None, m: int, n: int) -> Tensor:
+    """A matrix of which next to nothing is left, so that errors are not lost in the rounding of what is."""
+    grad = torch.zeros(m, n, dtype=torch.float64)
+    if left is not None:
+        grad += left.double() @ torch.randn(left.shape[1], n, dtype=torch.float64)
+    if right is not None:
+        grad += torch.randn(m, right.shape[1], dtype=torch.float64) @ right.double().mT
+    return aligned(grad.bfloat16())
+
+
+FLOAT, HALF = torch.float32, torch.bfloat16
+
+
+# The last three: cluster, rows of a panel and buffers; 0 for the plan of a GPU of 4 multiprocessors.
+@pytest.mark.parametrize(
+    ("m", "n", "s", "dtype", "keep", "plan"),
+    [
+        (1, 1, 1, FLOAT, False, (0, 0, 0)),
+        (70, 131, 7, HALF, False, (0, 0, 0)),
+        (200, 136, 33, HALF, False, (2, 64, 2)),
+        (200, 136, 33, FLOAT, True, (2, 64, 1)),
+        (130, 200, 64, FLOAT, False, (2, 32, 2)),
+        (130, 200, 64, HALF, False, (4, 64, 2)),
+        (65, 130, 128, HALF, True, (1, 32, 1)),
+        (65, 128, 128, FLOAT, False, (2, 64, 2)),
+        (40, 520, 16, HALF, False, (8, 32, 2)),
+        (33, 1024, 32, HALF, False, (16, 32, 1)),
+    ],
+)
+def test_right(
+    right: ctypes.CDLL, m: int, n: int, s: int, dtype: torch.dtype, keep: bool, plan: tuple[int, int, int]
+) -> None:
+    torch.manual_seed(m + n)
+    R = basis(n, s, dtype)
+    for given in (aligned(torch.randn(m, n).bfloat16()), spanned(None, R, m, n)):
+        grad = aligned(given)
+        kept = (given.double() @ R.double()) @ R.double().mT
+        assert right.right(pointer(grad), pointer(R), *sizes(m, n, s), dtype == FLOAT, keep, 4, *sizes(*plan)) == 0
+        near(grad, kept if keep else given.double() - kept, given)
+
+
+# The last two: multiprocessors and capability.
+@pytest.mark.parametrize(
+    ("m", "n", "r", "s", "dtypes", "block", "device"),
+    [
+        (1, 1, 1, 1, (FLOAT, FLOAT), False, (2, 9)),
+        (70, 131, 7, 13, (HALF, FLOAT), False, (2, 9)),
+        (200, 300, 33, 20, (HALF, HALF), False, (4, 9)),
+        (130, 264, 64, 40, (FLOAT, FLOAT), False, (2, 9)),
+        (70, 300, 20, 64, (HALF, HALF), True, (4, 8)),
+        (130, 136, 128, 100, (HALF, HALF), False, (2, 9)),
+        (130, 130, 100, 128, (FLOAT, FLOAT), True, (2, 9)),
+        (40, 1800, 16, 16, (HALF, HALF), False, (4, 9)),
+    ],
+)
+def test_both(
+    both: ctypes.CDLL,
+    m: int,
+    n: int,
+    r: int,
+    s: int,
+    dtypes: tuple[torch.dtype, torch.dtype],
+    block: bool,
+    device: tuple[int, int],
+) -> None:
+    torch.manual_seed(m + n)
+    L, R = basis(m, r, dtypes[0]), basis(n, s, dtypes[1])
+    grads = [aligned(torch.randn(m, n).bfloat16())]
+    # What `block` removes is of rank 16 and far below what is left; the other case has something to lose.
+    grads += [] if block else [spanned(L, R, m, n)]
+    for given in grads:
+        grad = aligned(given)
+        G, U, V = given.double(), L.double(), R.double()
+        once = G - U @ (U.mT @ G)
+        exact = G - U @ (U.mT @ G @ V) @ V.mT if block else once - (once @ V) @ V.mT
+        floats = [dtype == FLOAT for dtype in dtypes]
+        assert both.both(pointer(grad), pointer(L), pointer(R), *sizes(m, n, r, s), *floats, block, *device) == 0
+        near(grad, exact, given)
+
+
+def test_two_runs_are_the_same_to_the_bit(right: ctypes.CDLL, both: ctypes.CDLL) -> None:
+    """Other clusters than one GPU's, but the same shape of a cluster: sums do not depend on how many run."""
+    torch.manual_seed(0)
+    given, L, R = aligned(torch.randn(100, 136).bfloat16()), basis(100, 16, HALF), basis(136, 32, FLOAT)
+    outs = []
+    for multiprocessors in (2, 8):
+        grad = aligned(given)
+        right.right(pointer(grad), pointer(R), *sizes(100, 136, 32), 1, 0, multiprocessors, *sizes(2, 32, 2))
+        outs.append(grad)
+    assert torch.equal(outs[0], outs[1])
+    outs = []
+    for _ in range(2):
+        grad = aligned(given)
+        both.both(pointer(grad), pointer(L), pointer(R), *sizes(100, 136, 16, 32), 0, 1, 0, 2, 9)
+        outs.append(grad)
+    assert torch.equal(outs[0], outs[1])
