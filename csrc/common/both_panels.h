@@ -40,13 +40,15 @@ inline int64_t blocks_that_fit(int64_t bytes, const BothDevice& device) {
 // As many blocks below each other as the GPU holds at once, and no more than there are panels.
 inline void divide_rows(Pass& pass, int64_t m, int64_t resident, const BothDevice& device) {
   const int64_t panels = (m + pass.rows - 1) / pass.rows;
-  const int64_t chunks = std::clamp<int64_t>(resident * device.multiprocessors / pass.slices, 1, std::min<int64_t>(panels, 65535));
+  const int64_t most = std::min<int64_t>(panels, 65535);
+  const int64_t chunks = std::clamp<int64_t>(resident * device.multiprocessors / pass.slices, 1, most);
   pass.panels = (panels + chunks - 1) / chunks;
   pass.chunks = (panels + pass.panels - 1) / pass.panels;
 }
 
 // `split`: a basis is float32, and both are kept as two bfloat16 parts. `block`: I - L Lᵀ · R Rᵀ, without G R.
-inline BothPanels both_panels(int64_t m, int64_t n, int64_t r, int64_t s, bool split, bool block, const BothDevice& device) {
+inline BothPanels both_panels(int64_t m, int64_t n, int64_t r, int64_t s, bool split, bool block,
+                              const BothDevice& device) {
   BothPanels plan;
   if (m < 1 || n < 1 || r < 1 || s < 1 || r > std::min(m, kMaxBothRank) || s > std::min(n, kMaxBothRank)) return plan;
   // Panels and blocks are counted in 32 bits.

@@ -28,7 +28,8 @@ bool aligned(const Tensor& t) {
 
 // Why a basis is no operand of these kernels, before anything is written.
 void check_side(const char* name, const std::optional<Tensor>& basis, const Tensor& grad, int64_t rows, bool keep) {
-  STD_TORCH_CHECK(basis.has_value() || !keep, kOp, ": keep_", name, ": wanted only with a ", name, " basis, given without");
+  STD_TORCH_CHECK(basis.has_value() || !keep, kOp, ": keep_", name, ": wanted only with a ", name,
+                  " basis, given without");
   if (!basis) return;
   STD_TORCH_CHECK(basis->dim() == 2, kOp, ": ", name, ": wanted one matrix, given shape ", shape(*basis));
   check_basis(kOp, name, *basis, grad, rows);
@@ -72,9 +73,8 @@ void project_(Tensor grad, std::optional<Tensor> left, std::optional<Tensor> rig
                     device.shared_bytes, " bytes of shared memory a block, given grad ", shapes, ", which take ",
                     std::max(plan.thin.bytes, plan.update.bytes));
     const Tensor scratch = torch::stable::new_empty(grad, {plan.bytes}, ScalarType::Byte);
-    error = project_both(grad.mutable_data_ptr(),
-                         {left->const_data_ptr(), right->const_data_ptr(), r, s, left_float, right_float}, m, n, block, plan,
-                         scratch.mutable_data_ptr(), on);
+    const BothBases bases{left->const_data_ptr(), right->const_data_ptr(), r, s, left_float, right_float};
+    error = project_both(grad.mutable_data_ptr(), bases, m, n, block, plan, scratch.mutable_data_ptr(), on);
   } else if (left) {
     // As many multiprocessors as may be: whether a plan fits does not depend on them.
     STD_TORCH_CHECK(left_panels(m, n, left->size(1), left_float, 1).fits, kOp, ": left: wanted a rank of 1 to ",

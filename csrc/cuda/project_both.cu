@@ -2,7 +2,7 @@
 // all that is needed of it, then read and written once.
 //
 //   1. split    L and R as bfloat16 parts, padded
-//   2. thin     reads G: X = G R, Y = Lᵀ G and the core C = Y R, in parts
+//   2. thin     (both_thin.h) reads G: X = G R, Y = Lᵀ G and the core C = Y R, in parts
 //   3. sum      Y and C from their parts, Y as two bfloat16 factors
 //   4. factor   X' = X - L C, for `block` L C, as two bfloat16 factors
 //   5. update   G -= L Y + X' Rᵀ, for `block` G -= (L C) Rᵀ
@@ -20,36 +20,21 @@
 
 #include <algorithm>
 
+#include "cuda/both_thin.h"
 #include "cuda/row_panels.h"
 
 namespace sculpt {
 namespace {
 
-using Half = __nv_bfloat16;
-
-constexpr int kWarps = kPanelThreads / 32;
 // Rows of a block of `factor`.
 constexpr int kFactorRows = 32;
-
-// Blocks of `thin` on an SM, for which it keeps to 128 registers. Below capability 9.0 there is memory for one.
-constexpr int thin_blocks(int rank_tiles) {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
-  return 1;
-#else
-  return rank_tiles <= 4 ? 2 : 1;
-#endif
-}
-
-struct Pointers {
-  Half *left_high, *left_low, *right_high, *right_low, *row_high, *row_low, *column_high, *column_low;
-  float *row_parts, *column_parts, *core_parts, *core;
-};
 
 __device__ float read(const void* from, int64_t at, bool is_float) {
   return is_float ? static_cast<const float*>(from)[at] : __bfloat162float(static_cast<const Half*>(from)[at]);
 }
 
-__global__ void __launch_bounds__(kPanelThreads) split(BothBases bases, Pointers to, int64_t m, int64_t n, int ranks, bool low) {
+__global__ void __launch_bounds__(kPanelThreads)
+    split(BothBases bases, Pointers to, int64_t m, int64_t n, int ranks, bool low) {
   const int64_t step = static_cast<int64_t>(gridDim.x) * kPanelThreads, end = (m + n) * ranks;
   for (int64_t i = static_cast<int64_t>(blockIdx.x) * kPanelThreads + threadIdx.x; i < end; i += step) {
     const bool is_left = i < m * ranks;
@@ -61,158 +46,6 @@ __global__ void __launch_bounds__(kPanelThreads) split(BothBases bases, Pointers
     const Parts parts(value);
     (is_left ? to.left_high : to.right_high)[at] = parts.high;
     if (low) (is_left ? to.left_low : to.right_low)[at] = parts.low;
-  }
-}
-
-// A block: 256 columns, and panels of rows one after the other. Y stays in registers, a warp's 32 columns of it.
-template <int RANK_TILES, bool SPLIT>
-__global__ void __launch_bounds__(kPanelThreads, thin_blocks(RANK_TILES))
-    thin(Half* grad, Pointers p, int64_t m, int64_t n, int panels_each, bool both) {
-  constexpr int kRanks = 16 * RANK_TILES, kColumns = kThinColumns, kChunks = kColumns / 8, kSides = SPLIT ? 2 : 1;
-  constexpr int kRowTiles = RANK_TILES * kSides <= 4 ? 4 : 2, kRows = 16 * kRowTiles;
-  const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
-  const int64_t first_column = static_cast<int64_t>(blockIdx.x) * kColumns;
-
-  extern __shared__ __align__(128) unsigned char memory[];
-  auto* high = reinterpret_cast<Half*>(memory);
-  auto* low = high + kColumns * kRanks;
-  auto* panels = high + kSides * kColumns * kRanks;
-  auto* lefts = panels + 2 * kRows * kColumns;
-
-  const int all = static_cast<int>((m + kRows - 1) / kRows), begin = static_cast<int>(blockIdx.y) * panels_each;
-  const int end = all - begin < panels_each ? all : begin + panels_each;
-  const auto load = [&](int panel, int buffer) {
-    const int64_t row = static_cast<int64_t>(panel) * kRows;
-    load_panel(panels + buffer * kRows * kColumns, Window(grad, m, n, row, first_column), kRows, kChunks);
-    Half* to = lefts + buffer * kSides * kRows * kRanks;
-    load_basis<RANK_TILES>(to, p.left_high, row, m, kRows);
-    if constexpr (SPLIT) load_basis<RANK_TILES>(to + kRows * kRanks, p.left_low, row, m, kRows);
-  };
-  load_basis<RANK_TILES>(high, p.right_high, first_column, n, kColumns);
-  if constexpr (SPLIT) load_basis<RANK_TILES>(low, p.right_low, first_column, n, kColumns);
-  load(begin, 0);
-  end_group_of_copies();
-
-  float y[RANK_TILES][4][4] = {};
-  for (int panel = begin, turn = 0; panel < end; ++panel, turn ^= 1) {
-    if (panel + 1 < end) load(panel + 1, turn ^ 1);
-    end_group_of_copies();
-    wait_for_groups<1>();
-    __syncthreads();
-    Half* here = panels + turn * kRows * kColumns;
-    // Lᵀ times the warp's columns.
-    {
-      const uint32_t left = shared_address(lefts + turn * kSides * kRows * kRanks), columns = shared_address(here);
-#pragma unroll 1
-      for (int k = 0; k < kRows; k += 16) {
-        const int row = k + (lane & 7) + (lane >> 4) * 8;
-        uint32_t b[2][4];
-#pragma unroll
-        for (int t = 0; t < 2; ++t)
-          load_four_transposed(b[t], columns + 2 * panel_place(k + (lane & 15), 4 * warp + 2 * t + (lane >> 4), kChunks));
-#pragma unroll
-        for (int i = 0; i < RANK_TILES; ++i) {
-          const uint32_t place = left + 2 * basis_place<RANK_TILES>(row, 2 * i + ((lane >> 3) & 1));
-#pragma unroll
-          for (int side = 0; side < kSides; ++side) {
-            uint32_t a[4];
-            load_four_transposed(a, place + 2 * side * kRows * kRanks);
-#pragma unroll
-            for (int t = 0; t < 4; ++t) multiply_add(y[i][t], a, b[t / 2][t % 2 * 2], b[t / 2][t % 2 * 2 + 1]);
-          }
-        }
-      }
-    }
-    if (!both) {
-      // The panel after the next overwrites this one.
-      __syncthreads();
-      continue;
-    }
-    {
-      PanelProduct<kRowTiles, RANK_TILES, SPLIT> product;
-      product.compute(here, kChunks, high, low, warp, lane);
-      // The panel is done with; the part of X takes its place.
-      __syncthreads();
-      product.store(reinterpret_cast<float*>(here), warp, lane);
-    }
-    cluster_barrier();
-    const int blocks = cluster_size(), slice = kRows * kRanks / 4 / blocks;
-    const int64_t first_row = static_cast<int64_t>(panel) * kRows, group = blockIdx.x / blocks;
-#pragma unroll 1
-    for (int i = thread; i < slice; i += kPanelThreads) {
-      const int at = cluster_rank() * slice + i, row = 4 * at / kRanks;
-      const float4 value = sum_of_parts(reinterpret_cast<float*>(here), at, blocks);
-      const int64_t to = (group * m + first_row + row) * kRanks + sum_column<RANK_TILES>(row, 4 * at % kRanks);
-      if (first_row + row < m) *reinterpret_cast<float4*>(p.row_parts + to) = value;
-    }
-    // No block still reads this part.
-    cluster_barrier();
-  }
-
-  // Y by columns, as `update` takes it.
-  if (both) {
-#pragma unroll
-    for (int i = 0; i < RANK_TILES; ++i)
-#pragma unroll
-      for (int t = 0; t < 4; ++t)
-#pragma unroll
-        for (int j = 0; j < 4; ++j) {
-          const int64_t column = first_column + 32 * warp + 8 * t + 2 * (lane % 4) + j % 2;
-          const int rank = 16 * i + lane / 4 + 8 * (j / 2);
-          if (column < n) p.column_parts[(blockIdx.y * n + column) * kRanks + rank] = y[i][t][j];
-        }
-  }
-
-  // The core: Y, from the registers in two parts, times R. 16 of its rows at a time, summed over the warps in their order.
-  constexpr int kWide = kRanks < 32 ? kRanks : 32;
-  auto* parts = reinterpret_cast<float*>(panels);
-  float* core = p.core_parts + (static_cast<int64_t>(blockIdx.y) * gridDim.x + blockIdx.x) * (kRanks * kRanks);
-#pragma unroll
-  for (int i = 0; i < RANK_TILES; ++i) {
-#pragma unroll 1
-    for (int first = 0; first < kRanks; first += kWide) {
-      float sums[kWide / 8][4] = {};
-#pragma unroll
-      for (int k = 0; k < 2; ++k) {
-        // Two accumulators side by side are laid out as an A fragment.
-        uint32_t a[4], rest[4];
-#pragma unroll
-        for (int j = 0; j < 4; ++j) {
-          const Parts x(y[i][2 * k + j / 2][j % 2 * 2]), z(y[i][2 * k + j / 2][j % 2 * 2 + 1]);
-          a[j] = pack(x.high, z.high), rest[j] = pack(x.low, z.low);
-        }
-#pragma unroll
-        for (int t = 0; t < kWide / 8; t += 2) {
-          const int place = 2 * basis_place<RANK_TILES>(32 * warp + 16 * k + (lane & 15), first / 8 + t + (lane >> 4));
-          uint32_t b[4];
-          load_four_transposed(b, shared_address(high) + place);
-#pragma unroll
-          for (int half = 0; half < 2; ++half) {
-            multiply_add(sums[t + half], a, b[2 * half], b[2 * half + 1]);
-            multiply_add(sums[t + half], rest, b[2 * half], b[2 * half + 1]);
-          }
-          if constexpr (SPLIT) {
-            load_four_transposed(b, shared_address(low) + place);
-#pragma unroll
-            for (int half = 0; half < 2; ++half) multiply_add(sums[t + half], a, b[2 * half], b[2 * half + 1]);
-          }
-        }
-      }
-#pragma unroll
-      for (int t = 0; t < kWide / 8; ++t)
-#pragma unroll
-        for (int half = 0; half < 2; ++half)
-          *reinterpret_cast<float2*>(parts + (warp * 16 + lane / 4 + 8 * half) * kWide + 8 * t + 2 * (lane % 4)) =
-              make_float2(sums[t][2 * half], sums[t][2 * half + 1]);
-      __syncthreads();
-      for (int at = thread; at < 16 * kWide; at += kPanelThreads) {
-        float total = parts[at];
-#pragma unroll
-        for (int other = 1; other < kWarps; ++other) total += parts[other * 16 * kWide + at];
-        core[(16 * i + at / kWide) * kRanks + first + at % kWide] = total;
-      }
-      __syncthreads();
-    }
   }
 }
 
@@ -244,7 +77,8 @@ __global__ void __launch_bounds__(kPanelThreads) sum(Pointers p, int64_t n, int 
   store_parts(p.column_high + 4 * at, p.column_low + 4 * at, total);
 }
 
-__global__ void __launch_bounds__(kPanelThreads) factor(Pointers p, int64_t m, int ranks, int groups, bool low, bool both) {
+__global__ void __launch_bounds__(kPanelThreads)
+    factor(Pointers p, int64_t m, int ranks, int groups, bool low, bool both) {
   extern __shared__ __align__(128) unsigned char memory[];
   auto* core = reinterpret_cast<float*>(memory);
   auto* left = core + ranks * ranks;
@@ -331,8 +165,8 @@ __global__ void __launch_bounds__(kPanelThreads, RANK_TILES <= 2 ? 2 : 1)
     if (both)
       correction.template add<RANK_TILES, SPLIT, true>(factors + 2 * kPanel, factors + 3 * kPanel, columns,
                                                        columns + kSlice, row, column, lane);
-    correction.write(panels + turn * kRows * kColumns, Window(grad, m, n, static_cast<int64_t>(panel) * kRows, first_column),
-                     kChunks, row, column, false, lane);
+    const Window window(grad, m, n, static_cast<int64_t>(panel) * kRows, first_column);
+    correction.write(panels + turn * kRows * kColumns, window, kChunks, row, column, false, lane);
     // The panel after the next overwrites this one.
     __syncthreads();
   }
@@ -360,12 +194,20 @@ Kernel update_of(int64_t ranks) {
   }
 }
 
+// Room for `bytes` of shared memory, and all of the SM's memory as shared memory, for more than one block.
+template <typename... Parameters>
+cudaError_t make_room(void (*kernel)(Parameters...), int64_t bytes) {
+  if (bytes == 0) return cudaSuccess;
+  const cudaError_t error =
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
+  if (error != cudaSuccess) return error;
+  return cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);
+}
+
 template <typename... Parameters, typename... Arguments>
 cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, int64_t bytes, int64_t cluster, cudaStream_t stream,
                    Arguments... arguments) {
-  cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
-  if (error == cudaSuccess && bytes > 0)
-    error = cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);
+  const cudaError_t error = make_room(kernel, bytes);
   if (error != cudaSuccess) return error;
   cudaLaunchAttribute attribute{};
   attribute.id = cudaLaunchAttributeClusterDimension;
@@ -379,6 +221,34 @@ cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, int64_t bytes, int6
   config.attrs = &attribute;
   config.numAttrs = cluster > 1 ? 1 : 0;
   return cudaLaunchKernelEx(&config, kernel, arguments...);
+}
+
+// Fewer blocks below each other where the GPU holds fewer clusters than its multiprocessors have room for (a GPC may be
+// left with a part of one): a second round for a few of them would take as long as the first.
+cudaError_t limit_chunks(Pass& thin, Kernel kernel, int64_t cluster, int64_t m) {
+  if (cluster == 1) return cudaSuccess;
+  cudaError_t error = make_room(kernel, thin.bytes);
+  if (error != cudaSuccess) return error;
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeClusterDimension;
+  attribute.val.clusterDim.x = static_cast<unsigned>(cluster);
+  attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(static_cast<unsigned>(cluster));
+  config.blockDim = dim3(kPanelThreads);
+  config.dynamicSmemBytes = static_cast<size_t>(thin.bytes);
+  config.attrs = &attribute;
+  config.numAttrs = 1;
+  int clusters = 0;
+  error = cudaOccupancyMaxActiveClusters(&clusters, kernel, &config);
+  if (error != cudaSuccess) return error;
+  if (clusters < 1) return cudaErrorInvalidConfiguration;
+  const int64_t most = std::max<int64_t>(1, clusters * cluster / thin.slices);
+  if (thin.chunks <= most) return cudaSuccess;
+  const int64_t panels = (m + thin.rows - 1) / thin.rows;
+  thin.panels = (panels + most - 1) / most;
+  thin.chunks = (panels + thin.panels - 1) / thin.panels;
+  return cudaSuccess;
 }
 
 dim3 blocks(int64_t x, int64_t y = 1) { return dim3(static_cast<unsigned>(x), static_cast<unsigned>(y)); }
@@ -405,24 +275,30 @@ cudaError_t project_both(void* grad, const BothBases& bases, int64_t m, int64_t 
                    half(plan.row_high), half(plan.row_low), half(plan.column_high), half(plan.column_low),
                    single(plan.row_parts), single(plan.column_parts), single(plan.core_parts), single(plan.core)};
   const bool low = bases.left_float || bases.right_float, both = !block;
-  const int ranks = static_cast<int>(plan.ranks), chunks = static_cast<int>(plan.thin.chunks);
+  const int ranks = static_cast<int>(plan.ranks);
   auto* matrix = static_cast<Half*>(grad);
 
-  const int64_t split_blocks = std::min<int64_t>(((m + n) * ranks + 4 * kPanelThreads - 1) / (4 * kPanelThreads), 1 << 20);
-  cudaError_t error = launch(split, blocks(split_blocks), 0, 1, stream, bases, p, m, n, ranks, low);
+  const Kernel thin_kernel = low ? thin_of<true>(ranks) : thin_of<false>(ranks);
+  Pass pass = plan.thin;
+  cudaError_t error = limit_chunks(pass, thin_kernel, plan.cluster, m);
   if (error != cudaSuccess) return error;
-  error = launch(low ? thin_of<true>(ranks) : thin_of<false>(ranks), blocks(plan.thin.slices, plan.thin.chunks),
-                 plan.thin.bytes, plan.cluster, stream, matrix, p, m, n, static_cast<int>(plan.thin.panels), both);
+  const int64_t split_blocks = std::min<int64_t>(((m + n) * ranks + 4 * kPanelThreads - 1) / (4 * kPanelThreads), 1 << 20);
+  error = launch(split, blocks(split_blocks), 0, 1, stream, bases, p, m, n, ranks, low);
+  if (error != cudaSuccess) return error;
+  error = launch(thin_kernel, blocks(pass.slices, pass.chunks), pass.bytes, plan.cluster, stream, matrix, p, m, n,
+                 static_cast<int>(pass.panels), both);
   if (error != cudaSuccess) return error;
   const int64_t core_blocks = ranks * ranks / 32;
   const int64_t column_blocks = both ? (n * ranks / 4 + kPanelThreads - 1) / kPanelThreads : 0;
-  error = launch(sum, blocks(core_blocks + column_blocks), 0, 1, stream, p, n, ranks, chunks,
-                 static_cast<int>(plan.thin.slices * plan.thin.chunks));
+  error = launch(sum, blocks(core_blocks + column_blocks), 0, 1, stream, p, n, ranks,
+                 static_cast<int>(pass.chunks), static_cast<int>(pass.slices * pass.chunks));
   if (error != cudaSuccess) return error;
   error = launch(factor, blocks((m + kFactorRows - 1) / kFactorRows), (ranks + kFactorRows) * ranks * 4, 1, stream, p, m,
                  ranks, static_cast<int>(plan.groups), low, both);
   if (error != cudaSuccess) return error;
-  const Kernel kernel = plan.update.rows == 64 ? update<4, 4, false> : low ? update_of<true>(ranks) : update_of<false>(ranks);
+  const Kernel kernel = plan.update.rows == 64 ? update<4, 4, false>
+                        : low                  ? update_of<true>(ranks)
+                                               : update_of<false>(ranks);
   return launch(kernel, blocks(plan.update.slices, plan.update.chunks), plan.update.bytes, 1, stream, matrix, p, m, n,
                 static_cast<int>(plan.update.panels), both);
 }

@@ -15,8 +15,8 @@ namespace sculpt {
 
 constexpr int kPanelThreads = 256;
 
-// Where chunk `chunk` of row `row` begins, in elements, in rows of 16 RANK_TILES elements. A chunk is 8 elements. Eight rows
-// on, the exchange is the same: loops over tiles add constants to one address.
+// Where chunk `chunk` of row `row` begins, in elements, in rows of 16 RANK_TILES elements. A chunk is 8 elements.
+// Eight rows on, the exchange is the same: loops over tiles add constants to one address.
 template <int RANK_TILES>
 __device__ inline int basis_place(int row, int chunk) {
   constexpr int kShift = RANK_TILES >= 4 ? 0 : RANK_TILES == 2 ? 1 : 2, kMask = RANK_TILES >= 4 ? 7 : 2 * RANK_TILES - 1;
@@ -260,7 +260,8 @@ struct Correction {
   }
 
   // Into the panel where it lies, and from there to memory, 16 bytes a lane: no other warp touches these elements.
-  __device__ void write(__nv_bfloat16* panel, const Window& to, int chunks, int row, int column, bool keep, int lane) const {
+  __device__ void write(__nv_bfloat16* panel, const Window& to, int chunks, int row, int column, bool keep,
+                        int lane) const {
     __nv_bfloat16* first = panel + (row + lane / 4) * chunks * 8 + 2 * (lane % 4);
 #pragma unroll
     for (int t = 0; t < TILES; ++t)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 ROOT = Path(__file__).parents[2]
+CUDA = ROOT / "csrc" / "cuda"
 EMULATION = Path(__file__).parent / "emulation"
 NVCC = shutil.which("nvcc")
 
@@ -24,16 +25,18 @@ pytestmark = pytest.mark.skipif(NVCC is None or shutil.which("g++") is None, rea
 
 
 def library(name: str, kernel: str, folder: Path) -> ctypes.CDLL:
-    text = (ROOT / "csrc" / "cuda" / f"{kernel}.cu").read_text()
-    text, count = re.subn(
-        r"extern __shared__ __align__\(128\) unsigned char memory\[\];",
-        "unsigned char* memory = emulated::current->block->memory.data();",
-        text,
-    )
-    assert count
-    text = re.sub(r"__shared__ float4 runs\[.*\];", "float4* runs = emulated::current->block->fixed.data();", text)
-    assert "__shared__" not in text
-    (folder / f"{kernel}.inc").write_text(text)
+    (folder / "cuda").mkdir()
+    for file in (CUDA / f"{kernel}.cu", CUDA / "both_thin.h"):
+        text = file.read_text()
+        text, count = re.subn(
+            r"extern __shared__ __align__\(128\) unsigned char memory\[\];",
+            "unsigned char* memory = emulated::current->block->memory.data();",
+            text,
+        )
+        assert count
+        text = re.sub(r"__shared__ float4 runs\[.*\];", "float4* runs = emulated::current->block->fixed.data();", text)
+        assert "__shared__" not in text
+        (folder / "cuda" / file.name.replace(".cu", ".inc")).write_text(text)
     assert NVCC is not None
     said = subprocess.run(
         [NVCC, "--dryrun", "-x", "cu", "-c", "/dev/null", "-o", "/dev/null"], capture_output=True, text=True, check=True

@@ -3,7 +3,7 @@
 #include "emulated.h"
 
 #ifdef RIGHT
-#include "project_right_sm90a.inc"
+#include "cuda/project_right_sm90a.inc"
 
 // cluster 0: the plan for a GPU of that many multiprocessors; otherwise this plan.
 extern "C" int right(void* grad, const void* basis, int64_t m, int64_t n, int64_t s, int split, int keep, int processors,
@@ -18,7 +18,7 @@ extern "C" int right(void* grad, const void* basis, int64_t m, int64_t n, int64_
   return sculpt::project_right_sm90a(grad, basis, m, n, s, split != 0, keep != 0, plan, nullptr);
 }
 #else
-#include "project_both.inc"
+#include "cuda/project_both.inc"
 
 extern "C" int both(void* grad, const void* left, const void* right, int64_t m, int64_t n, int64_t r, int64_t s,
                     int left_float, int right_float, int block, int multiprocessors, int capability) {

@@ -1,6 +1,6 @@
 // A GPU in slow motion, so that the kernels' own code runs without one: every thread of a cluster is a fiber, taken in a
-// random order, and gives way at barriers and at the instructions of a whole warp. Shared memory begins as NaN, and
-// cp.async copies nothing before it is waited for, so that a missing wait or barrier shows in the results.
+// random order, warps at random speeds, and gives way at barriers and at the instructions of a whole warp. Shared memory
+// begins as NaN, and cp.async copies nothing before it is waited for: a missing wait or barrier shows in the results.
 #pragma once
 #include <cuda_bf16.h>
 #include <cuda_runtime.h>
@@ -21,7 +21,7 @@ inline dim3 gridDim;
 
 namespace emulated {
 
-constexpr int kThreads = 256;
+constexpr int kThreads = 256, kNap = 32;
 constexpr size_t kStack = 64 * 1024, kShared = 232448;
 
 [[noreturn]] inline void fail(const char* why) {
@@ -39,6 +39,7 @@ struct Copy {
 };
 
 struct Warp {
+  bool asleep = false;
   Barrier barrier;
   uint32_t address[32], a[32][4], b[32][2];
 };
@@ -131,9 +132,14 @@ inline void run(const dim3& grid, int cluster_size, size_t bytes, const std::fun
         makecontext(&fiber.context, enter, 0);
         order.push_back(&fiber);
       }
-      while (!order.empty()) {
+      for (int turn = 0; !order.empty(); ++turn) {
         std::shuffle(order.begin(), order.end(), random);
+        // Half of the warps sleep for a while: without it they would all be at the same place.
+        if (turn % kNap == 0)
+          for (auto& block : now.blocks)
+            for (Warp& warp : block->warps) warp.asleep = random() % 2;
         for (Fiber* fiber : order) {
+          if (fiber->warp().asleep) continue;
           current = fiber;
           swapcontext(&scheduler, &fiber->context);
         }
