@@ -11,10 +11,11 @@
 #include <vector>
 
 #include "common/adam_chunks.h"
+#include "common/both_panels.h"
 #include "common/heuristics.h"
 #include "common/jacobi.h"
-#include "common/side_panels.h"
 #include "common/philox.h"
+#include "common/side_panels.h"
 
 namespace {
 
@@ -56,6 +57,25 @@ pybind11::object side_panels(int64_t length, int64_t extent, int64_t r, bool spl
   const sculpt::SidePanels plan = sculpt::side_panels(length, extent, r, split, multiprocessors);
   if (!plan.fits) return pybind11::none();
   return pybind11::make_tuple(plan.cluster, plan.rows, plan.stages, plan.ranks, plan.owned, plan.bytes);
+}
+
+pybind11::dict pass(const sculpt::Pass& pass) {
+  return pybind11::dict(pybind11::arg("columns") = pass.columns, pybind11::arg("slices") = pass.slices,
+                        pybind11::arg("rows") = pass.rows, pybind11::arg("chunks") = pass.chunks,
+                        pybind11::arg("panels") = pass.panels, pybind11::arg("bytes") = pass.bytes);
+}
+
+pybind11::object both_panels(int64_t m, int64_t n, int64_t r, int64_t s, bool split, bool block, int64_t multiprocessors,
+                             int64_t shared_bytes, bool clusters) {
+  const sculpt::BothPanels plan =
+      sculpt::both_panels(m, n, r, s, split, block, {multiprocessors, shared_bytes, clusters});
+  if (!plan.fits) return pybind11::none();
+  const std::vector<int64_t> offsets = {plan.left_high,   plan.left_low,  plan.right_high, plan.right_low,
+                                        plan.row_high,    plan.row_low,   plan.column_high, plan.column_low,
+                                        plan.row_parts,   plan.column_parts, plan.core_parts, plan.core, plan.bytes};
+  return pybind11::dict(pybind11::arg("ranks") = plan.ranks, pybind11::arg("cluster") = plan.cluster,
+                        pybind11::arg("groups") = plan.groups, pybind11::arg("thin") = pass(plan.thin),
+                        pybind11::arg("update") = pass(plan.update), pybind11::arg("offsets") = offsets);
 }
 
 // The launches for tensors of these sizes, and in the last one what a block begins with.
@@ -111,6 +131,10 @@ PYBIND11_MODULE(_host, m) {
   m.def("side_panels", &side_panels, arg("length"), arg("extent"), arg("r"), arg("split"), arg("multiprocessors"),
         "Blocks of a cluster, rows of each, panels at a time, padded rank, ranks that a block adds up and bytes of shared "
         "memory of one side's CUDA kernel, for m and n of a left basis, n and m of a right one; None where it cannot run.");
+  m.def("both_panels", &both_panels, arg("m"), arg("n"), arg("r"), arg("s"), arg("split"), arg("block"),
+        arg("multiprocessors"), arg("shared_bytes"), arg("clusters"),
+        "How the two-sided projection's CUDA kernels divide a matrix and their scratch memory, of which `offsets` are the "
+        "arrays' beginnings and the end; None where they cannot run.");
   m.def("adam_chunks", &adam_chunks, arg("sizes"), arg("block"),
         "How tensors of these sizes are dealt out to launches of the AdamW CUDA kernel: tensors and blocks of each, and "
         "the entry and the first element of a block of the last.");

@@ -25,6 +25,7 @@ GPU_TESTS = (
     "tests/triton/kernel_checks.py",
     "tests/triton/grouped_checks.py",
     "tests/cuda/side_checks.py",
+    "tests/cuda/both_checks.py",
     "tests/cuda/adam_checks.py",
     "tests/cuda/jacobi_checks.py",
 )

@@ -41,10 +41,31 @@ def jacobi(matrices: torch.Tensor) -> None:
     close(U * S.unsqueeze(-2) @ V.mT, matrices.double())
 
 
+def cuda_kernels() -> None:
+    """What the CUDA C++ kernels can do: one matrix, a keep flag with one side alone; clusters on Hopper only."""
+    hopper = torch.cuda.get_device_capability(DEVICE) == (9, 0)
+    cases = [(left, right, {}) for left, right in ((True, False), (False, True)) if hopper]
+    cases += [(left, right, {f"keep_{'left' if left else 'right'}": True}) for left, right, _ in cases]
+    cases += [(True, True, {}), (True, True, {"block": True})]
+    with backend("cuda"):
+        for m, n, r, s in ((96, 160, 16, 32), (70, 45, 7, 5), (130, 600, 40, 70)):
+            grad = torch.randn(m, n, device=DEVICE).bfloat16()
+            for dtype in (grad.dtype, torch.float32):
+                bases = basis(m, r, dtype, DEVICE), basis(n, s, dtype, DEVICE)
+                for has_left, has_right, flags in cases:
+                    left, right = bases[0] if has_left else None, bases[1] if has_right else None
+                    wide = [None if side is None else side.double() for side in (left, right)]
+                    close(
+                        sculpt_ops.project(grad, left, right, **flags), reference.project(grad.double(), *wide, **flags)
+                    )
+
+
 def main() -> None:
     torch.manual_seed(0)
     for variant in ("triton", "cublas"):
         projections(variant)
+    if DEVICE.type == "cuda" and cuda_missing() is None:
+        cuda_kernels()
     matrix = torch.randn(96, 64, device=DEVICE)
     sculpt_ops.orthonormalize(sculpt_ops.sketch(matrix, 16, seed=1))
     U, S, V = sculpt_ops.rsvd(matrix, 8)

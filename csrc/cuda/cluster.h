@@ -3,9 +3,11 @@
 // Not barrier.cluster: to release what was stored before, it waits for every outstanding access to memory, global stores
 // and loads included, 3 us at a time on an H200 that has a copy to do meanwhile (MEMBAR.ALL.GPU in its code).
 #pragma once
-#include <cuda_runtime.h>
+#include <cooperative_groups.h>
 
 #include <cstdint>
+
+#include "cuda/mma.h"
 
 namespace sculpt {
 
@@ -47,15 +49,50 @@ __device__ inline void wait_for(uint32_t barrier, uint32_t parity) {
       : "memory");
 }
 
-// All threads of all blocks. Slow: see above.
-__device__ inline void wait_for_cluster() {
-  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+// Below capability 9.0 there are no clusters: a block stands alone.
+__device__ inline int cluster_size() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  return static_cast<int>(cooperative_groups::this_cluster().num_blocks());
+#else
+  return 1;
+#endif
 }
 
-__device__ inline uint32_t cluster_rank() {
-  uint32_t rank;
-  asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
-  return rank;
+__device__ inline int cluster_rank() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  return static_cast<int>(cooperative_groups::this_cluster().block_rank());
+#else
+  return 0;
+#endif
+}
+
+// All threads of all blocks. Slow: see above.
+__device__ inline void cluster_barrier() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  cooperative_groups::this_cluster().sync();
+#else
+  __syncthreads();
+#endif
+}
+
+// Elements 4 at to 4 at + 3 of the same array in the shared memory of another block.
+__device__ inline float4 of_block(const float* array, int rank, int at) {
+  uint32_t address = shared_address(array) + 16 * at;
+  float4 x;
+  // Addresses of 32 bits: generic ones, as `map_shared_rank` gives them, cost eight reads under way 16 registers.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(address) : "r"(address), "r"(rank));
+  asm volatile("ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [%4];"
+               : "=f"(x.x), "=f"(x.y), "=f"(x.z), "=f"(x.w)
+               : "r"(address)
+               : "memory");
+#else
+  asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
+               : "=f"(x.x), "=f"(x.y), "=f"(x.z), "=f"(x.w)
+               : "r"(address)
+               : "memory");
+#endif
+  return x;
 }
 
 }  // namespace sculpt

@@ -66,4 +66,34 @@ __device__ inline void wait_for_copies() {
   wait_for_groups<0>();
 }
 
+// Four 8 x 8 blocks, as stored or each transposed: eight lanes in turn give the
+// addresses in shared memory of the rows, 16 bytes each, of one block.
+__device__ inline void load_four(uint32_t (&x)[4], uint32_t row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3])
+               : "r"(row)
+               : "memory");
+}
+
+__device__ inline void load_four_transposed(uint32_t (&x)[4], uint32_t row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3])
+               : "r"(row)
+               : "memory");
+}
+
+// c += a b for one of the two B fragments that four blocks hold.
+__device__ inline void multiply_add(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  const uint32_t b[2] = {b0, b1};
+  multiply_add(c, a, b);
+}
+
+// Copies into the next buffer go on while the last ones are waited for: all groups but the newest `LATER`.
+__device__ inline void end_group_of_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
+template <int LATER>
+__device__ inline void wait_for_groups() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(LATER) : "memory");
+}
+
 }  // namespace sculpt

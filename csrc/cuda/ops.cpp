@@ -4,13 +4,16 @@
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
 #include <optional>
 #include <string>
 
 #include "common/check.h"
 #include "common/side_panels.h"
+#include "cuda/project_both.h"
 #include "cuda/project_side.h"
 
 namespace sculpt::cuda {
@@ -22,36 +25,67 @@ bool aligned(const Tensor& t) {
   return t.is_contiguous() && reinterpret_cast<uintptr_t>(t.const_data_ptr()) % 16 == 0;
 }
 
+// Why a basis is no operand of these kernels, before anything is written.
+void check_side(const char* name, const std::optional<Tensor>& basis, const Tensor& grad, int64_t rows, bool keep) {
+  STD_TORCH_CHECK(basis.has_value() || !keep, kOp, ": keep_", name, ": wanted only with a ", name,
+                  " basis, given without");
+  if (!basis) return;
+  STD_TORCH_CHECK(basis->dim() == 2, kOp, ": ", name, ": wanted one matrix, given shape ", shape(*basis));
+  check_basis(kOp, name, *basis, grad, rows);
+  STD_TORCH_CHECK(aligned(*basis), kOp, ": ", name,
+                  ": wanted contiguous memory that starts at a multiple of 16 bytes, given shape ", shape(*basis));
+  check_apart(kOp, "grad", grad, name, basis);
+}
+
 void project_(Tensor grad, std::optional<Tensor> left, std::optional<Tensor> right, bool keep_left, bool keep_right,
               bool block) {
   check_matrix(kOp, "grad", grad);
-  STD_TORCH_CHECK(left.has_value() != right.has_value() && !block, kOp,
-                  ": wanted a left or a right basis alone: there is no kernel for both or block yet");
-  const char* name = right ? "right" : "left";
-  const Tensor& basis = right ? *right : *left;
-  STD_TORCH_CHECK(grad.dim() == 2 && basis.dim() == 2, kOp, ": grad: wanted one matrix, given shape ", shape(grad));
+  STD_TORCH_CHECK(grad.dim() == 2, kOp, ": grad: wanted one matrix, given shape ", shape(grad));
   STD_TORCH_CHECK(grad.scalar_type() == ScalarType::BFloat16, kOp, ": grad: wanted dtype bfloat16, given another");
-  const int64_t m = grad.size(0), n = grad.size(1), r = basis.size(1);
-  check_basis(kOp, name, basis, grad, right ? n : m);
-  STD_TORCH_CHECK(aligned(grad) && aligned(basis), kOp, ": grad, ", name,
-                  ": wanted contiguous memory that starts at a multiple of 16 bytes");
+  STD_TORCH_CHECK(left.has_value() || right.has_value(), kOp, ": left, right: wanted at least one basis, given none");
+  const bool both = left.has_value() && right.has_value();
+  STD_TORCH_CHECK(both || !block, kOp, ": block: wanted only with both bases, given with one");
+  STD_TORCH_CHECK(!both || !(keep_left || keep_right), kOp,
+                  ": keep_left, keep_right: wanted only with one basis, given with both: there is no such kernel");
+  const int64_t m = grad.size(0), n = grad.size(1);
+  check_side("left", left, grad, m, keep_left);
+  check_side("right", right, grad, n, keep_right);
+  STD_TORCH_CHECK(aligned(grad), kOp,
+                  ": grad: wanted contiguous memory that starts at a multiple of 16 bytes, given shape ", shape(grad));
   if (m == 0 || n == 0) return;
-  const bool split = basis.scalar_type() == ScalarType::Float;
-  int multiprocessors = 0;
-  cudaError_t error =
-      cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, grad.get_device_index());
-  STD_TORCH_CHECK(error == cudaSuccess, kOp, ": ", cudaGetErrorString(error));
-  const SidePanels plan = side_panels(right ? n : m, right ? m : n, r, split, multiprocessors);
-  STD_TORCH_CHECK(plan.fits, kOp, ": ", name, ": wanted a rank of 1 to ", kMaxSideRank,
-                  " whose rows fit the shared memory of ", kMaxCluster, " blocks, given shapes ", shape(grad), " and ",
-                  shape(basis));
+
   const torch::stable::accelerator::DeviceGuard guard(grad.get_device_index());
   void* stream = nullptr;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(grad.get_device_index(), &stream));
-  error = project_side_sm90a(grad.mutable_data_ptr(), basis.const_data_ptr(), m, n, r, right.has_value(), split,
-                             right ? keep_right : keep_left, plan, static_cast<cudaStream_t>(stream));
-  STD_TORCH_CHECK(error == cudaSuccess, kOp, ": shapes ", shape(grad), " and ", shape(basis), ": ",
-                  cudaGetErrorString(error));
+  auto* const on = static_cast<cudaStream_t>(stream);
+  const std::string shapes =
+      shape(grad) + (left ? ", left " + shape(*left) : "") + (right ? ", right " + shape(*right) : "");
+  BothDevice device;
+  cudaError_t error = both_device(&device);
+  STD_TORCH_CHECK(error == cudaSuccess, kOp, ": device of grad ", shapes, ": ", cudaGetErrorString(error));
+  const bool left_float = left && left->scalar_type() == ScalarType::Float;
+  const bool right_float = right && right->scalar_type() == ScalarType::Float;
+  if (both) {
+    const int64_t r = left->size(1), s = right->size(1);
+    const BothPanels plan = both_panels(m, n, r, s, left_float || right_float, block, device);
+    STD_TORCH_CHECK(plan.fits, kOp, ": left, right: wanted ranks of 1 to ", kMaxBothRank, " and at most ",
+                    device.shared_bytes, " bytes of shared memory a block, given grad ", shapes, ", which take ",
+                    std::max(plan.thin.bytes, plan.update.bytes));
+    const Tensor scratch = torch::stable::new_empty(grad, {plan.bytes}, ScalarType::Byte);
+    const BothBases bases{left->const_data_ptr(), right->const_data_ptr(), r, s, left_float, right_float};
+    error = project_both(grad.mutable_data_ptr(), bases, m, n, block, plan, scratch.mutable_data_ptr(), on);
+  } else {
+    const char* name = right ? "right" : "left";
+    const Tensor& basis = right ? *right : *left;
+    const int64_t r = basis.size(1);
+    const bool split = left_float || right_float;
+    const SidePanels plan = side_panels(right ? n : m, right ? m : n, r, split, device.multiprocessors);
+    STD_TORCH_CHECK(plan.fits, kOp, ": ", name, ": wanted a rank of 1 to ", kMaxSideRank,
+                    " whose rows fit the shared memory of ", kMaxCluster, " blocks, given grad ", shapes);
+    error = project_side_sm90a(grad.mutable_data_ptr(), basis.const_data_ptr(), m, n, r, right.has_value(), split,
+                               right ? keep_right : keep_left, plan, on);
+  }
+  STD_TORCH_CHECK(error == cudaSuccess, kOp, ": grad ", shapes, ": ", cudaGetErrorString(error));
 }
 
 }  // namespace

@@ -280,7 +280,7 @@ __global__ void __launch_bounds__(kThreads, 1) project_side(__nv_bfloat16* grad,
   // Rows of 128 bytes change their pieces by the address, so arrays begin at multiples of 1024.
   extern __shared__ __align__(1024) unsigned char memory[];
   Block<RANKS, SPLIT, RIGHT> block;
-  block.own = static_cast<int>(cluster_rank());
+  block.own = cluster_rank();
   block.grad = grad, block.m = m, block.n = n, block.first = static_cast<int64_t>(block.own) * rows;
   block.rows = rows, block.stages = stages, block.blocks = blocks, block.owned = owned, block.keep = keep;
   block.lane = threadIdx.x % 32, block.warp = threadIdx.x / 32, block.group = block.warp / 4;
@@ -313,7 +313,7 @@ __global__ void __launch_bounds__(kThreads, 1) project_side(__nv_bfloat16* grad,
   if (threadIdx.x == 0)
     for (int i = 0; i < 3; ++i) make_barrier(block.parts_barrier + 8 * i);
   // Every block of the cluster runs and has its barriers: from here on the others' memory may be written.
-  wait_for_cluster();
+  cluster_barrier();
 
   typename Block<RANKS, SPLIT, RIGHT>::Sums sums;
   block.wait_for_panel(true);

@@ -1,0 +1,112 @@
+"""The two-sided CUDA kernels on a GPU, against float64; not run yet anywhere."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from sculpt_ops.ops.variants import cuda_missing
+
+pytestmark = pytest.mark.skipif(
+    not torch.cuda.is_available() or cuda_missing() is not None, reason="needs a GPU and the CUDA C++ kernels"
+)
+
+FLOAT, HALF = torch.float32, torch.bfloat16
+# Every padded rank; one cluster and many; widths and heights that are no multiple of anything.
+SHAPES = [
+    *((4096, 4096, 64, 64), (64, 64, 16, 16), (1, 1, 1, 1), (1, 300, 1, 20), (300, 1, 20, 1), (577, 131, 33, 7)),
+    *((1024, 2048, 16, 32), (1001, 4095, 64, 16), (1024, 4096, 128, 100), (2048, 1100, 32, 128), (512, 11008, 32, 32)),
+]
+DTYPES = [(FLOAT, FLOAT), (HALF, HALF), (FLOAT, HALF)]
+
+
+def made(m: int, n: int, r: int, s: int, dtypes: tuple[torch.dtype, torch.dtype]) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator(device="cuda").manual_seed(m + n)
+    grad = torch.randn(m, n, device="cuda", generator=generator).bfloat16()
+    left = torch.linalg.qr(torch.randn(m, r, device="cuda", generator=generator)).Q.to(dtypes[0]).contiguous()
+    right = torch.linalg.qr(torch.randn(n, s, device="cuda", generator=generator)).Q.to(dtypes[1]).contiguous()
+    return grad, left, right
+
+
+def exact_of(grad: Tensor, left: Tensor, right: Tensor, block: bool) -> Tensor:
+    G, U, V = grad.double(), left.double(), right.double()
+    if block:
+        return G - U @ (U.mT @ G @ V) @ V.mT
+    once = G - U @ (U.mT @ G)
+    return once - (once @ V) @ V.mT
+
+
+def near(out: Tensor, exact: Tensor, given: Tensor) -> None:
+    """Within the rounding of the result and 1e-5 of what was given."""
+    rounding = (exact.bfloat16().double() - exact).norm()
+    assert (out.double() - exact).norm() <= 1.02 * rounding + 1e-5 * given.double().norm()
+
+
+@pytest.mark.parametrize("block", [False, True])
+@pytest.mark.parametrize("dtypes", DTYPES)
+@pytest.mark.parametrize(("m", "n", "r", "s"), SHAPES)
+def test_values(m: int, n: int, r: int, s: int, dtypes: tuple[torch.dtype, torch.dtype], block: bool) -> None:
+    grad, left, right = made(m, n, r, s, dtypes)
+    given = grad.clone()
+    torch.ops.sculpt._cuda_project_(grad, left, right, block=block)
+    near(grad, exact_of(given, left, right, block), given)
+
+
+def test_a_matrix_of_which_next_to_nothing_is_left() -> None:
+    """Coefficients in one bfloat16 part would leave 6e-4 of it."""
+    _, left, right = made(1024, 2048, 64, 64, (FLOAT, FLOAT))
+    grad = left @ torch.randn(64, 2048, device="cuda") + torch.randn(1024, 64, device="cuda") @ right.mT
+    grad = grad.bfloat16()
+    given = grad.clone()
+    torch.ops.sculpt._cuda_project_(grad, left, right)
+    near(grad, exact_of(given, left, right, False), given)
+
+
+@pytest.mark.parametrize("block", [False, True])
+@pytest.mark.parametrize("dtypes", DTYPES[:2])
+def test_it_is_the_same_to_the_bit_every_time(dtypes: tuple[torch.dtype, torch.dtype], block: bool) -> None:
+    grad, left, right = made(4096, 4096, 64, 64, dtypes)
+    first = grad.clone()
+    torch.ops.sculpt._cuda_project_(first, left, right, block=block)
+    again = torch.empty_like(grad)
+    for _ in range(200):
+        again.copy_(grad)
+        torch.ops.sculpt._cuda_project_(again, left, right, block=block)
+        assert torch.equal(first, again)
+
+
+def test_a_graph() -> None:
+    grad, left, right = made(1024, 2048, 32, 16, (HALF, HALF))
+    eager = grad.clone()
+    torch.ops.sculpt._cuda_project_(eager, left, right)
+    torch.cuda.synchronize()
+    work, graph = grad.clone(), torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        torch.ops.sculpt._cuda_project_(work, left, right)
+    work.copy_(grad)
+    graph.replay()
+    assert torch.equal(work, eager)
+
+
+@pytest.mark.parametrize(
+    ("change", "flags", "words"),
+    [
+        (lambda g, u, v: (g.half(), u, v), {}, "grad: wanted dtype bfloat16"),
+        (lambda g, u, v: (g, torch.eye(512, 256, device="cuda"), v), {}, "left, right: wanted ranks of 1 to 128"),
+        (lambda g, u, v: (g, u, v[:-1]), {}, "right: wanted shape"),
+        (lambda g, u, v: (g, u, v), {"keep_left": True}, "keep_left, keep_right: wanted only with one basis"),
+        (lambda g, u, v: (g, u, None), {"block": True}, "block: wanted only with both bases"),
+        (lambda g, u, v: (g, u, None), {"keep_right": True}, "keep_right: wanted only with a right basis"),
+        (lambda g, u, v: (g, None, None), {}, "left, right: wanted at least one basis"),
+    ],
+)
+def test_what_they_cannot_do_is_refused_before_anything_is_written(
+    change: object, flags: dict[str, bool], words: str
+) -> None:
+    assert callable(change)
+    grad, left, right = change(*made(512, 640, 64, 32, (FLOAT, FLOAT)))
+    before = grad.clone()
+    with pytest.raises(RuntimeError, match=words):
+        torch.ops.sculpt._cuda_project_(grad, left, right, **flags)
+    assert torch.equal(grad, before)
