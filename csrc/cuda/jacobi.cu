@@ -1,10 +1,10 @@
 // SVD of a batch of small float32 matrices by one-sided Jacobi rotations (common/jacobi.h), one block a matrix.
 //
-// Moves 16 q^2 bytes of a matrix to and from memory; everything else happens in shared memory: the matrix and the second
+// Moves 12 q^2 bytes of a matrix to and from memory; everything else happens in shared memory: the matrix and the second
 // factor, 8 q (q + 1) bytes, 204 KB at q = 160. A sweep reads the first once for each of its q - 1 rounds, and reads and
-// writes both where columns are turned: up to 16 q^3 bytes, 3200 clocks of shared memory a round at q = 160, which bounds the
-// kernel; 3 to 11 q^3 operations. Calculated from that alone for 224 matrices on an H100, eight sweeps that turn: 4 ms at
-// q = 144, where a multiprocessor has one block, 0.6 ms at q = 80, where it has two.
+// writes both where columns are turned: up to 16 q^3 bytes, 3200 clocks of shared memory a round at q = 160, which bounds
+// the kernel; 3 to 11 q^3 operations. Calculated from that alone for 224 matrices on an H100, eight sweeps that turn:
+// 3.5 ms at q = 144, where a multiprocessor has one block, 0.6 ms at q = 80, where it has two.
 //
 // Where a block may not have that much (163 KB on sm_80: from q = 144 on) the second factor lies in global memory, for
 // all matrices together 23 MB at most that stay in L2: rotations touch it less often than the matrix, and the
@@ -12,7 +12,8 @@
 //
 // A warp has a pair of columns, its lanes the rows; sums go through shuffles in one fixed order and there are no atomics:
 // the same to the bit every time. Nothing is read back by the host, so that a CUDA graph can hold it: the sweeps end on
-// the device. NOT YET RUN ON A GPU: it compiles, and dispatch does not choose it.
+// the device. NOT YET RUN ON A GPU: it compiles, its threads have been run one after the other on the CPU
+// (tests/cuda/test_jacobi_emulated.py), and dispatch does not choose it.
 #include "cuda/jacobi.h"
 
 #include <cuda_runtime.h>
