@@ -71,14 +71,17 @@ def test_importance_is_measured_on_rows_of_the_task_before(
         return derive(model, batches=given[-1], **arguments)
 
     monkeypatch.setattr(Subspaces, "from_model", spy)
-    monkeypatch.setattr("sculpt_ops.continual.methods.sculpt.MEASURED_ROWS", 5)
+    for name, value in {"MEASURED_ROWS": 5, "BATCH_ROWS": 3}.items():
+        monkeypatch.setattr(f"sculpt_ops.continual.methods.sculpt.{name}", value)
     result = train(TrainConfig(**short, output=tmp_path / "out", protect=Importance(0.2, 0.6)), quiet=True)
     assert result.config["protect"] == "importance:0.2:0.6"
     rows = encode_task(toy_tasks[0], tokenizer, short["max_length"], seq2seq=False).train
     training = {tuple(row.prompt + row.answer) for row in rows}
     for batches in given:
-        seen = {tuple(batch["input_ids"][0].tolist()) for batch in batches}
-        assert len(seen) == len(batches) == 5
+        kept = [zip(batch["input_ids"], batch["attention_mask"].bool(), strict=True) for batch in batches]
+        seen = {tuple(ids[mask].tolist()) for rows_of in kept for ids, mask in rows_of}
+        assert len(seen) == 5
+        assert len(batches) == 2
         assert seen <= training
     ranks = {layer["rank"] for layer in result.learned[1].layers.values()}
     assert len(ranks) > 1

@@ -108,6 +108,11 @@ class OLora(Lora):
     sum of |A_i Aᵀ| over all entries and earlier tasks i (Wang et al., Findings of EMNLP 2023, arXiv 2310.14152).
     Earlier adapters are in the weights, which stay as they are."""
 
+    def __init__(self) -> None:
+        super().__init__()
+        # Names of matrices of one shape, and of each the A of all earlier tasks, one below the other.
+        self._earlier: list[tuple[list[str], Tensor]] = []
+
     def begin_task(self, context: TaskContext) -> None:
         self._lambda = context.config.olora_lambda
         self._task = context.index
@@ -116,12 +121,24 @@ class OLora(Lora):
     def _restore(self, model: Any) -> None:
         """Every task's adapter is new."""
         self._kept = {key: factor.to(model.device) for key, factor in self._kept.items()}
+        earlier: dict[str, list[Tensor]] = {}
+        for key, factor in self._kept.items():
+            earlier.setdefault(key.partition(":")[2], []).append(factor)
+        # Of one shape together: a product for every matrix and earlier task would take longer than the step.
+        alike: dict[torch.Size, dict[str, Tensor]] = {}
+        for name, factors in earlier.items():
+            joined = torch.cat(factors)
+            alike.setdefault(joined.shape, {})[name] = joined
+        self._earlier = [(list(group), torch.stack(list(group.values()))) for group in alike.values()]
 
     def penalty(self, model: Any) -> Tensor | None:
-        if not self._kept:
+        if not self._earlier:
             return None
         factors = dict(_factors(model))
-        terms = [(earlier @ factors[key.partition(":")[2]].T).abs().sum() for key, earlier in self._kept.items()]
+        terms = []
+        for names, earlier in self._earlier:
+            own = torch.stack([factors[name] for name in names])
+            terms.append((earlier @ own.mT).abs().sum())
         return self._lambda * torch.stack(terms).sum()
 
     def end_task(self, context: TaskContext) -> None:
