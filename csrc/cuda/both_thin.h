@@ -57,12 +57,12 @@ __global__ void __launch_bounds__(kPanelThreads, thin_blocks(RANK_TILES))
   load_basis<RANK_TILES>(high, p.right_high, first_column, n, kColumns);
   if constexpr (SPLIT) load_basis<RANK_TILES>(low, p.right_low, first_column, n, kColumns);
   load(begin, 0);
-  end_group_of_copies();
+  close_group();
 
   float y[RANK_TILES][4][4] = {};
   for (int panel = begin, turn = 0; panel < end; ++panel, turn ^= 1) {
     if (panel + 1 < end) load(panel + 1, turn ^ 1);
-    end_group_of_copies();
+    close_group();
     wait_for_groups<1>();
     __syncthreads();
     Half* here = panels + turn * kRows * kColumns;

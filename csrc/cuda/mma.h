@@ -11,34 +11,6 @@ __device__ inline uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
 
-// A fragment of X (16 x 16) stored as rows of X, `pitch` elements apart; `x` points to its first element.
-__device__ inline void load_rows(uint32_t (&a)[4], const __nv_bfloat16* x, int64_t pitch, int lane) {
-  const __nv_bfloat16* row = x + (lane & 15) * pitch + (lane >> 4) * 8;
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-               : "=r"(a[0]), "=r"(a[1]), "=r"(a[2]), "=r"(a[3])
-               : "r"(shared_address(row))
-               : "memory");
-}
-
-// A fragment of Xᵀ (16 x 16), X being stored by rows as above.
-__device__ inline void load_transposed(uint32_t (&a)[4], const __nv_bfloat16* x, int64_t pitch, int lane) {
-  // The four 8 x 8 blocks of Xᵀ in the order of the fragment: (0, 0), (8, 0), (0, 8), (8, 8); of X the transposed ones.
-  const __nv_bfloat16* row = x + ((lane & 7) + (lane >> 4) * 8) * pitch + ((lane >> 3) & 1) * 8;
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
-               : "=r"(a[0]), "=r"(a[1]), "=r"(a[2]), "=r"(a[3])
-               : "r"(shared_address(row))
-               : "memory");
-}
-
-// B fragment of Y (16 x 8), stored by rows.
-__device__ inline void load_columns(uint32_t (&b)[2], const __nv_bfloat16* y, int64_t pitch, int lane) {
-  const __nv_bfloat16* row = y + (lane & 15) * pitch;
-  asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0, %1}, [%2];"
-               : "=r"(b[0]), "=r"(b[1])
-               : "r"(shared_address(row))
-               : "memory");
-}
-
 // c += a b. c[0], c[1]: row lane / 4, columns 2 (lane % 4) and the next; c[2], c[3]: eight rows below.
 __device__ inline void multiply_add(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
   asm volatile(
@@ -61,11 +33,6 @@ __device__ inline void wait_for_groups() {
   asm volatile("cp.async.wait_group %0;" ::"n"(NEWER) : "memory");
 }
 
-__device__ inline void wait_for_copies() {
-  close_group();
-  wait_for_groups<0>();
-}
-
 // Four 8 x 8 blocks, as stored or each transposed: eight lanes in turn give the
 // addresses in shared memory of the rows, 16 bytes each, of one block.
 __device__ inline void load_four(uint32_t (&x)[4], uint32_t row) {
@@ -86,14 +53,6 @@ __device__ inline void load_four_transposed(uint32_t (&x)[4], uint32_t row) {
 __device__ inline void multiply_add(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   const uint32_t b[2] = {b0, b1};
   multiply_add(c, a, b);
-}
-
-// Copies into the next buffer go on while the last ones are waited for: all groups but the newest `LATER`.
-__device__ inline void end_group_of_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-
-template <int LATER>
-__device__ inline void wait_for_groups() {
-  asm volatile("cp.async.wait_group %0;" ::"n"(LATER) : "memory");
 }
 
 }  // namespace sculpt

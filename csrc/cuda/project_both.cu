@@ -151,12 +151,12 @@ __global__ void __launch_bounds__(kPanelThreads, RANK_TILES <= 2 ? 2 : 1)
     load_basis<RANK_TILES>(columns + kSlice, p.column_low, first_column, n, kColumns);
   }
   load(begin, 0);
-  end_group_of_copies();
+  close_group();
 
   const int row = warp % (ROW_TILES / 2) * 32, column = warp / (ROW_TILES / 2) * 8 * kTiles;
   for (int panel = begin, turn = 0; panel < end; ++panel, turn ^= 1) {
     if (panel + 1 < end) load(panel + 1, turn ^ 1);
-    end_group_of_copies();
+    close_group();
     wait_for_groups<1>();
     __syncthreads();
     const Half* factors = rows + turn * rows_each;

@@ -66,7 +66,7 @@ inline void copy_async(void* to, const void* from) {
   emulated::current->open.push_back({to, from});
 }
 
-inline void end_group_of_copies() {
+inline void close_group() {
   emulated::current->groups.push_back(std::move(emulated::current->open));
   emulated::current->open.clear();
 }
