@@ -106,12 +106,23 @@ __global__ void __launch_bounds__(kPanelThreads, 2) project_right(__nv_bfloat16*
       reinterpret_cast<float4*>(sum)[i] = sum_of_parts(part, block * slice + i, blocks);
     // Sums are whole, and no block still reads this panel's parts.
     cluster_barrier();
-#pragma unroll 4
-    for (int i = thread; i < kRows * kRanks / 4; i += kPanelThreads) {
-      const float4 value = of_block(sum, i / slice, i % slice);
-      const int row = 4 * i / kRanks, column = sum_column<RANK_TILES>(row, 4 * i % kRanks);
-      const int place = basis_place<RANK_TILES>(row, column / 8) + column % 8;
-      store_parts(factor_high + place, factor_low + place, value);
+    // Up to four reads of other blocks' memory on their way at once.
+    constexpr int kEach = kRows * kRanks / 4 / kPanelThreads, kAtOnce = kEach > 4 ? 4 : kEach > 1 ? kEach : 1;
+#pragma unroll 1
+    for (int first = thread; first < kRows * kRanks / 4; first += kAtOnce * kPanelThreads) {
+      float4 values[kAtOnce];
+#pragma unroll
+      for (int j = 0; j < kAtOnce; ++j) {
+        const int i = first + j * kPanelThreads;
+        values[j] = of_block(sum, i / slice, i % slice);
+      }
+#pragma unroll
+      for (int j = 0; j < kAtOnce; ++j) {
+        const int i = first + j * kPanelThreads;
+        const int row = 4 * i / kRanks, column = sum_column<RANK_TILES>(row, 4 * i % kRanks);
+        const int place = basis_place<RANK_TILES>(row, column / 8) + column % 8;
+        store_parts(factor_high + place, factor_low + place, values[j]);
+      }
     }
     __syncthreads();
 
