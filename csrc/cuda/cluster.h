@@ -1,7 +1,5 @@
-// Blocks of a cluster that write into each other's shared memory: stores that announce themselves to a barrier there.
-//
-// Not barrier.cluster: to release what was stored before, it waits for every outstanding access to memory, global stores
-// and loads included, 3 us at a time on an H200 that has a copy to do meanwhile (MEMBAR.ALL.GPU in its code).
+// Clusters of blocks and each other's shared memory: stores that announce themselves to a barrier there, and the barrier
+// of all.
 #pragma once
 #include <cooperative_groups.h>
 
@@ -66,10 +64,16 @@ __device__ inline int cluster_rank() {
 #endif
 }
 
-// All threads of all blocks. Slow: see above.
+// Every thread of the cluster comes here before one goes on, and sees what the others wrote to shared memory; nothing is
+// said of global memory. `cluster_group::sync` says it of that too, by a MEMBAR of the whole GPU, which waits until the
+// panel before has been written; this compiles to one of the block.
 __device__ inline void cluster_barrier() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  cooperative_groups::this_cluster().sync();
+  asm volatile(
+      "fence.release.sync_restrict::shared::cta.cluster;\n"
+      "barrier.cluster.arrive.relaxed.aligned;\n"
+      "barrier.cluster.wait.acquire.aligned;\n"
+      "fence.acquire.sync_restrict::shared::cluster.cluster;" ::: "memory");
 #else
   __syncthreads();
 #endif

@@ -264,17 +264,22 @@ struct Correction {
                         int lane) const {
     __nv_bfloat16* first = panel + (row + lane / 4) * chunks * 8 + 2 * (lane % 4);
 #pragma unroll
-    for (int t = 0; t < TILES; ++t)
+    for (int t = 0; t < TILES; ++t) {
+      __nv_bfloat162* places[4];
+      __nv_bfloat162 old[4];
+      // Four reads, then four writes: the compiler cannot know that they do not meet.
 #pragma unroll
-      for (int i = 0; i < 2; ++i)
+      for (int j = 0; j < 4; ++j) {
+        places[j] = reinterpret_cast<__nv_bfloat162*>(first + 64 * j * chunks + ((column / 8 + t) ^ (lane / 4)) * 8);
+        old[j] = *places[j];
+      }
 #pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          const int at = (16 * i + 8 * half) * chunks * 8 + ((column / 8 + t) ^ (lane / 4)) * 8;
-          auto* place = reinterpret_cast<__nv_bfloat162*>(first + at);
-          const float2 old = __bfloat1622float2(*place);
-          const float x = sums[i][t][2 * half], y = sums[i][t][2 * half + 1];
-          *place = keep ? __floats2bfloat162_rn(x, y) : __floats2bfloat162_rn(old.x - x, old.y - y);
-        }
+      for (int j = 0; j < 4; ++j) {
+        const float2 was = __bfloat1622float2(old[j]);
+        const float x = sums[j / 2][t][j % 2 * 2], y = sums[j / 2][t][j % 2 * 2 + 1];
+        *places[j] = keep ? __floats2bfloat162_rn(x, y) : __floats2bfloat162_rn(was.x - x, was.y - y);
+      }
+    }
     __syncwarp();
 #pragma unroll 1
     for (int i = 0; i < TILES; ++i) {
