@@ -44,7 +44,7 @@ def library(name: str, kernel: str, folder: Path) -> ctypes.CDLL:
     toolkit = re.findall(r'"-I([^"]+)"', said)
     includes = [f"-I{path}" for path in (EMULATION, folder, ROOT / "csrc", *toolkit)]
     target = folder / f"{name}.so"
-    flags = ["-O1", "-std=c++17", "-fPIC", "-shared", "-w", f"-D{name.upper()}"]
+    flags = ["-O1", "-std=c++17", "-fPIC", "-shared", "-w", "-fno-gnu-unique", f"-D{name.upper()}"]
     run = subprocess.run(
         ["g++", *flags, *includes, str(EMULATION / "driver.cpp"), "-o", str(target)], capture_output=True, text=True
     )
