@@ -13,10 +13,11 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
+from .cuda_limits import why_not_cuda
 from .heuristics import choose, forced_backend, gpu_of, triton_missing
 from .library_products import project_cublas
 
-__all__ = ["cuda_missing", "project_cuda", "project_into", "project_triton"]
+__all__ = ["cuda_missing", "project_cuda", "project_into", "project_triton", "why_not_cuda"]
 
 
 def _flat(tensor: Tensor) -> Tensor | None:
@@ -96,13 +97,12 @@ def project_cuda(
     why = cuda_missing()
     if why is not None:
         return why
-    work = grad if out is grad else grad.clone()
-    try:
-        torch.ops.sculpt._cuda_project_(work, left, right, keep_left=keep_left, keep_right=keep_right, block=block)
-    except RuntimeError as error:
-        return str(error)
-    if work is not out:
-        out.copy_(work)
+    why = why_not_cuda(out, left, right, keep_left, keep_right, block)
+    if why is not None:
+        return why
+    if out is not grad:
+        out.copy_(grad)
+    torch.ops.sculpt._cuda_project_(out, left, right, keep_left=keep_left, keep_right=keep_right, block=block)
     return None
 
 
