@@ -53,8 +53,9 @@ def test_a_dry_run_writes_everything(results: tuple[Path, str]) -> None:
     assert " passed" in found["stages"][0]["tail"]
     assert " failed" not in found["stages"][0]["tail"]
     assert {row["table"] for row in found["rows"]} == {"model", "optimizer", "decomposition", "projection"}
-    kinds = {(row["kind"], row["dtype"]) for row in found["rows"] if row["table"] == "projection"}
-    assert kinds == {(kind, dtype) for kind in ("left", "right", "both", "block") for dtype in ("bfloat16", "float32")}
+    kinds = {(row["kind"], row["dtype"], row["basis"]) for row in found["rows"] if row["table"] == "projection"}
+    dtypes = (("bfloat16", "bfloat16"), ("bfloat16", "float32"), ("float32", "float32"))
+    assert kinds == {(kind, *dtype) for kind in ("left", "right", "both", "block") for dtype in dtypes}
     for row in found["rows"]:
         for name, entry in row["contenders"].items():
             assert "failed" not in entry, (name, entry)
