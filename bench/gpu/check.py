@@ -38,13 +38,17 @@ SANITIZED = (PYTHON, "bench/gpu/small_shapes.py")
 
 
 class Stage(NamedTuple):
-    """seconds: at most. needs: a program it cannot do without. report: a JSON file that it writes, for the results."""
+    """seconds: at most. needs: a program it cannot do without. report: a JSON file that it writes, for the results.
+
+    reserve: seconds that it leaves to the stages after it, should those before it have taken long.
+    """
 
     name: str
     command: tuple[str, ...]
     seconds: float
     needs: str | None = None
     report: Path | None = None
+    reserve: float = 0.0
 
 
 def stages(device: str, output: Path, limit: float, scratch: Path) -> list[list[Stage]]:
@@ -61,18 +65,20 @@ def stages(device: str, output: Path, limit: float, scratch: Path) -> list[list[
         ]
     without = ("--no-build-isolation", "--no-deps")
     sanitizer = ("compute-sanitizer", "--error-exitcode", "9", "--tool")
-    build = Stage(
-        "build", (PYTHON, "-m", "pip", "install", "-q", "--no-index", *without, "--editable", "."), limit * 0.4
-    )
-    both = min(150.0, limit / 3)
-    together = [
-        Stage("tests", (*tests, *GPU_TESTS), both, report=report),
-        *(Stage(tool, (*sanitizer, tool, *SANITIZED), both, "compute-sanitizer") for tool in ("memcheck", "racecheck")),
-    ]
+    build = (PYTHON, "-m", "pip", "install", "-q", "--no-index", *without, "--editable", ".")
+    both, reserve = min(150.0, limit / 3), limit * 0.27
+    times = "1000" if limit > 300 else "300"
     return [
-        [build],
-        together,
-        [Stage("repeatability", (*bench, "--repeat", "1000"), min(25.0, limit / 15))],
+        # Without it there is nothing to test: it may take time from the others.
+        [Stage("build", build, min(150.0, limit * 0.6))],
+        [
+            Stage("tests", (*tests, *GPU_TESTS), both, report=report, reserve=reserve),
+            *(
+                Stage(tool, (*sanitizer, tool, *SANITIZED), both, "compute-sanitizer", reserve=reserve)
+                for tool in ("memcheck", "racecheck")
+            ),
+        ],
+        [Stage("repeatability", (*bench, "--repeat", times), min(25.0, limit / 10), reserve=limit * 0.2)],
         [Stage("benchmarks", (*bench, "--output", str(output), "--seconds", "{early}"), limit)],
     ]
 
@@ -95,7 +101,7 @@ def run(command: Sequence[str], seconds: float, environment: dict[str, str]) -> 
 def run_stage(stage: Stage, most: float, environment: dict[str, str]) -> dict[str, Any]:
     if stage.needs is not None and shutil.which(stage.needs) is None:
         return {"stage": stage.name, "result": "skipped", "why": f"no {stage.needs} here"}
-    seconds = min(stage.seconds, most)
+    seconds = min(stage.seconds, most - stage.reserve)
     if seconds < 1:
         return {"stage": stage.name, "result": "skipped", "why": "no time left"}
     # Tests stop by themselves just before that; benchmarks begin late, end the row that they are at, and draw.

@@ -132,7 +132,9 @@ def shown(report: dict[str, Any]) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--workers", type=int, default=max(1, (os.cpu_count() or 1) - 2), help="processes")
+    # Each has a CUDA context of half a gigabyte and more.
+    cores = len(os.sched_getaffinity(0))
+    parser.add_argument("--workers", type=int, default=max(1, min(14, cores - 2)), help="processes")
     parser.add_argument("--seconds", type=float, default=600.0, help="until all are stopped")
     parser.add_argument("--report", type=Path, help="file for counts, failures and crashes, as JSON")
     parser.add_argument("arguments", nargs="+", help="files, and after -- options of pytest")

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections import Counter, defaultdict
+import sys
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +23,13 @@ TAIL = 1500
 
 
 def spread(names: list[str]) -> list[int]:
-    """An order of the tests with these ids in which the tests of a file are evenly spread: where time runs out, all
-    files have had the same share."""
-    files = [name.partition("::")[0] for name in names]
-    totals, seen = Counter(files), defaultdict[str, int](int)
+    """An order of the tests with these ids that takes a test of each file in turn: where time runs out, short files are
+    through and of long ones as many tests have run."""
+    seen = defaultdict[str, int](int)
     keys = []
-    for i, file in enumerate(files):
-        keys.append(((seen[file] + 0.5) / totals[file], i))
+    for i, name in enumerate(names):
+        file = name.partition("::")[0]
+        keys.append((seen[file], i))
         seen[file] += 1
     return [i for _, i in sorted(keys)]
 
@@ -48,7 +49,7 @@ def taken(index: int) -> bool:
 
 
 def ruined() -> bool:
-    torch = __import__("sys").modules.get("torch")
+    torch = sys.modules.get("torch")
     if torch is None or not torch.cuda.is_initialized():
         return False
     try:

@@ -97,10 +97,12 @@ def run(
     }
     setting = Setting(device, ceilings, small, begin)
     left = enumerate(cases(setting.models, small))
+    shares = 1.0
     for name, share, table in tables(left):
-        setting.deadline = (
-            begin + seconds if share is None else min(time.monotonic() + share * seconds, begin + seconds)
-        )
+        # Of what is left, as the row at which a table stops may take long; after the last share all of it.
+        now, end = time.monotonic(), begin + seconds
+        setting.deadline = now + (end - now) * share / shares if share else end
+        shares -= share
         for _ in range(FAILURES):
             try:
                 for row in table(setting):
@@ -123,16 +125,17 @@ def run(
     return result
 
 
-def tables(left: Iterator[tuple[int, Case]]) -> list[tuple[str, float | None, Callable[[Setting], Iterator[Row]]]]:
-    """In order, with the share of the time that each has at most: none is left out for another's sake. What they leave
-    is for more single projections."""
+def tables(left: Iterator[tuple[int, Case]]) -> list[tuple[str, float, Callable[[Setting], Iterator[Row]]]]:
+    """In order, with the share of the time that each has: none is left out for another's sake. What they leave is for
+    more single projections."""
+    foremost = islice(left, FIRST_ROWS)
     return [
-        ("projections", 0.5, lambda setting: projections(setting, islice(left, FIRST_ROWS))),
+        ("projections", 0.5, lambda setting: projections(setting, foremost)),
         ("decompositions", 0.12, decompositions),
         ("small_svds", 0.08, small_svds),
         ("models", 0.2, models),
         ("optimizer_step", 0.1, optimizer_step),
-        ("projections", None, lambda setting: projections(setting, left)),
+        ("projections", 0.0, lambda setting: projections(setting, left)),
     ]
 
 

@@ -17,9 +17,9 @@ __all__ = ["Ceilings", "Contender", "backend", "copies_beyond_l2", "measure", "m
 # Calls of a round shorter than this are captured and replayed: a launch from Python takes tens of microseconds.
 GRAPH_SECONDS = 1e-3
 ROUNDS = 5
-# A call longer than this is timed twice only, and one that is so by its nature and takes seconds is not warmed up.
+# A call longer than this is timed twice only, and one that is so by its nature and takes long is not warmed up.
 SLOW_SECONDS = 60e-3
-ONCE_SECONDS = 1.0
+ONCE_SECONDS = 0.5
 
 
 def synchronize(device: torch.device) -> None:
@@ -53,7 +53,7 @@ def copies_beyond_l2(bytes_of_one: int, device: torch.device) -> int:
 class Contender:
     """call(i) works on the i-th of the rotating inputs. backend: SCULPT_BACKEND while it runs.
 
-    once: it compiles nothing, so that where the first call takes seconds, its time is the result.
+    once: it compiles nothing, so that where the first call takes long, its time is the result.
     """
 
     name: str

@@ -56,6 +56,17 @@ def _not_a_basis(name: str, basis: Tensor, grad: Tensor, rows: int) -> str | Non
     return _not_plain(name, basis)
 
 
+@cache
+def _both_fit(m: int, n: int, r: int, s: int, split: bool, block: bool, gpu: CudaFacts) -> bool:
+    plan = _host.both_panels(m, n, r, s, split, block, gpu.multiprocessors, gpu.shared_bytes, gpu.capability >= 90)
+    return plan is not None
+
+
+@cache
+def _side_fits(length: int, extent: int, r: int, split: bool, gpu: CudaFacts) -> bool:
+    return _host.side_panels(length, extent, r, split, gpu.multiprocessors) is not None
+
+
 def why_not_cuda(
     grad: Tensor, left: Tensor | None, right: Tensor | None, keep_left: bool, keep_right: bool, block: bool
 ) -> str | None:
@@ -92,10 +103,9 @@ def why_not_cuda(
         if facts.capability < 80:
             return "wanted a GPU of capability 8.0 or later"
         ranks = left.shape[1], right.shape[1]
-        multiprocessors, shared_bytes, clusters = facts.multiprocessors, facts.shared_bytes, facts.capability >= 90
-        if _host.both_panels(m, n, *ranks, split, block, multiprocessors, shared_bytes, clusters) is None:
+        if not _both_fit(m, n, *ranks, split, block, facts):
             return (
-                f"left, right: wanted ranks of 1 to {_MAX_RANK} and at most {shared_bytes} bytes of shared "
+                f"left, right: wanted ranks of 1 to {_MAX_RANK} and at most {facts.shared_bytes} bytes of shared "
                 f"memory a block, given ranks {ranks[0]} and {ranks[1]}"
             )
         return None
@@ -103,7 +113,7 @@ def why_not_cuda(
         return "wanted a GPU of capability 9.0 for one side"
     name, basis, length, extent = ("left", left, m, n) if left is not None else ("right", right, n, m)
     assert basis is not None
-    if _host.side_panels(length, extent, basis.shape[1], split, facts.multiprocessors) is None:
+    if not _side_fits(length, extent, basis.shape[1], split, facts):
         return (
             f"{name}: wanted a rank of 1 to {_MAX_RANK} whose rows fit the shared memory of a cluster, given "
             f"{length} rows and rank {basis.shape[1]}"
