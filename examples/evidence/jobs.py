@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from protocol import DATASETS, Protocol, Settings
-from tables import choose
 
 STAGES = ("entry", "dev", "final", "ablation")
 
@@ -50,12 +49,13 @@ def first_jobs(protocol: Protocol, stage: str) -> Iterator[Job]:
                 alone = {**common, "protect": "none", "lr": rate}
                 yield Job("entry", "plain", f"lr {rate:g}", task, 0, (task,), alone)
     if stage in ("dev", "all"):
-        # The first configuration of every method, then the second: a search cut short is cut short for all.
-        for number in range(max(map(len, protocol.configs.values()))):
-            for method, configs in protocol.configs.items():
-                if number < len(configs):
-                    config, own = list(configs.items())[number]
-                    yield Job("dev", method, config, "dev", 0, tuple(protocol.dev_order), {**common, **own})
+        for tier in protocol.tiers:
+            # The first configuration of every method, then the second: a search cut short is cut short for all.
+            for number in range(max(len(protocol.configs[method]) for method in tier)):
+                for method in tier:
+                    if number < len(protocol.configs[method]):
+                        config, own = list(protocol.configs[method].items())[number]
+                        yield Job("dev", method, config, "dev", 0, tuple(protocol.dev_order), {**common, **own})
 
 
 def final_jobs(protocol: Protocol, method: str, config: str) -> list[Job]:
@@ -75,9 +75,9 @@ def ablation_jobs(protocol: Protocol) -> Iterator[Job]:
 class Queue:
     """Jobs without a result, in the order they are to begin.
 
-    After the entry and development runs come those of the comparison, seed by seed and order by order over all methods,
-    so that what is there when time runs out can be compared. A method's wait until all of its configurations are
-    through, others need not wait with it.
+    After the entry and development runs come those of the comparison, seed by seed and order by order over all methods
+    (those of `Protocol.foremost` before the others), so that what is there when time runs out can be compared. A
+    method's wait until all of its configurations are through; others do not wait with it.
     """
 
     def __init__(self, protocol: Protocol, stage: str, results: Path, only: str | None = None) -> None:
@@ -104,19 +104,23 @@ class Queue:
 
     def _next_final(self) -> Job | None:
         self._decide()
-        begins = [jobs[0] for method in self._protocol.configs if (jobs := self._finals.get(method))]
-        if not begins:
-            return None
         places = [(seed, order) for seed in self._protocol.seeds for order in self._protocol.orders]
-        job = min(begins, key=lambda job: places.index((job.seed, job.order)))
-        self._finals[job.method].remove(job)
-        return job
+        for tier in self._protocol.tiers:
+            begins = [jobs[0] for method in tier if (jobs := self._finals.get(method))]
+            if begins:
+                job = min(begins, key=lambda job: places.index((job.seed, job.order)))
+                self._finals[job.method].remove(job)
+                return job
+        return None
 
     def _decide(self) -> None:
         """Choose for the methods whose last development run has ended; one without a result is left out."""
         busy = {job.method for job in (*self._first, *self._running) if job.part == "dev"}
         ready = [method for method in self._undecided if method not in busy]
         if ready:
+            # Only here: with several processes this one begins before torch is there.
+            from tables import choose
+
             chosen = choose(self._results, self._protocol)
             for method in ready:
                 self._undecided.remove(method)

@@ -184,6 +184,18 @@ def test_the_protocol_is_of_settings_that_there_are(modules: dict[str, Any], pro
     assert tuple(protocol.dev_order) not in protocol.orders.values()
 
 
+def test_the_foremost_methods_begin_before_the_others(modules: dict[str, Any], tiny: Any, tmp_path: Path) -> None:
+    queue = modules["jobs"].Queue(replace(tiny, foremost=("sculpt",)), "all", tmp_path)
+    first = [job for job in iter(queue.next, None) if job.part == "dev"]
+    assert [job.method for job in first] == ["sculpt", "plain"]
+    sculpt, plain = first
+    pack_dev(modules, tmp_path, "plain", plain.config, (0.5, 0.5))
+    pack_dev(modules, tmp_path, "sculpt", sculpt.config, (0.5, 0.5))
+    queue.done(plain)
+    queue.done(sculpt)
+    assert [job.method for job in iter(queue.next, None) if job.part == "final"] == ["sculpt", "plain"]
+
+
 @pytest.mark.usefixtures("two_tasks")
 @pytest.mark.parametrize("count", [1, 2])
 def test_the_whole_of_it_on_a_tiny_model(
