@@ -28,7 +28,7 @@ class Protocol:
     """entry_items, dev_items: held-out training rows, to see whether a task enters, and (the first of them) to choose
     configurations on `dev_order`, which the comparison on `orders` does not use. common: settings of every run; lr is
     every configuration's own. configs: by method. ablations: of "sculpt", one thing changed at a time, on `dev_order`.
-    foremost: methods whose runs all begin before those of the others; none means that all go side by side.
+    foremost: methods whose runs begin before those of the others; none means that all go side by side.
     """
 
     train_items: int
