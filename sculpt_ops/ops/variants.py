@@ -145,6 +145,8 @@ def project_into(
         basis.dtype,
         batch=grad.shape[:-2].numel(),
         gpu=gpu_of(grad.device.index if grad.is_cuda else None),
+        triton=triton_missing() is None,
+        cuda=cuda_missing() is None,
     )
     if backend != "cublas":
         run = project_triton if backend == "triton" else project_cuda
