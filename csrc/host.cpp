@@ -142,12 +142,13 @@ PYBIND11_MODULE(_host, m) {
   m.def("jacobi_rotation", &jacobi_rotation, arg("alpha"), arg("beta"), arg("gamma"), arg("q"),
         "Sine, sine / (1 + cosine), and whether columns with these squared norms and this product are turned.");
   m.attr("thresholds") = pybind11::dict(
-      arg("jacobi_proven") = sculpt::kJacobiProven, arg("jacobi_max_size") = sculpt::kJacobiMaxSize,
-      arg("cuda_proven") = sculpt::kCudaProven, arg("max_rank") = sculpt::kMaxRank,
+      arg("cuda_capability") = sculpt::kCudaCapability, arg("cuda_ranks") = sculpt::kCudaRanks,
+      arg("cuda_ranks_float32") = sculpt::kCudaRanksFloat32, arg("least_group") = sculpt::kLeastGroup,
+      arg("panel") = sculpt::kPanel, arg("l2_part") = sculpt::kL2Part, arg("max_rank") = sculpt::kMaxRank,
       arg("max_rank_float32") = sculpt::kMaxRankFloat32, arg("max_rank_float16") = sculpt::kMaxRankFloat16,
-      arg("rank_unit") = sculpt::kRankUnit, arg("panel") = sculpt::kPanel, arg("l2_share") = sculpt::kL2Share,
-      arg("least_fit") = sculpt::kLeastFit, arg("least_capability") = sculpt::kLeastCapability,
-      arg("ops_per_byte_half") = sculpt::kOpsPerByteHalf, arg("ops_per_byte_float32") = sculpt::kOpsPerByteFloat32);
+      arg("least_capability") = sculpt::kLeastCapability, arg("ops_per_byte_half") = sculpt::kOpsPerByteHalf,
+      arg("ops_per_byte_float32") = sculpt::kOpsPerByteFloat32, arg("jacobi_max_size") = sculpt::kJacobiMaxSize,
+      arg("jacobi_proven") = sculpt::kJacobiProven);
   m.attr("torch_version") = TORCH_VERSION;
 #if defined(__VERSION__)
   m.attr("compiler") = __VERSION__;

@@ -137,7 +137,8 @@ class _Inputs:
             raise ValueError(
                 f"batches: none of them runs the layers of {list_names(idle)}; leave these out of targets="
             )
-        if wild := [name for name, total in self._sums.items() if not bool(total.isfinite().all())]:
+        finite = torch.stack([total.isfinite().all() for total in self._sums.values()]).tolist() if self._sums else []
+        if wild := [name for name, good in zip(self._sums, finite, strict=True) if not good]:
             raise ValueError(f"batches: the inputs of {list_names(wild)} are not finite on them")
         return {tuple(n for n in self._widths if self._leaders[n] == leader): s for leader, s in self._sums.items()}
 

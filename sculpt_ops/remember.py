@@ -318,11 +318,11 @@ def _outside(basis: Tensor | None, covariance: Tensor) -> Tensor:
 
 def _missing_rank(covariance: Tensor, rest: Tensor, values: Tensor, energy: float) -> int:
     """How many of the eigenvectors of `rest`, with `values` (ascending), the share `energy` still takes."""
-    total, outside = float(covariance.double().trace()), float(rest.trace())
+    # Read at once, and counted on the CPU: a GPU that others use too is long in answering.
+    total, outside = torch.stack([covariance.double().trace(), rest.trace()]).tolist()
+    squares = values.cpu().flip(0)
     # Below this an eigenvalue is rounding of the float32 sums, whose directions nobody has seen.
-    floor = len(values) * torch.finfo(covariance.dtype).eps * total
-    squares = values.flip(0)
-    squares = squares[squares > floor]
+    squares = squares[squares > len(squares) * torch.finfo(covariance.dtype).eps * total]
     missing = energy * total - (total - outside)
     left = float(squares.sum())
     if missing <= 0 or left <= 0:

@@ -7,7 +7,6 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sculpt_ops import _host
 from sculpt_ops.ops.heuristics import H100, Gpu, choose, gpu_of, stacked
 from sculpt_ops.triton_kernels.panels import max_rank
 
@@ -18,43 +17,49 @@ A100, MI300X, V100 = Gpu(80, False, 108, 40 * 2**20), Gpu(94, True, 304, 4 * 2**
 @pytest.mark.parametrize(
     ("m", "n", "r", "s", "dtype", "basis", "wanted"),
     [
-        (4096, 11008, 64, None, BF16, BF16, "triton"),
-        (4096, 11008, None, 128, BF16, BF16, "cublas"),  # 4096 rows are fewer panels than multiprocessors
-        (11008, 4096, None, 128, BF16, BF16, "triton"),
-        (4096, 11008, 144, None, BF16, BF16, "cublas"),  # arithmetic is the limit
-        (8192, 11008, 64, 80, BF16, BF16, "cublas"),
-        (8192, 11008, 64, 64, BF16, BF16, "triton"),
-        (8192, 11008, 80, None, BF16, F32, "cublas"),
-        (8192, 11008, 64, None, F32, F32, "cublas"),  # 23 % of the second read from L2
-        (4096, 11008, 64, None, F32, F32, "triton"),
-        (8192, 11008, 32, 32, F32, F32, "triton"),  # chunks of columns fit L2 whatever the size
-        (4096, 11008, 48, None, F16, F16, "cublas"),
-        (4096, 11008, 32, None, F16, F16, "triton"),
-        (8192, 11008, 16, None, F64, F64, "cublas"),
-        (8192, 11008, 50, None, BF16, BF16, "cublas"),  # spills registers
-        (28672, 8192, 64, None, BF16, BF16, "cublas"),  # 13 % of the second read from L2
-        (64, 64, 16, None, BF16, BF16, "cublas"),  # two panels
-        (8192, 11008, 0, None, BF16, BF16, "cublas"),
+        (4096, 11008, 16, None, BF16, BF16, "cublas"),  # one pass is slower than two of the library
+        (4096, 11008, None, 64, BF16, F32, "cublas"),
+        (4096, 4096, 16, 16, BF16, BF16, "cuda"),
+        (11008, 4096, 8, 24, BF16, BF16, "cuda"),
+        (4096, 4096, 32, 16, BF16, BF16, "cublas"),
+        (4096, 4096, 32, 32, BF16, F32, "cuda"),
+        (4096, 4096, 48, 32, BF16, F32, "cublas"),
+        (4096, 4096, 16, 16, F16, F16, "cublas"),  # no such kernel
+        (4096, 4096, 16, 16, F32, F32, "cublas"),
+        (4096, 4096, 16, 16, F64, F64, "cublas"),
+        (4096, 4096, 0, None, BF16, BF16, "cublas"),
     ],
 )
-def test_the_choice_on_an_h100(
+def test_the_choice_for_one_matrix(
     m: int, n: int, r: int | None, s: int | None, dtype: torch.dtype, basis: torch.dtype, wanted: str
 ) -> None:
-    assert choose(m, n, r, s, dtype, basis) == wanted
+    assert choose(m, n, r, s, dtype, basis, cuda=True) == wanted
+    assert choose(m, n, r, s, dtype, basis) == "cublas"
+    for gpu in (A100, MI300X, V100):
+        assert choose(m, n, r, s, dtype, basis, gpu=gpu, cuda=True) == "cublas"
 
 
-def test_many_small_matrices_fill_a_gpu() -> None:
-    assert choose(64, 64, 16, None, BF16, BF16, batch=65) == "cublas"
-    assert choose(64, 64, 16, None, BF16, BF16, batch=66) == "triton"
-
-
-def test_the_choice_by_device() -> None:
-    work = (4096, 11008, 64, None, BF16, BF16)
-    assert choose(*work, gpu=A100) == "triton"
-    assert choose(*work, gpu=V100) == "cublas"  # no bfloat16 tensor cores
-    assert choose(*work, gpu=MI300X) == "cublas"  # 4 MB of L2
-    assert choose(11008, 11008, 32, 32, BF16, BF16, gpu=MI300X) == "triton"
-    assert choose(11008, 11008, 64, 64, BF16, BF16, gpu=MI300X) == "cublas"  # half the ranks
+@pytest.mark.parametrize(
+    ("m", "n", "r", "s", "dtypes", "batch", "wanted"),
+    [
+        (576, 1536, 64, 64, (BF16, BF16), 210, "triton"),
+        (1024, 1024, 64, None, (BF16, BF16), 288, "triton"),
+        (576, 1536, 64, 80, (BF16, BF16), 210, "cublas"),  # arithmetic is the limit
+        (576, 1536, 64, 16, (BF16, F32), 210, "cublas"),
+        (576, 1536, 16, 16, (F16, F16), 210, "triton"),
+        (576, 1536, 16, 32, (F16, F16), 210, "cublas"),
+        (576, 1536, 64, 64, (BF16, BF16), 7, "cublas"),  # too few
+        (64, 64, 16, None, (BF16, BF16), 65, "cublas"),  # two panels each, fewer than multiprocessors
+        (64, 64, 16, None, (BF16, BF16), 66, "triton"),
+        (4096, 4096, 16, None, (BF16, BF16), 224, "cublas"),  # the library is faster
+        (4096, 4096, 16, 16, (BF16, BF16), 224, "cublas"),
+    ],
+)
+def test_the_choice_for_many(
+    m: int, n: int, r: int, s: int | None, dtypes: tuple[torch.dtype, torch.dtype], batch: int, wanted: str
+) -> None:
+    assert choose(m, n, r, s, *dtypes, batch=batch, cuda=True) == wanted
+    assert choose(m, n, r, s, *dtypes, batch=batch, gpu=V100, cuda=True) == "cublas"  # no bfloat16 tensor cores
     assert gpu_of(None) == H100
 
 
@@ -70,14 +75,17 @@ def test_the_choice_by_device() -> None:
 def test_no_choice_that_cannot_run(
     m: int, n: int, r: int | None, s: int | None, dtypes: tuple[torch.dtype, torch.dtype], batch: int, gpu: Gpu
 ) -> None:
-    """No CUDA kernel before it has passed on a GPU, none of Triton without it, none of a rank that it refuses."""
-    assert choose(m, n, r, s, *dtypes, batch=batch, gpu=gpu, triton=False, cuda=True) == "cublas"
-    if choose(m, n, r, s, *dtypes, batch=batch, gpu=gpu, cuda=True) == "triton":
+    """None of Triton or CUDA without it, none of a rank that it refuses."""
+    assert choose(m, n, r, s, *dtypes, batch=batch, gpu=gpu, triton=False) == "cublas"
+    chosen = choose(m, n, r, s, *dtypes, batch=batch, gpu=gpu, cuda=True)
+    if chosen == "triton":
         assert max(r or 0, s or 0) <= max_rank(*dtypes, gpu.hip)
+    if chosen == "cuda":
+        assert gpu == H100
+        assert max(r, s) <= 128
 
 
-def test_an_unproven_kernel_is_what_stands_in_the_header() -> None:
-    assert not _host.thresholds["cuda_proven"]
+def test_unknown_types_are_refused() -> None:
     with pytest.raises(ValueError, match="dtype: given 'int8', wanted bfloat16"):
         choose(8, 8, 1, 1, torch.int8, torch.int8)
 

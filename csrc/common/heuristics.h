@@ -1,9 +1,8 @@
 // Which variant projects a matrix on a GPU: pure functions of sizes, types and the device. `sculpt_ops/ops/heuristics.py`
 // calls them through the host module.
 //
-// Every threshold is calculated from published figures (an H100's 3.0 TB/s and 790 TFLOP/s in bf16), none is measured:
-// no kernel here has run on a GPU. They lie below the calculated crossovers, so that a wrong estimate costs a missed gain
-// and not a loss. A results file of `bench/gpu_check.sh` is what may replace them.
+// What is chosen beside library products was measured faster on an H200 (bench/results/nvidia-h200-2026-11-26.json;
+// docs/kernels.md has the rows). Other GPUs were not measured: they take library products for single matrices.
 #pragma once
 #include <algorithm>
 #include <cstdint>
@@ -32,23 +31,25 @@ struct Compiled {
   bool triton, cuda;
 };
 
-// No CUDA C++ kernel has passed its tests on a GPU: none is chosen, SCULPT_BACKEND=cuda alone reaches them.
-constexpr bool kCudaProven = false;
+// The CUDA C++ projections passed their tests on an H200 (tests/cuda/side_checks.py, both_checks.py). On the capability
+// that they passed on they are chosen where they are faster: two sides at small ranks, whose five launches read the matrix
+// twice. The one-pass kernel of one side is not (docs/kernels.md): SCULPT_BACKEND=cuda alone reaches it.
+constexpr int kCudaCapability = 90;
+// Largest r + s, with bases in the matrix's own type and in float32.
+constexpr int64_t kCudaRanks = 32;
+constexpr int64_t kCudaRanksFloat32 = 64;
 
-// Calculated crossovers of one side: r 175 in a matrix's own type, 105 with a float32 operand. The next power of two below
-// them; two sides read the matrix once for both thin products, and r + s has the same bounds.
+// Triton's grouped kernels are chosen for lists of small matrices, where library products take as long to launch as to
+// run; for a 4096 x 4096 they take 1.3 to 2 times as long as the library. At least this many matrices, whose panels of 32
+// fill the GPU, each of at most this part of L2 (5 MB of an H200's 60).
+constexpr int64_t kLeastGroup = 8;
+constexpr int64_t kPanel = 32;
+constexpr int64_t kL2Part = 12;
+// Up to these ranks (r + s) the grouped kernels do not spill registers, and bytes are their limit.
 constexpr int64_t kMaxRank = 128;
 constexpr int64_t kMaxRankFloat32 = 64;
 // A float16 matrix has its second product in float32 altogether: coefficients would overflow.
 constexpr int64_t kMaxRankFloat16 = 32;
-// Kernels of one matrix spill 56 to 240 bytes of registers in some variants at ranks that are no multiple of this.
-constexpr int64_t kRankUnit = 16;
-// A panel is at least this wide; with fewer panels than multiprocessors a part of the GPU is idle.
-constexpr int64_t kPanel = 32;
-// A one-sided panel is read twice, the second time from L2 as far as the panels in flight fit 60 % of it. Below this share
-// the calculated gain on mm + addmm_ (3 / (3 - share) - 1, so 9 %) is within what our kernels may lose to the library's.
-constexpr double kL2Share = 0.6;
-constexpr double kLeastFit = 0.25;
 // bf16 `tl.dot` needs tensor cores of Ampere.
 constexpr int kLeastCapability = 80;
 
@@ -66,25 +67,18 @@ inline int64_t max_triton_rank(Type type, Type basis, bool hip) {
   return hip ? rank / 2 : rank;  // its tiles go through registers to shared memory
 }
 
-// Share of a matrix's one-sided second read that L2 answers: panels of kPanel in flight on every multiprocessor.
-inline double l2_fit(const Work& work, const Gpu& gpu) {
-  const int64_t length = work.r ? work.m : work.n, extent = (work.r ? work.n : work.m) * work.batch;
-  const int64_t panels = std::min<int64_t>((extent + kPanel - 1) / kPanel, gpu.multiprocessors);
-  const double in_flight = double(panels) * double(length) * kPanel * double(size_of(work.type));
-  return in_flight == 0 ? 1.0 : std::min(1.0, kL2Share * double(gpu.l2_bytes) / in_flight);
-}
-
 inline Variant choose(const Work& work, const Gpu& gpu, const Compiled& compiled) {
   const int64_t ranks = work.r + work.s;
   if (work.type == Type::kFloat64 || ranks == 0) return Variant::kCublas;
-  if (compiled.cuda && kCudaProven) return Variant::kCuda;
+  const bool wide = work.basis == Type::kFloat32;
+  if (compiled.cuda && !gpu.hip && gpu.capability == kCudaCapability && work.batch == 1 && work.r && work.s &&
+      work.type == Type::kBFloat16 && ranks <= (wide ? kCudaRanksFloat32 : kCudaRanks))
+    return Variant::kCuda;
   if (!compiled.triton || (!gpu.hip && gpu.capability < kLeastCapability)) return Variant::kCublas;
-  if (ranks > max_triton_rank(work.type, work.basis, gpu.hip)) return Variant::kCublas;
-  if (work.r % kRankUnit || work.s % kRankUnit) return Variant::kCublas;
   const int64_t across = std::min(work.r ? work.n : work.m, work.s ? work.m : work.n);
-  if (across * work.batch < kPanel * gpu.multiprocessors) return Variant::kCublas;
-  const bool one_side = !work.r || !work.s;
-  return one_side && l2_fit(work, gpu) < kLeastFit ? Variant::kCublas : Variant::kTriton;
+  const bool small = work.batch >= kLeastGroup && work.m * work.n * size_of(work.type) <= gpu.l2_bytes / kL2Part &&
+                     (across + kPanel - 1) / kPanel * work.batch >= gpu.multiprocessors;
+  return small && ranks <= max_triton_rank(work.type, work.basis, gpu.hip) ? Variant::kTriton : Variant::kCublas;
 }
 
 // Whether two sides go faster in library products as G - [L, G R - L core] [L^T G; R^T], one read for each thin product and

@@ -22,13 +22,11 @@ def main() -> int:
     os.environ.setdefault("TQDM_DISABLE", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     sys.path.insert(0, str(HERE.parent / "demo"))
-    from data import PARTS, make_tasks
-    from jobs import Queue
+    # What needs torch is imported where it is used: worker processes import it at the same time, not afterwards.
+    from jobs import STAGES, Queue
     from one_gpu import ONE_GPU
     from protocol import DATASETS
     from running import run
-    from smollm2 import model_folder
-    from tables import write_tables
     from two_cores import TWO_CORES
     from workers import work_off
 
@@ -37,15 +35,24 @@ def main() -> int:
     results = arguments.results or HERE / "results" / arguments.scale
     failed = 0
     if not arguments.tables:
-        model = arguments.model or model_folder(CACHE / "sculpt-demo")
-        if not all((work / part / name / "options.json").exists() for part in PARTS for name in DATASETS):
+        model = arguments.model
+        if model is None:
+            from smollm2 import model_folder
+
+            model = model_folder(CACHE / "sculpt-demo")
+        parts = STAGES[:3]
+        if not all((work / part / name / "options.json").exists() for part in parts for name in DATASETS):
             if arguments.data is None:
                 print("--data: wanted the folder of the O-LoRA benchmark (TYPE/DATASET)", file=sys.stderr)
                 return 2
+            from data import make_tasks
+
             make_tasks(arguments.data, model, work, protocol)
         queue = Queue(protocol, arguments.stage, results, arguments.only)
         one = functools.partial(run, model=model, work=work, results=results)
         failed = work_off(queue, one, arguments.jobs, arguments.seconds)
+    from tables import write_tables
+
     write_tables(results, HERE / "README.md", protocol, arguments.scale)
     return 1 if failed else 0
 

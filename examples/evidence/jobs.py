@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 
 from protocol import DATASETS, Protocol, Settings
-from tables import choose
 
 STAGES = ("entry", "dev", "final", "ablation")
 
@@ -41,21 +41,23 @@ class Job:
         return results / self.part / f"{self.name}.json.gz"
 
 
-def first_jobs(protocol: Protocol, stage: str) -> Iterator[Job]:
-    """Those that wait for nothing: each task alone, and every configuration on the development order."""
-    common = dict(protocol.common)
-    if stage in ("entry", "all"):
-        for rate in protocol.entry_rates:
-            for task in DATASETS:
-                alone = {**common, "protect": "none", "lr": rate}
-                yield Job("entry", "plain", f"lr {rate:g}", task, 0, (task,), alone)
-    if stage in ("dev", "all"):
-        # The first configuration of every method, then the second: a search cut short is cut short for all.
-        for number in range(max(map(len, protocol.configs.values()))):
-            for method, configs in protocol.configs.items():
-                if number < len(configs):
-                    config, own = list(configs.items())[number]
-                    yield Job("dev", method, config, "dev", 0, tuple(protocol.dev_order), {**common, **own})
+def entry_jobs(protocol: Protocol) -> Iterator[Job]:
+    """Each task alone."""
+    for rate in protocol.entry_rates:
+        for task in DATASETS:
+            alone = {**protocol.common, "protect": "none", "lr": rate}
+            yield Job("entry", "plain", f"lr {rate:g}", task, 0, (task,), alone)
+
+
+def dev_jobs(protocol: Protocol, methods: Sequence[str]) -> Iterator[Job]:
+    """The first configuration of every method on the development order, then the second: a search cut short is cut
+    short for all."""
+    for number in range(max(len(protocol.configs[method]) for method in methods)):
+        for method in methods:
+            if number < len(protocol.configs[method]):
+                config, own = list(protocol.configs[method].items())[number]
+                settings = {**protocol.common, **own}
+                yield Job("dev", method, config, "dev", 0, tuple(protocol.dev_order), settings)
 
 
 def final_jobs(protocol: Protocol, method: str, config: str) -> list[Job]:
@@ -76,13 +78,17 @@ class Queue:
     """Jobs without a result, in the order they are to begin.
 
     After the entry and development runs come those of the comparison, seed by seed and order by order over all methods,
-    so that what is there when time runs out can be compared. A method's wait until all of its configurations are
-    through, others need not wait with it.
+    so that what is there when time runs out can be compared; a method's wait until all of its configurations are
+    through. All this first for `Protocol.foremost`, where there are such. What has to wait lets the next begin.
     """
 
     def __init__(self, protocol: Protocol, stage: str, results: Path, only: str | None = None) -> None:
         self._protocol, self._results, self._only = protocol, results, only
-        self._first = self._missing(first_jobs(protocol, stage))
+        self._first = [
+            self._missing(dev_jobs(protocol, methods)) if stage in ("dev", "all") else [] for methods in protocol.tiers
+        ]
+        if stage in ("entry", "all"):
+            self._first[0][:0] = self._missing(entry_jobs(protocol))
         self._last = self._missing(ablation_jobs(protocol)) if stage in ("ablation", "all") else []
         # Of every method that has been chosen for; a method's place is that of the protocol.
         self._finals: dict[str, list[Job]] = {}
@@ -91,20 +97,26 @@ class Queue:
 
     def next(self) -> Job | None:
         """The job to begin now; None if there is none, or none that need not wait for others."""
-        job = self._first.pop(0) if self._first else self._next_final()
-        if job is None and not self._undecided and self._last:
-            job = self._last.pop(0)
+        job = self._choose()
         if job is not None:
             self._running.append(job)
         return job
+
+    def _choose(self) -> Job | None:
+        for first, methods in zip(self._first, self._protocol.tiers, strict=True):
+            if first:
+                return first.pop(0)
+            if (job := self._next_final(methods)) is not None:
+                return job
+        return self._last.pop(0) if self._last and not self._undecided else None
 
     def done(self, job: Job) -> None:
         """To be called when a job has ended, well or not."""
         self._running.remove(job)
 
-    def _next_final(self) -> Job | None:
+    def _next_final(self, methods: Sequence[str]) -> Job | None:
         self._decide()
-        begins = [jobs[0] for method in self._protocol.configs if (jobs := self._finals.get(method))]
+        begins = [jobs[0] for method in methods if (jobs := self._finals.get(method))]
         if not begins:
             return None
         places = [(seed, order) for seed in self._protocol.seeds for order in self._protocol.orders]
@@ -114,9 +126,12 @@ class Queue:
 
     def _decide(self) -> None:
         """Choose for the methods whose last development run has ended; one without a result is left out."""
-        busy = {job.method for job in (*self._first, *self._running) if job.part == "dev"}
+        busy = {job.method for job in (*chain(*self._first), *self._running) if job.part == "dev"}
         ready = [method for method in self._undecided if method not in busy]
         if ready:
+            # Only here: with several processes this one begins before torch is there.
+            from tables import choose
+
             chosen = choose(self._results, self._protocol)
             for method in ready:
                 self._undecided.remove(method)

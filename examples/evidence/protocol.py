@@ -28,6 +28,7 @@ class Protocol:
     """entry_items, dev_items: held-out training rows, to see whether a task enters, and (the first of them) to choose
     configurations on `dev_order`, which the comparison on `orders` does not use. common: settings of every run; lr is
     every configuration's own. configs: by method. ablations: of "sculpt", one thing changed at a time, on `dev_order`.
+    foremost: methods whose runs begin before those of the others; none means that all go side by side.
     """
 
     train_items: int
@@ -41,6 +42,13 @@ class Protocol:
     common: Settings
     configs: Mapping[str, Mapping[str, Settings]]
     ablations: Mapping[str, Settings] = field(default_factory=dict)
+    foremost: Sequence[str] = ()
+
+    @property
+    def tiers(self) -> list[list[str]]:
+        """Methods, those that begin first and the others."""
+        others = [method for method in self.configs if method not in self.foremost]
+        return [tier for tier in (list(self.foremost), others) if tier]
 
     @property
     def planned(self) -> int:

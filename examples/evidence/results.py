@@ -16,7 +16,16 @@ from sculpt_ops.continual.result import LearnedTask, Prediction, write_text
 __all__ = ["pack", "read_all", "unpack", "write_text"]
 
 # Of a task's training; per weight only medians are kept.
-_KEPT = ("name", "train_items", "test_items", "note", "steps", "derive_seconds", "train_seconds", "peak_memory_bytes")
+_KEPT: tuple[str, ...] = (
+    "name",
+    "train_items",
+    "test_items",
+    "note",
+    "steps",
+    "derive_seconds",
+    "train_seconds",
+    "peak_memory_bytes",
+)
 _KEPT += ("majority",)
 
 

