@@ -10,7 +10,7 @@ import torch
 
 from sculpt_ops import bench, reference
 from sculpt_ops.bench import command, projections, rows
-from sculpt_ops.bench.timing import Contender, measure
+from sculpt_ops.bench.timing import Ceilings, Contender, measure
 
 SMALL = {"first": (((64, 64), (64, 96)), 1), "second": (((64, 64), (32, 32), (48, 48)), 1)}
 
@@ -78,6 +78,23 @@ def test_no_table_takes_the_time_of_another(monkeypatch: pytest.MonkeyPatch) -> 
     found = bench.run(torch.device("cpu"), 2, True, say=lambda _: None)
     assert not found["complete"]
     assert {row["table"] for row in found["rows"]} == {"projection", *tables}
+
+
+def test_a_short_run_compiles_little() -> None:
+    case = projections.Case("x", 32, 48, 4, torch.bfloat16, torch.float32, "left")
+    names = {}
+    for short in (False, True):
+        setting = rows.Setting(torch.device("cpu"), Ceilings(1.0, 1.0, 1.0), True, time.monotonic() + 60, short)
+        for index in (0, 8, 24):
+            row = projections.projection(setting, index, case)
+            assert row["chosen"] == "cpu"
+            assert row["basis"] == "float32"
+            names[short, index] = set(row["contenders"])
+    always = {"sculpt", "sculpt, cublas", "mm + addmm_"}
+    assert names[False, 24] == always | {"sculpt, triton"}
+    assert names[True, 24] == always
+    assert names[True, 8] == always | {"expression"}
+    assert names[True, 0] == names[False, 0] == names[False, 8] == always | {"sculpt, triton", "expression"}
 
 
 def test_slow_calls_are_timed_less_often() -> None:

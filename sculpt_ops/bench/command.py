@@ -31,6 +31,8 @@ __all__ = ["facts", "main", "repeat", "run"]
 
 # Single projections before the other tables.
 FIRST_ROWS = 60
+# A run shorter than this leaves out what compiles much.
+SHORT_SECONDS = 100.0
 # Rows of a table that may fail before the rest is left out: after some errors every CUDA call fails.
 FAILURES = 5
 
@@ -95,7 +97,7 @@ def run(
         "failed": [],
         "complete": True,
     }
-    setting = Setting(device, ceilings, small, begin)
+    setting = Setting(device, ceilings, small, begin, short=seconds < SHORT_SECONDS)
     left = enumerate(cases(setting.models, small))
     shares = 1.0
     for name, share, table in tables(left):

@@ -20,10 +20,9 @@ __all__ = ["Case", "cases", "projections"]
 RANKS = (64, 16, 128, 512, 2048, 256, 1024, 32)
 KINDS = ("left", "both", "right", "block")
 HALF, SINGLE = torch.bfloat16, torch.float32
-# Rows that have a contender which seldom wins, and which takes time: torch.compile compiles each anew.
-COMPILED, EXPRESSIONS = 2, 24
-# What the tables of a short time have in its place: rows.
-COMPILE_SECONDS = 20.0
+# Rows that have a contender which seldom wins, and which takes time. A short run has no torch.compile, and after a few
+# rows no Triton that was not chosen: a second of compiling each.
+COMPILED, EXPRESSIONS, SHORT_TRITON = 2, 24, 8
 
 
 class Case(NamedTuple):
@@ -89,13 +88,15 @@ def projection(setting: Setting, index: int, case: Case) -> Row:
     def ours(i: int) -> None:
         project_(grads[i], left, right, block=block)
 
+    chosen = chosen_variant(grads[0], left, right, block)
+    triton = not setting.short or chosen == "triton" or index < SHORT_TRITON
     contenders = [
-        *each_variant(ours, device),
+        *each_variant(ours, device, triton),
         Contender("mm + addmm_", lambda i: library(grads[i], left, right, block)),
     ]
     if index < EXPRESSIONS:
         contenders.append(Contender("expression", lambda i: expression(grads[i], left, right, block)))
-    if index < COMPILED and setting.seconds_left() > COMPILE_SECONDS and not setting.small:
+    if index < COMPILED and not (setting.short or setting.small):
         fused = torch.compile(expression, fullgraph=True)
         contenders.append(Contender("torch.compile", lambda i: fused(grads[i], left, right, block)))
     moved, operations = work(kind, m, n, rank, dtype.itemsize)
@@ -110,7 +111,7 @@ def projection(setting: Setting, index: int, case: Case) -> Row:
         "rank": rank,
         "dtype": str(dtype).removeprefix("torch."),
         "basis": str(basis_dtype).removeprefix("torch."),
-        "chosen": chosen_variant(grads[0], left, right, block),
+        "chosen": chosen,
         "floor_us": floor * 1e6,
         "relative_error": error,
         "contenders": entries,

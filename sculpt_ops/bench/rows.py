@@ -47,18 +47,17 @@ TINY: dict[str, Layers] = {"tiny": (((64, 64), (96, 64)), 2)}
 
 @dataclass
 class Setting:
-    """small: sizes for a dry run. deadline: of time.monotonic(); what has not begun by then is left out."""
+    """small: sizes for a dry run. deadline: of time.monotonic(); what has not begun by then is left out. short: there is
+    no time for contenders that compile every row anew."""
 
     device: torch.device
     ceilings: Ceilings
     small: bool
     deadline: float
-
-    def seconds_left(self) -> float:
-        return self.deadline - time.monotonic()
+    short: bool = False
 
     def over(self) -> bool:
-        return self.seconds_left() < 0
+        return time.monotonic() > self.deadline
 
     @property
     def rounds(self) -> int:
@@ -124,9 +123,9 @@ def with_rates(entries: dict[str, Row], floor: float, moved: float, operations: 
     return entries
 
 
-def each_variant(call: Callable[[int], Any], device: torch.device) -> list[Contender]:
+def each_variant(call: Callable[[int], Any], device: torch.device, triton: bool = True) -> list[Contender]:
     """What dispatch chooses, and every variant by itself; one that cannot run says so in its entry."""
-    variants = ["triton", "cublas"] + (["cuda"] if device.type == "cuda" and cuda_missing() is None else [])
+    variants = ["triton"] * triton + ["cublas"] + (["cuda"] if device.type == "cuda" and cuda_missing() is None else [])
     return [Contender("sculpt", call), *(Contender(f"sculpt, {name}", call, name) for name in variants)]
 
 
