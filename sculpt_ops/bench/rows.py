@@ -47,8 +47,10 @@ TINY: dict[str, Layers] = {"tiny": (((64, 64), (96, 64)), 2)}
 
 @dataclass
 class Setting:
-    """small: sizes for a dry run. deadline: of time.monotonic(); what has not begun by then is left out. short: there is
-    no time for contenders that compile every row anew."""
+    """small: sizes for a dry run. deadline: of time.monotonic(); what has not begun by then is left out.
+
+    short: there is no time for contenders that compile every row anew, or take seconds.
+    """
 
     device: torch.device
     ceilings: Ceilings
@@ -214,6 +216,8 @@ def decompositions(setting: Setting) -> Iterator[Row]:
             "torch.svd_lowrank": partial(torch.svd_lowrank, matrix, q + 16),
             "torch.linalg.svd": partial(torch.linalg.svd, matrix, full_matrices=False),
         }
+        if setting.short and min(m, n) > 1024:
+            del calls["torch.linalg.svd"]
         contenders = [contender_of(name, call) for name, call in calls.items()]
         entries = measure(contenders, 1, setting.device, 3)
         # Reading the matrix once for the sketch and twice for each of two power iterations.
