@@ -1,5 +1,5 @@
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 thresholds: dict[str, float]
 torch_version: str
@@ -27,5 +27,16 @@ def swizzled(width: int, row: int, column: int) -> int: ...
 def side_panels(
     length: int, extent: int, r: int, split: bool, multiprocessors: int
 ) -> tuple[int, int, int, int, int, int] | None: ...
+def both_panels(
+    m: int,
+    n: int,
+    r: int,
+    s: int,
+    split: bool,
+    block: bool,
+    multiprocessors: int,
+    shared_bytes: int,
+    clusters: bool,
+) -> dict[str, Any] | None: ...
 def jacobi_rounds(q: int) -> list[list[tuple[int, int]]]: ...
 def jacobi_rotation(alpha: float, beta: float, gamma: float, q: int) -> tuple[float, float, bool]: ...

@@ -20,6 +20,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "bench" / "gpu"))
 
 import check  # noqa: E402
+import run_tests  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -47,12 +48,14 @@ def test_a_dry_run_writes_everything(results: tuple[Path, str]) -> None:
     assert found["failed"] == []
     assert {"device", "torch", "triton", "commit", "driver", "l2_bytes"} <= set(found["machine"])
     assert [stage["stage"] for stage in found["stages"]] == ["tests", "small shapes", "repeatability", "benchmarks"]
+    assert found["stages"][0]["report"]["passed"] > 0
     assert all(stage["result"] == "passed" for stage in found["stages"]), printed
     assert " passed" in found["stages"][0]["tail"]
     assert " failed" not in found["stages"][0]["tail"]
     assert {row["table"] for row in found["rows"]} == {"model", "optimizer", "decomposition", "projection"}
-    kinds = {(row["kind"], row["dtype"]) for row in found["rows"] if row["table"] == "projection"}
-    assert kinds == {(kind, dtype) for kind in ("left", "right", "both", "block") for dtype in ("bfloat16", "float32")}
+    kinds = {(row["kind"], row["dtype"], row["basis"]) for row in found["rows"] if row["table"] == "projection"}
+    dtypes = (("bfloat16", "bfloat16"), ("bfloat16", "float32"), ("float32", "float32"))
+    assert kinds == {(kind, *dtype) for kind in ("left", "right", "both", "block") for dtype in dtypes}
     for row in found["rows"]:
         for name, entry in row["contenders"].items():
             assert "failed" not in entry, (name, entry)
@@ -134,13 +137,104 @@ def test_stages_that_fail_run_out_of_time_or_miss_a_program_are_recorded(tmp_pat
     assert [stage["stage"] for stage in json.loads(path.read_text())["stages"]] == ["a", "b", "c"]
 
 
-def test_the_stages_on_a_gpu_fit_their_nine_minutes() -> None:
-    planned = check.stages("cuda", Path("x"))
-    assert sum(stage.seconds for stage in planned) <= check.LIMIT <= 540
-    for stage in planned:
+@pytest.mark.parametrize("limit", [540.0, 150.0])
+def test_the_stages_on_a_gpu_leave_time_for_the_benchmarks(limit: float) -> None:
+    groups = check.stages("cuda", Path("x"), limit, Path("y"))
+    before = sum(max(stage.seconds for stage in group) for group in groups[:-1])
+    assert before <= 0.8 * limit + 1e-6
+    assert [stage.name for stage in groups[-1]] == ["benchmarks"]
+    for stage in (stage for group in groups for stage in group):
         for word in stage.command:
             assert not word.endswith(".py") or (ROOT / word).exists()
         assert all((ROOT / word).exists() for word in stage.command if word.startswith("tests/"))
+
+
+def test_a_stage_is_told_its_time() -> None:
+    code = (sys.executable, "-c", "import sys; print(sys.argv[1:])", "{left}", "{early}")
+    assert "['18', '15']" in check.run_stage(check.Stage("a", code, 30), 20.5, dict(os.environ))["tail"]
+    assert "['38', '30']" in check.run_stage(check.Stage("a", code, 40), 100, dict(os.environ))["tail"]
+
+
+def test_only_the_stages_that_are_wanted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(check, "stages", lambda *_: [[check.Stage(name, ("true",), 9)] for name in ("a", "b", "c")])
+    monkeypatch.setattr(sys, "argv", ["check", "--output", str(tmp_path), "--stages", "a,c"])
+    assert check.main() == 0
+    stages = json.loads((tmp_path / "stages.json").read_text())["stages"]
+    assert [stage["stage"] for stage in stages] == ["a", "c"]
+    monkeypatch.setattr(sys, "argv", ["check", "--output", str(tmp_path), "--stages", "d"])
+    with pytest.raises(SystemExit):
+        check.main()
+
+
+FAKE = """
+import os, signal, time
+import pytest
+
+@pytest.mark.parametrize("i", range(12))
+def test_plain(i): time.sleep(0.02)
+
+def test_kill(): os.kill(os.getpid(), signal.SIGKILL)
+
+def test_wrong(): assert 1 == 2, "the reason"
+
+def test_left_out(): pytest.skip("not here")
+
+@pytest.fixture(scope="module")
+def once(): return []
+
+@pytest.mark.parametrize("i", range(3))
+def test_module(i, once): once.append(i)
+"""
+
+
+def shared_run(folder: Path, *words: str) -> tuple[int, dict[str, Any], str]:
+    report = folder / "report.json"
+    command = [sys.executable, str(ROOT / "bench/gpu/run_tests.py"), "--workers", "2", "--report", str(report), *words]
+    run = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    assert report.exists(), run.stdout + run.stderr
+    return run.returncode, json.loads(report.read_text()), run.stdout
+
+
+def test_processes_share_tests_and_outlive_one_that_kills_its_own(tmp_path: Path) -> None:
+    (tmp_path / "fake_checks.py").write_text(FAKE)
+    status, report, printed = shared_run(tmp_path, "fake_checks.py")
+    assert status == 1
+    assert (report["collected"], report["passed"], report["failed"], report["skipped"]) == (18, 15, 1, 1)
+    assert [(entry["test"], entry["status"]) for entry in report["crashed"]] == [("fake_checks.py::test_kill", -9)]
+    assert [entry["test"] for entry in report["failures"]] == ["fake_checks.py::test_wrong"]
+    assert "the reason" in report["failures"][0]["why"]
+    assert (report["unfinished"], report["not run"]) == ([], 0)
+    for words in ("CRASHED fake_checks.py::test_kill", "FAILED fake_checks.py::test_wrong", "15 passed, 1 failed"):
+        assert words in printed
+
+
+def test_every_test_is_run_once_and_all_passing_is_success(tmp_path: Path) -> None:
+    (tmp_path / "fake_checks.py").write_text(FAKE)
+    status, report, _ = shared_run(tmp_path, "fake_checks.py", "--", "-k", "plain or module")
+    assert status == 0
+    assert (report["collected"], report["passed"], report["crashed"]) == (15, 15, [])
+
+
+def test_tests_that_there_is_no_time_for_are_counted(tmp_path: Path) -> None:
+    (tmp_path / "fake_checks.py").write_text(
+        "import time\ndef test_long(): time.sleep(60)\ndef test_too(): time.sleep(60)"
+    )
+    (tmp_path / "more_checks.py").write_text("import time\ndef test_last(): time.sleep(60)")
+    status, report, printed = shared_run(tmp_path, "--seconds", "4", "fake_checks.py", "more_checks.py")
+    assert status == run_tests.OUT_OF_TIME
+    assert len(report["unfinished"]) == 2
+    assert report["not run"] == 1
+    assert "2 unfinished, 1 not run" in printed
+
+
+def test_a_file_that_cannot_be_imported_is_a_failure(tmp_path: Path) -> None:
+    (tmp_path / "fake_checks.py").write_text(FAKE)
+    (tmp_path / "broken_checks.py").write_text("import no_such_module")
+    status, report, _ = shared_run(tmp_path, "broken_checks.py", "fake_checks.py", "--", "-k", "plain or module")
+    assert status == 1
+    assert [entry["test"] for entry in report["failures"]] == ["broken_checks.py"]
+    assert "no_such_module" in report["failures"][0]["why"]
+    assert report["passed"] == 15
 
 
 def test_without_a_gpu_the_command_says_so(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,4 +1,7 @@
-"""The stages of bench/gpu_check.sh, each with a share of the 9 minutes; one that fails is recorded, the next begins."""
+"""The stages of bench/gpu_check.sh, each with a share of the 9 minutes; one that fails is recorded, the next begins.
+
+bench/gpu/check.py --seconds 150 --stages build,tests,repeatability,benchmarks
+"""
 
 from __future__ import annotations
 
@@ -9,17 +12,19 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parents[2]
 LIMIT = 540
+OUT_OF_TIME = 124
 TAIL = 4000
 PYTHON = sys.executable
-# Tests of the CPU kernels and of pure functions have nothing to find on a GPU. By path and without conftest.py: a GPU
-# image has pytest, but seldom hypothesis.
+# Tests of the CPU kernels and of pure functions have nothing to find on a GPU.
 GPU_TESTS = (
     "tests/test_on_device.py",
     "tests/triton/kernel_checks.py",
@@ -33,33 +38,42 @@ SANITIZED = (PYTHON, "bench/gpu/small_shapes.py")
 
 
 class Stage(NamedTuple):
-    """seconds: at most. needs: a program it cannot do without."""
+    """seconds: at most. needs: a program it cannot do without. report: a JSON file that it writes, for the results."""
 
     name: str
     command: tuple[str, ...]
     seconds: float
     needs: str | None = None
+    report: Path | None = None
 
 
-def stages(device: str, output: Path) -> list[Stage]:
-    pytest = (PYTHON, "-m", "pytest", "-q", "--noconftest", "-o", "addopts=--import-mode=importlib")
+def stages(device: str, output: Path, limit: float, scratch: Path) -> list[list[Stage]]:
+    """One group after the other, the stages of a group at the same time: only times need the GPU for themselves."""
+    report = scratch / "tests.json"
+    tests = (PYTHON, "bench/gpu/run_tests.py", "--seconds", "{left}", "--report", str(report))
     bench = (PYTHON, "-m", "sculpt_ops.bench")
     if device == "cpu":
+        words = ("--workers", "2", "tests/test_on_device.py", "--", "-k", "float32 and remove")
         return [
-            Stage("tests", (*pytest, "tests/test_on_device.py", "-k", "float32 and remove"), 60),
-            Stage("small shapes", SANITIZED, 60),
-            Stage("repeatability", (*bench, "--device", "cpu", "--repeat", "3"), 60),
-            Stage("benchmarks", (*bench, "--dry-run", "--output", str(output), "--seconds", "20"), 60),
+            [Stage("tests", (*tests, *words), 60, report=report), Stage("small shapes", SANITIZED, 60)],
+            [Stage("repeatability", (*bench, "--device", "cpu", "--repeat", "3"), 60)],
+            [Stage("benchmarks", (*bench, "--dry-run", "--output", str(output), "--seconds", "20"), 60)],
         ]
     without = ("--no-build-isolation", "--no-deps")
     sanitizer = ("compute-sanitizer", "--error-exitcode", "9", "--tool")
+    build = Stage(
+        "build", (PYTHON, "-m", "pip", "install", "-q", "--no-index", *without, "--editable", "."), limit * 0.4
+    )
+    both = min(150.0, limit / 3)
+    together = [
+        Stage("tests", (*tests, *GPU_TESTS), both, report=report),
+        *(Stage(tool, (*sanitizer, tool, *SANITIZED), both, "compute-sanitizer") for tool in ("memcheck", "racecheck")),
+    ]
     return [
-        Stage("build", (PYTHON, "-m", "pip", "install", "-q", "--no-index", *without, "--editable", "."), 150),
-        Stage("tests", (*pytest, *GPU_TESTS), 110),
-        Stage("memcheck", (*sanitizer, "memcheck", *SANITIZED), 35, "compute-sanitizer"),
-        Stage("racecheck", (*sanitizer, "racecheck", *SANITIZED), 35, "compute-sanitizer"),
-        Stage("repeatability", (*bench, "--repeat", "1000"), 25),
-        Stage("benchmarks", (*bench, "--output", str(output), "--seconds", "{left}"), 185),
+        [build],
+        together,
+        [Stage("repeatability", (*bench, "--repeat", "1000"), min(25.0, limit / 15))],
+        [Stage("benchmarks", (*bench, "--output", str(output), "--seconds", "{early}"), limit)],
     ]
 
 
@@ -78,19 +92,23 @@ def run(command: Sequence[str], seconds: float, environment: dict[str, str]) -> 
     return process.returncode, printed[-TAIL:]
 
 
-def run_stage(stage: Stage, left: float, environment: dict[str, str]) -> dict[str, Any]:
+def run_stage(stage: Stage, most: float, environment: dict[str, str]) -> dict[str, Any]:
     if stage.needs is not None and shutil.which(stage.needs) is None:
         return {"stage": stage.name, "result": "skipped", "why": f"no {stage.needs} here"}
-    seconds = min(stage.seconds, left)
+    seconds = min(stage.seconds, most)
     if seconds < 1:
         return {"stage": stage.name, "result": "skipped", "why": "no time left"}
-    # The benchmarks stop by themselves 15 seconds early, to write their results.
-    command = [word.replace("{left}", str(max(10, int(seconds) - 15))) for word in stage.command]
+    # Tests stop by themselves just before that; benchmarks begin late, end the row that they are at, and draw.
+    left = {"{left}": seconds - 2, "{early}": seconds - min(15, seconds / 4)}
+    command = [str(max(1, int(left[word]))) if word in left else word for word in stage.command]
     begin = time.monotonic()
     status, tail = run(command, seconds, environment)
-    result = "passed" if status == 0 else "out of time" if status is None else "failed"
+    result = "passed" if status == 0 else "out of time" if status in (None, OUT_OF_TIME) else "failed"
     took = round(time.monotonic() - begin, 1)
-    return {"stage": stage.name, "result": result, "seconds": took, "command": " ".join(command), "tail": tail}
+    entry = {"stage": stage.name, "result": result, "seconds": took, "command": " ".join(command), "tail": tail}
+    if stage.report is not None and stage.report.exists():
+        entry["report"] = json.loads(stage.report.read_text())
+    return entry
 
 
 def record(output: Path, entries: list[dict[str, Any]]) -> Path:
@@ -103,28 +121,45 @@ def record(output: Path, entries: list[dict[str, Any]]) -> Path:
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(json.dumps(result, indent=1) + "\n")
     temporary.replace(path)
+    if written and (output / "stages.json").exists():
+        (output / "stages.json").unlink()
     return path
 
 
+def told(entry: dict[str, Any]) -> str:
+    line = f"{entry['stage']}: {entry['result']} {entry.get('why') or str(entry['seconds']) + ' s'}"
+    if entry["result"] in ("failed", "out of time"):
+        return f"{line}\n{entry['tail']}"
+    return "\n".join([line, *entry.get("tail", "").splitlines()[-1:]])
+
+
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dry-run", action="store_true", help="tiny sizes on the CPU (also SCULPT_DEVICE=cpu)")
     parser.add_argument("--output", type=Path, default=ROOT / "bench" / "results", help="folder for the results")
     parser.add_argument("--seconds", type=float, default=LIMIT, help="for all stages together")
+    parser.add_argument("--stages", help="names of those wanted, with commas between; all of them without")
     given = parser.parse_args()
     device = "cpu" if given.dry_run else os.environ.get("SCULPT_DEVICE", "cuda")
     given.output.mkdir(parents=True, exist_ok=True)
     output = given.output.resolve()
     environment = os.environ | {"SCULPT_TEST_DEVICE": device, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
     begin, entries = time.monotonic(), []
-    for stage in stages(device, output):
-        at = time.time()
-        entry = run_stage(stage, given.seconds - (time.monotonic() - begin), environment)
-        entries.append(entry | {"at": at})
-        print(f"{stage.name}: {entry['result']} {entry.get('why') or str(entry['seconds']) + ' s'}", flush=True)
-        if entry["result"] in ("failed", "out of time"):
-            print(entry["tail"], flush=True)
-    print(f"written: {record(output, entries)}")
+    with tempfile.TemporaryDirectory() as scratch, ThreadPoolExecutor() as pool:
+        groups = stages(device, output, given.seconds, Path(scratch))
+        names = [stage.name for group in groups for stage in group]
+        wanted = given.stages.split(",") if given.stages else names
+        if not set(wanted) <= set(names):
+            parser.error(f"--stages: given {given.stages}, wanted some of {','.join(names)}")
+        for group in groups:
+            at, left = time.time(), given.seconds - (time.monotonic() - begin)
+            chosen = [stage for stage in group if stage.name in wanted]
+            for entry in pool.map(lambda stage: run_stage(stage, left, environment), chosen):  # noqa: B023
+                entries.append(entry | {"at": at})
+                print(told(entry), flush=True)
+            # After every group: what has been found stays if this process is ended.
+            written = record(output, entries) if entries else None
+    print(f"written: {written}")
     return 0 if all(entry["result"] in ("passed", "skipped") for entry in entries) else 1
 
 

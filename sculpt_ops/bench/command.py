@@ -13,22 +13,26 @@ import json
 import platform
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib.metadata import PackageNotFoundError, version
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from .. import ops
-from .report import write_report
-from .rows import Setting, basis, decompositions, models, optimizer_step, projections, small_svds
+from .projections import Case, cases, projections
+from .report import WHICH, write_report
+from .rows import Row, Setting, basis, decompositions, models, optimizer_step, small_svds
 from .timing import measure_ceilings, synchronize
 
 __all__ = ["facts", "main", "repeat", "run"]
 
-# Share of the time that the tables before the large one of single projections may take together.
-FIRST = 0.5
+# Single projections before the other tables.
+FIRST_ROWS = 60
+# Rows of a table that may fail before the rest is left out: after some errors every CUDA call fails.
+FAILURES = 5
 
 
 def _output(*command: str) -> str | None:
@@ -69,8 +73,17 @@ def facts(device: torch.device) -> dict[str, Any]:
     }
 
 
-def run(device: torch.device, seconds: float, small: bool = False, say: Callable[[str], Any] = print) -> dict[str, Any]:
-    """All tables within about `seconds`: what fails is in `failed`, what there was no time for is not in `rows`."""
+def run(
+    device: torch.device,
+    seconds: float,
+    small: bool = False,
+    say: Callable[[str], Any] = print,
+    save: Callable[[dict[str, Any]], Any] | None = None,
+) -> dict[str, Any]:
+    """All tables within about `seconds`: what fails is in `failed`, what there was no time for is not in `rows`.
+
+    save: is given the result after each table, so that a run that is ended leaves what it had.
+    """
     begin = time.monotonic()
     torch.manual_seed(0)
     ceilings = measure_ceilings(device, small)
@@ -82,28 +95,51 @@ def run(device: torch.device, seconds: float, small: bool = False, say: Callable
         "failed": [],
         "complete": True,
     }
-    first = Setting(device, ceilings, small, begin + FIRST * seconds)
-    last = Setting(device, ceilings, small, begin + seconds)
-    tables = (models, optimizer_step, decompositions, small_svds)
-    for table, setting in (*((table, first) for table in tables), (projections, last)):
-        try:
-            for row in table(setting):
-                result["rows"].append(row)
-                say(f"{time.monotonic() - begin:6.1f} s  {table.__name__}  {_brief(row)}")
-        except Exception as error:
-            result["failed"].append(f"{table.__name__}: {type(error).__name__}: {error}")
-            say(result["failed"][-1])
-        result["complete"] &= not setting.over()
+    setting = Setting(device, ceilings, small, begin)
+    left = enumerate(cases(setting.models, small))
+    for name, share, table in tables(left):
+        setting.deadline = (
+            begin + seconds if share is None else min(time.monotonic() + share * seconds, begin + seconds)
+        )
+        for _ in range(FAILURES):
+            try:
+                for row in table(setting):
+                    result["rows"].append(row)
+                    say(f"{time.monotonic() - begin:6.1f} s  {name}  {_brief(row)}")
+                break
+            except Exception as error:
+                result["failed"].append(f"{name}: {type(error).__name__}: {error}")
+                say(result["failed"][-1])
+            if name != "projections" or setting.over():  # these go on with the next row
+                break
+        # Single projections have another turn, and the last of them is told by what it leaves.
+        result["complete"] &= name == "projections" or not setting.over()
         if device.type == "cuda":
             torch.cuda.empty_cache()
-    result["seconds"] = time.monotonic() - begin
+        result["seconds"] = time.monotonic() - begin
+        if save is not None:
+            save(result)
+    result["complete"] &= next(left, None) is None
     return result
 
 
+def tables(left: Iterator[tuple[int, Case]]) -> list[tuple[str, float | None, Callable[[Setting], Iterator[Row]]]]:
+    """In order, with the share of the time that each has at most: none is left out for another's sake. What they leave
+    is for more single projections."""
+    return [
+        ("projections", 0.5, lambda setting: projections(setting, islice(left, FIRST_ROWS))),
+        ("decompositions", 0.12, decompositions),
+        ("small_svds", 0.08, small_svds),
+        ("models", 0.2, models),
+        ("optimizer_step", 0.1, optimizer_step),
+        ("projections", None, lambda setting: projections(setting, left)),
+    ]
+
+
 def _brief(row: dict[str, Any]) -> str:
-    keys = ("model", "kind", "m", "n", "rank", "dtype")
     times = (f"{name} {entry['us']:.1f}" for name, entry in row["contenders"].items() if "us" in entry)
-    return " ".join(str(row[key]) for key in keys if key in row) + " us: " + ", ".join(times)
+    what = [str(row[key]) for key in (*WHICH, "chosen") if key in row]
+    return " ".join(what) + " us: " + ", ".join(times)
 
 
 def repeat(device: torch.device, times: int) -> dict[str, int]:
@@ -158,6 +194,9 @@ def main(arguments: list[str] | None = None) -> int:
         return 1 if any(different.values()) else 0
     if device.type == "cpu" and not given.dry_run:
         parser.error("--device cpu: wanted with --repeat, or --dry-run")
-    for path in write_report(run(device, given.seconds, given.dry_run), given.output):
+    result = run(
+        device, given.seconds, given.dry_run, save=lambda result: write_report(result, given.output, picture=False)
+    )
+    for path in write_report(result, given.output):
         print(f"written: {path}")
     return 0

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-__all__ = ["markdown", "name_of", "roofline", "write_report"]
+__all__ = ["WHICH", "markdown", "name_of", "roofline", "write_report"]
 
 Result = dict[str, Any]
 TABLES = {
@@ -16,8 +16,15 @@ TABLES = {
     "optimizer": ("A step of AdamW", ("model", "matrices", "rank", "dtype")),
     "decomposition": ("Decompositions", ("m", "n", "rank", "dtype")),
     "small svd": ("SVDs of small factors, a batch at once", ("matrices", "m", "n", "dtype")),
-    "projection": ("Single matrices", ("model", "kind", "m", "n", "rank", "dtype", "relative_error")),
+    "projection": (
+        "Single matrices",
+        ("model", "kind", "m", "n", "rank", "dtype", "basis", "chosen", "relative_error"),
+    ),
 }
+
+
+# What tells a row from the others of its table.
+WHICH = ("model", "kind", "m", "n", "rank", "dtype", "basis")
 
 
 def name_of(result: Result) -> str:
@@ -47,7 +54,9 @@ def table(rows: list[dict[str, Any]], columns: tuple[str, ...]) -> Iterator[str]
     for row in rows:
         ours = next(iter(row["contenders"].values())).get("us")
         cells = [cell(row["contenders"][name], ours) if name in row["contenders"] else "" for name in names]
-        yield "| " + " | ".join([*(shown(row[key]) for key in columns), f"{row['floor_us']:.1f}", *cells]) + " |"
+        yield (
+            "| " + " | ".join([*(shown(row.get(key, "")) for key in columns), f"{row['floor_us']:.1f}", *cells]) + " |"
+        )
 
 
 def lost(result: Result) -> list[str]:
@@ -56,7 +65,7 @@ def lost(result: Result) -> list[str]:
     for row in result["rows"]:
         ours, theirs = (row["contenders"].get(name, {}).get("us") for name in ("sculpt", "mm + addmm_"))
         if ours and theirs and ours > theirs / 0.98:
-            what = " ".join(str(row[key]) for key in ("model", "kind", "m", "n", "rank", "dtype") if key in row)
+            what = " ".join(str(row[key]) for key in WHICH if key in row)
             found.append(f"{what} ({theirs / ours:.2f})")
     return found
 
@@ -115,13 +124,15 @@ def write(path: Path, save: Callable[[Path], Any]) -> Path:
     return path
 
 
-def write_report(result: Result, folder: Path) -> list[Path]:
+def write_report(result: Result, folder: Path, picture: bool = True) -> list[Path]:
     """The files that were written; the picture is left out where matplotlib is missing."""
     folder.mkdir(parents=True, exist_ok=True)
     name = name_of(result)
     text = json.dumps(result, indent=1) + "\n"
     paths = [write(folder / f"{name}.json", lambda path: path.write_text(text))]
     paths.append(write(folder / f"{name}.md", lambda path: path.write_text(markdown(result))))
+    if not picture:
+        return paths
     try:
         paths.append(write(folder / f"{name}.png", lambda path: roofline(result, path)))
     except ImportError:

@@ -1,4 +1,4 @@
-"""The rows of the GPU benchmark: single projections, whole models, decompositions, an optimizer step."""
+"""Rows of the GPU benchmark: whole models, decompositions, an optimizer step. Single projections: projections.py."""
 
 from __future__ import annotations
 
@@ -11,24 +11,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import reference
 from ..decompose import top_subspace
-from ..ops import foreach_project_, project_, rsvd
+from ..ops import foreach_project_, rsvd
 from ..ops.variants import cuda_missing
 from ..optim import AdamW
 from ..ranks import Rank
 from ..subspaces import Subspaces
-from .timing import Ceilings, Contender, copies_beyond_l2, measure, synchronize
+from .timing import Ceilings, Contender, measure, synchronize
 
 __all__ = [
     "MODELS",
     "TINY",
     "Row",
     "Setting",
+    "basis",
     "decompositions",
     "models",
     "optimizer_step",
-    "projections",
     "small_svds",
 ]
 
@@ -44,9 +43,6 @@ MODELS: dict[str, Layers] = {
     "SmolLM2-135M": ((*[(576, 576)] * 2, (192, 576), (192, 576), (1536, 576), (1536, 576), (576, 1536)), 30),
 }
 TINY: dict[str, Layers] = {"tiny": (((64, 64), (96, 64)), 2)}
-RANKS = (64, 16, 128, 256, 32, 512, 1024, 2048)
-DTYPES = (torch.bfloat16, torch.float32)
-KINDS = ("left", "both", "right", "block")
 
 
 @dataclass
@@ -58,12 +54,15 @@ class Setting:
     small: bool
     deadline: float
 
+    def seconds_left(self) -> float:
+        return self.deadline - time.monotonic()
+
     def over(self) -> bool:
-        return time.monotonic() > self.deadline
+        return self.seconds_left() < 0
 
     @property
     def rounds(self) -> int:
-        return 2 if self.small else 7
+        return 2 if self.small else 5
 
     @property
     def models(self) -> dict[str, Layers]:
@@ -76,27 +75,38 @@ def basis(rows: int, rank: int, dtype: torch.dtype, device: torch.device) -> Ten
 
 
 def expression(grad: Tensor, left: Tensor | None, right: Tensor | None, block: bool) -> Tensor:
-    """What one writes first."""
+    """What one writes first. A float32 basis wants a float32 copy of a half-precision matrix."""
+    given, wide = grad, left if left is not None else right
+    assert wide is not None
+    grad = grad.to(wide.dtype)
     if block:
         assert left is not None
         assert right is not None
-        return grad - left @ (left.mT @ grad @ right) @ right.mT
-    if left is not None:
-        grad = grad - left @ (left.mT @ grad)
-    return grad if right is None else grad - (grad @ right) @ right.mT
+        grad = grad - left @ (left.mT @ grad @ right) @ right.mT
+    else:
+        if left is not None:
+            grad = grad - left @ (left.mT @ grad)
+        if right is not None:
+            grad = grad - (grad @ right) @ right.mT
+    return grad if grad.dtype == given.dtype else given.copy_(grad)
 
 
 def library(grad: Tensor, left: Tensor | None, right: Tensor | None, block: bool) -> None:
-    """mm + addmm_, one side after the other."""
+    """mm + addmm_, one side after the other; with a float32 basis on a float32 copy of a half-precision matrix."""
+    given, wide = grad, left if left is not None else right
+    assert wide is not None
+    grad = grad.to(wide.dtype)
     if block:
         assert left is not None
         assert right is not None
         grad.addmm_(left @ ((left.mT @ grad) @ right), right.mT, alpha=-1)
-        return
-    if left is not None:
-        grad.addmm_(left, left.mT @ grad, alpha=-1)
-    if right is not None:
-        grad.addmm_(grad @ right, right.mT, alpha=-1)
+    else:
+        if left is not None:
+            grad.addmm_(left, left.mT @ grad, alpha=-1)
+        if right is not None:
+            grad.addmm_(grad @ right, right.mT, alpha=-1)
+    if grad is not given:
+        given.copy_(grad)
 
 
 def work(kind: str, m: int, n: int, r: int, itemsize: int) -> tuple[float, float]:
@@ -124,64 +134,6 @@ def error_of(call: Callable[[], Tensor], exact: Tensor) -> float:
     return float((call().double() - exact).norm() / exact.norm())
 
 
-def projections(setting: Setting, compile_rows: int = 4) -> Iterator[Row]:
-    """Every model's shapes, ranks up to half the shorter side, usual ones first; torch.compile in the first rows."""
-    seen: set[tuple[Any, ...]] = set()
-    for rank in (8, 16) if setting.small else RANKS:
-        for name, (shapes, _) in setting.models.items():
-            for dtype in DTYPES:
-                for m, n in shapes:
-                    for kind in KINDS:
-                        key = (rank, dtype, m, n, kind)
-                        if rank > min(m, n) // 2 or key in seen:
-                            continue
-                        seen.add(key)
-                        if setting.over():
-                            return
-                        yield projection(setting, name, m, n, rank, dtype, kind, compile_rows > 0)
-                        compile_rows -= 1
-
-
-def projection(
-    setting: Setting, model: str, m: int, n: int, rank: int, dtype: torch.dtype, kind: str, compile: bool
-) -> Row:
-    device = setting.device
-    left = basis(m, rank, dtype, device) if kind != "right" else None
-    right = basis(n, rank, dtype, device) if kind != "left" else None
-    block = kind == "block"
-    count = copies_beyond_l2(m * n * dtype.itemsize, device)
-    grads = [torch.randn(m, n, device=device).to(dtype) for _ in range(count)]
-    exact = reference.project(grads[0].double(), *(b if b is None else b.double() for b in (left, right)), block=block)
-    error = error_of(lambda: project_(grads[0].clone(), left, right, block=block), exact)
-
-    def ours(i: int) -> None:
-        project_(grads[i], left, right, block=block)
-
-    contenders = [
-        *each_variant(ours, device),
-        Contender("mm + addmm_", lambda i: library(grads[i], left, right, block)),
-        Contender("expression", lambda i: expression(grads[i], left, right, block)),
-    ]
-    if compile and not setting.small:
-        fused = torch.compile(expression, fullgraph=True)
-        contenders.append(Contender("torch.compile", lambda i: fused(grads[i], left, right, block)))
-    moved, operations = work(kind, m, n, rank, dtype.itemsize)
-    floor = setting.ceilings.floor(moved, operations, dtype)
-    entries = with_rates(measure(contenders, count, device, setting.rounds), floor, moved, operations)
-    return {
-        "table": "projection",
-        "model": model,
-        "kind": kind,
-        "m": m,
-        "n": n,
-        "rank": rank,
-        "dtype": str(dtype).removeprefix("torch."),
-        "floor_us": floor * 1e6,
-        "relative_error": error,
-        "contenders": entries,
-    }
-
-
 def fitting_layers(
     shapes: tuple[tuple[int, int], ...], layers: int, bytes_an_element: int, device: torch.device
 ) -> int:
@@ -193,29 +145,25 @@ def fitting_layers(
 
 
 def models(setting: Setting) -> Iterator[Row]:
-    """foreach_project_ over whole models: host time of a repeated call, and time on the device."""
-    names = ["tiny"] if setting.small else ["LLaMA-2-7B", "SmolLM2-135M"]
-    for name in names:
-        for ranks in ("8",) if setting.small else ("64", "16 to 64", "16", "128", "512"):
-            for kind in ("both", "left"):
-                if setting.over():
-                    return
-                shapes = setting.models[name][0]
-                if int(ranks.split()[-1]) <= min(min(shape) for shape in shapes):
-                    yield whole_model(setting, name, ranks, kind)
+    """foreach_project_ over a whole model: host time of a repeated call, and time on the device."""
+    name = "tiny" if setting.small else "LLaMA-2-7B"
+    for rank in (8,) if setting.small else (64, 16, 512):
+        for kind in ("both", "left"):
+            if setting.over():
+                return
+            yield whole_model(setting, name, rank, kind)
 
 
-def whole_model(setting: Setting, name: str, ranks: str, kind: str) -> Row:
-    """`ranks`: of every matrix, or "16 to 64": multiples of 16 that change from matrix to matrix."""
+def whole_model(setting: Setting, name: str, rank: int, kind: str) -> Row:
     device, dtype = setting.device, torch.bfloat16
     shapes, layers = setting.models[name]
     layers = fitting_layers(shapes, layers, 3, device)
-    top = int(ranks.split()[-1])
     sizes = [shape for _ in range(layers) for shape in shapes]
-    chosen = [top if " " not in ranks else 16 * (1 + i % (top // 16)) for i in range(len(sizes))]
     grads = [torch.randn(m, n, device=device).to(dtype) for m, n in sizes]
-    lefts = [basis(m, r, dtype, device) for (m, _), r in zip(sizes, chosen, strict=True)]
-    rights = [basis(n, r, dtype, device) if kind == "both" else None for (_, n), r in zip(sizes, chosen, strict=True)]
+    # A QR a length, and memory of its own a matrix.
+    of_length = {rows: basis(rows, rank, dtype, device) for rows in {size for shape in shapes for size in shape}}
+    lefts = [of_length[m].clone() for m, _ in sizes]
+    rights = [of_length[n].clone() if kind == "both" else None for _, n in sizes]
 
     def each(call: Callable[..., Any]) -> Callable[[int], None]:
         def run(_: int) -> None:
@@ -230,7 +178,7 @@ def whole_model(setting: Setting, name: str, ranks: str, kind: str) -> Row:
         Contender("expression", each(expression)),
     ]
     entries = measure(contenders, 1, device, setting.rounds)
-    amounts = [work(kind, m, n, r, dtype.itemsize) for (m, n), r in zip(sizes, chosen, strict=True)]
+    amounts = [work(kind, m, n, rank, dtype.itemsize) for m, n in sizes]
     moved, operations = (sum(parts) for parts in zip(*amounts, strict=True))
     synchronize(device)
     begin = time.perf_counter()
@@ -243,7 +191,7 @@ def whole_model(setting: Setting, name: str, ranks: str, kind: str) -> Row:
         "model": name,
         "matrices": len(grads),
         "kind": kind,
-        "rank": ranks,
+        "rank": rank,
         "dtype": "bfloat16",
         "floor_us": floor * 1e6,
         "host_us": host * 1e6,
@@ -251,9 +199,13 @@ def whole_model(setting: Setting, name: str, ranks: str, kind: str) -> Row:
     }
 
 
+def contender_of(name: str, call: Callable[[], Any]) -> Contender:
+    return Contender(name, lambda _: call(), once=name.startswith("torch.linalg"))
+
+
 def decompositions(setting: Setting) -> Iterator[Row]:
     """rsvd and top_subspace against torch's, a few rounds each: a full SVD takes seconds."""
-    for m, n, rank in ((96, 64, 8),) if setting.small else ((4096, 4096, 128), (4096, 11008, 128), (1024, 1024, 512)):
+    for m, n, rank in ((96, 64, 8),) if setting.small else ((1024, 1024, 512), (4096, 4096, 128), (4096, 11008, 128)):
         if setting.over():
             return
         matrix, q = torch.randn(m, n, device=setting.device), rank
@@ -263,7 +215,7 @@ def decompositions(setting: Setting) -> Iterator[Row]:
             "torch.svd_lowrank": partial(torch.svd_lowrank, matrix, q + 16),
             "torch.linalg.svd": partial(torch.linalg.svd, matrix, full_matrices=False),
         }
-        contenders = [Contender(name, lambda _, call=call: call()) for name, call in calls.items()]  # type: ignore[misc]
+        contenders = [contender_of(name, call) for name, call in calls.items()]
         entries = measure(contenders, 1, setting.device, 3)
         # Reading the matrix once for the sketch and twice for each of two power iterations.
         moved, operations = 5.0 * m * n * 4, 10.0 * m * n * (rank + 16)
@@ -293,7 +245,7 @@ def small_svds(setting: Setting) -> Iterator[Row]:
             "torch.linalg.svd": partial(torch.linalg.svd, batch),
             "torch.linalg.eigh of the Gram": lambda batch=batch: torch.linalg.eigh(batch.mT @ batch),  # type: ignore[misc]
         }
-        contenders = [Contender(name, lambda _, call=call: call()) for name, call in calls.items()]  # type: ignore[misc]
+        contenders = [contender_of(name, call) for name, call in calls.items()]
         entries = measure(contenders, 1, setting.device, 3)
         # A matrix read, two and the values written; a pivoted factor, its Q, and one sweep of rotations on both.
         moved, operations = 224.0 * (3 * q * q + q) * 4, 224.0 * (8 / 3 + 11) * q**3
@@ -315,7 +267,8 @@ def optimizer_step(setting: Setting) -> Iterator[Row]:
         return
     name = "tiny" if setting.small else "LLaMA-2-7B"
     shapes, layers = setting.models[name]
-    layers = fitting_layers(shapes, layers, 16, setting.device)
+    # A quarter of the layers: subspaces of all take longer to find than the steps do to time.
+    layers = fitting_layers(shapes, max(1, layers // 4), 16, setting.device)
     rank = 8 if setting.small else 64
     dtype = torch.bfloat16
     model = nn.ModuleList(

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -16,7 +16,10 @@ __all__ = ["Ceilings", "Contender", "backend", "copies_beyond_l2", "measure", "m
 
 # Calls of a round shorter than this are captured and replayed: a launch from Python takes tens of microseconds.
 GRAPH_SECONDS = 1e-3
-ROUNDS = 7
+ROUNDS = 5
+# A call longer than this is timed twice only, and one that is so by its nature and takes seconds is not warmed up.
+SLOW_SECONDS = 60e-3
+ONCE_SECONDS = 1.0
 
 
 def synchronize(device: torch.device) -> None:
@@ -48,11 +51,27 @@ def copies_beyond_l2(bytes_of_one: int, device: torch.device) -> int:
 
 @dataclass
 class Contender:
-    """call(i) works on the i-th of the rotating inputs. backend: SCULPT_BACKEND while it runs."""
+    """call(i) works on the i-th of the rotating inputs. backend: SCULPT_BACKEND while it runs.
+
+    once: it compiles nothing, so that where the first call takes seconds, its time is the result.
+    """
 
     name: str
     call: Callable[[int], Any]
     backend: str | None = None
+    once: bool = False
+
+
+class Prepared(NamedTuple):
+    """run: one call on each input. graph: whether that replays a graph. rounds: how often to time it yet.
+
+    first: seconds of a call that took too long to be repeated.
+    """
+
+    run: Callable[[], Any]
+    graph: bool
+    rounds: int
+    first: float | None = None
 
 
 @dataclass(frozen=True)
@@ -92,42 +111,51 @@ def captured(contender: Contender, count: int) -> Callable[[], Any]:
     return graph.replay
 
 
-def prepared(contender: Contender, count: int, device: torch.device) -> tuple[Callable[[], Any], bool]:
-    """One call on each input, warmed up; and whether a graph is replayed."""
+def prepared(contender: Contender, count: int, device: torch.device, rounds: int) -> Prepared:
+    """Warmed up, captured if it is short."""
 
     def run() -> None:
         with backend(contender.backend):
             for i in range(count):
                 contender.call(i)
 
+    begin = time.perf_counter()
     run()
     synchronize(device)
-    if device.type == "cuda" and elapsed(run, device) / count < GRAPH_SECONDS:
+    first = (time.perf_counter() - begin) / count
+    if contender.once and first > ONCE_SECONDS:
+        return Prepared(run, False, 0, first)
+    if device.type != "cuda":
+        return Prepared(run, False, min(rounds, 2) if first > SLOW_SECONDS else rounds)
+    call = elapsed(run, device) / count
+    if call < GRAPH_SECONDS:
         try:
-            return captured(contender, count), True
+            return Prepared(captured(contender, count), True, rounds)
         except RuntimeError:
             synchronize(device)
-    return run, False
+    return Prepared(run, False, min(rounds, 2) if call > SLOW_SECONDS else rounds)
 
 
 def measure(
     contenders: list[Contender], count: int, device: torch.device, rounds: int = ROUNDS
 ) -> dict[str, dict[str, Any]]:
     """Every round times each contender once over all inputs, in turn. A contender that fails says so in its entry."""
-    ready: dict[str, tuple[Callable[[], Any], bool]] = {}
+    ready: dict[str, Prepared] = {}
     entries: dict[str, dict[str, Any]] = {}
     for contender in contenders:
         try:
-            ready[contender.name] = prepared(contender, count, device)
+            ready[contender.name] = prepared(contender, count, device, rounds)
         except Exception as error:
             entries[contender.name] = {"failed": f"{type(error).__name__}: {error}".splitlines()[0]}
-    seconds: dict[str, list[float]] = {name: [] for name in ready}
-    for _ in range(rounds):
-        for name, (run, _) in ready.items():
-            seconds[name].append(elapsed(run, device) / count)
+    seconds: dict[str, list[float]] = {name: [] if it.first is None else [it.first] for name, it in ready.items()}
+    for i in range(rounds):
+        for name, it in ready.items():
+            if i < it.rounds:
+                seconds[name].append(elapsed(it.run, device) / count)
     for name, values in seconds.items():
         low, middle, high = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else values * 3
-        entries[name] = {"us": middle * 1e6, "us_low": low * 1e6, "us_high": high * 1e6, "graph": ready[name][1]}
+        entries[name] = {"us": middle * 1e6, "us_low": low * 1e6, "us_high": high * 1e6, "graph": ready[name].graph}
+        entries[name]["rounds"] = len(values)
     return {contender.name: entries[contender.name] for contender in contenders}
 
 

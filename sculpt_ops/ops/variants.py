@@ -13,10 +13,11 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-from .heuristics import choose, forced_backend, gpu_of, triton_missing
+from .cuda_limits import why_not_cuda
+from .heuristics import Backend, choose, forced_backend, gpu_of, triton_missing
 from .library_products import project_cublas
 
-__all__ = ["cuda_missing", "project_cuda", "project_into", "project_triton"]
+__all__ = ["backend_of", "cuda_missing", "project_cuda", "project_into", "project_triton", "why_not_cuda"]
 
 
 def _flat(tensor: Tensor) -> Tensor | None:
@@ -96,13 +97,12 @@ def project_cuda(
     why = cuda_missing()
     if why is not None:
         return why
-    work = grad if out is grad else grad.clone()
-    try:
-        torch.ops.sculpt._cuda_project_(work, left, right, keep_left=keep_left, keep_right=keep_right, block=block)
-    except RuntimeError as error:
-        return str(error)
-    if work is not out:
-        out.copy_(work)
+    why = why_not_cuda(out, left, right, keep_left, keep_right, block)
+    if why is not None:
+        return why
+    if out is not grad:
+        out.copy_(grad)
+    torch.ops.sculpt._cuda_project_(out, left, right, keep_left=keep_left, keep_right=keep_right, block=block)
     return None
 
 
@@ -114,6 +114,24 @@ def _asked(matrix: Tensor, left: Tensor | None, right: Tensor | None) -> str:
         if basis is not None
     ]
     return f"grad {tuple(matrix.shape)} {matrix.dtype}, {', '.join(bases)}"
+
+
+def backend_of(grad: Tensor, left: Tensor | None, right: Tensor | None) -> Backend:
+    """What the heuristics choose for this matrix; at least one basis is there."""
+    basis = left if left is not None else right
+    assert basis is not None
+    return choose(
+        grad.shape[-2],
+        grad.shape[-1],
+        None if left is None else left.shape[-1],
+        None if right is None else right.shape[-1],
+        grad.dtype,
+        basis.dtype,
+        batch=grad.shape[:-2].numel(),
+        gpu=gpu_of(grad.device.index if grad.is_cuda else None),
+        triton=triton_missing() is None,
+        cuda=cuda_missing() is None,
+    )
 
 
 def project_into(
@@ -134,20 +152,7 @@ def project_into(
     if grad.numel() == 0:
         return
     forced = forced_backend()
-    basis = left if left is not None else right
-    assert basis is not None
-    backend = forced or choose(
-        grad.shape[-2],
-        grad.shape[-1],
-        None if left is None else left.shape[-1],
-        None if right is None else right.shape[-1],
-        grad.dtype,
-        basis.dtype,
-        batch=grad.shape[:-2].numel(),
-        gpu=gpu_of(grad.device.index if grad.is_cuda else None),
-        triton=triton_missing() is None,
-        cuda=cuda_missing() is None,
-    )
+    backend = forced or backend_of(grad, left, right)
     if backend != "cublas":
         run = project_triton if backend == "triton" else project_cuda
         why = run(grad, left, right, out, keep_left, keep_right, block)

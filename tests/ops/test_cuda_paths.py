@@ -11,7 +11,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from sculpt_ops import reference
-from sculpt_ops.ops import foreach_cuda, variants
+from sculpt_ops.ops import cuda_limits, foreach_cuda, variants
 from sculpt_ops.ops.heuristics import forced_backend
 from sculpt_ops.ops.library_products import project_cublas, stacked_into
 from sculpt_ops.ops.split_products import can_split, project_split
@@ -121,6 +121,77 @@ def test_the_backend_can_be_forced_and_fails_aloud(monkeypatch: pytest.MonkeyPat
     assert torch.equal(grad, before)
 
 
+def half_case(m: int = 512, n: int = 640, r: int = 64, s: int = 32) -> tuple[torch.Tensor, ...]:
+    grad = torch.zeros(m, n, dtype=torch.bfloat16)
+    return grad, torch.zeros(m, r), torch.zeros(n, s, dtype=torch.bfloat16)
+
+
+def test_what_the_cuda_kernels_take() -> None:
+    grad, left, right = half_case()
+    for bases in ((left, right), (left, None), (None, right)):
+        assert variants.why_not_cuda(grad, *bases, False, False, False) is None
+    assert variants.why_not_cuda(grad, left, right, False, False, True) is None
+    assert variants.why_not_cuda(grad, left, None, True, False, False) is None
+    assert variants.why_not_cuda(grad, None, right, False, True, False) is None
+
+
+@pytest.mark.parametrize(
+    ("change", "flags", "words"),
+    [
+        (lambda g, u, v: (g.unsqueeze(0), u, v), {}, "grad: wanted one matrix"),
+        (lambda g, u, v: (g.half(), u, v), {}, "grad: wanted dtype bfloat16, given torch.float16"),
+        (lambda g, u, v: (g.mT.contiguous().mT, u, v), {}, "grad: wanted contiguous memory"),
+        (lambda g, u, v: (g.flatten()[4:-636].view(511, 640), u[:-1], v), {}, "multiple of 16 bytes"),
+        (lambda g, u, v: (g, None, None), {}, "at least one basis"),
+        (lambda g, u, v: (g, u, None), {"keep_right": True}, "keep_right: wanted only with a right basis"),
+        (lambda g, u, v: (g, u, v), {"keep_left": True}, "wanted only with one basis"),
+        (lambda g, u, v: (g, u, None), {"block": True}, "block: wanted only with both bases"),
+        (lambda g, u, v: (g, u, v[:-1]), {}, "right: wanted one matrix of 640 rows"),
+        (lambda g, u, v: (g, u[None], v), {}, "left: wanted one matrix of 512 rows"),
+        (lambda g, u, v: (g, u.double(), v), {}, "left: wanted dtype bfloat16 or float32"),
+        (lambda g, u, v: (g, u.mT.contiguous().mT, v), {}, "left: wanted contiguous memory"),
+        (lambda g, u, v: (g, u.repeat(1, 3), v), {}, "left, right: wanted ranks of 1 to 128"),
+        (lambda g, u, v: (g, u[:, :0], None), {}, "left: wanted a rank of 1 to 128"),
+        (lambda g, u, v: (g, None, v.repeat(1, 5)), {}, "right: wanted a rank of 1 to 128"),
+    ],
+)
+def test_what_the_cuda_kernels_cannot_do_never_reaches_them(
+    change: object, flags: dict[str, bool], words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert callable(change)
+    grad, left, right = change(*half_case())
+    full = {"keep_left": False, "keep_right": False, "block": False, **flags}
+    why = variants.why_not_cuda(grad, left, right, **full)
+    assert why is not None
+    assert words in why
+    # There is no such op on the CPU: reaching it would raise another error.
+    monkeypatch.setattr(variants, "cuda_missing", lambda: None)
+    assert variants.project_cuda(grad, left, right, grad, **full) == why
+
+
+def test_a_length_that_fits_no_cluster_goes_to_another_variant() -> None:
+    grad, left, right = half_case(11008, 4096)
+    assert "left: wanted a rank" in (variants.why_not_cuda(grad, left, None, False, False, False) or "")
+    assert variants.why_not_cuda(grad, None, right, False, False, False) is None
+
+
+@pytest.mark.parametrize(
+    ("facts", "r", "both"),
+    [
+        ((80, 108, 163 * 1024), 32, None),
+        ((100, 148, 227 * 1024), 64, None),
+        ((75, 40, 64 * 1024), 16, "capability 8.0"),
+        ((89, 58, 99 * 1024), 64, f"{99 * 1024} bytes"),
+    ],
+)
+def test_other_gpus(facts: tuple[int, int, int], r: int, both: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda_limits, "cuda_facts", lambda index: cuda_limits.CudaFacts(*facts))
+    grad, left, right = half_case(r=r)
+    assert "capability 9.0" in (variants.why_not_cuda(grad, None, right, False, False, False) or "")
+    why = variants.why_not_cuda(grad, left, right, False, False, False)
+    assert why is None if both is None else both in (why or "")
+
+
 @pytest.mark.skipif(variants.cuda_missing() is None, reason="the CUDA C++ kernels are there")
 def test_the_cuda_kernels_fail_aloud_where_they_are_not(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SCULPT_BACKEND", "cuda")
@@ -145,7 +216,7 @@ def test_a_list_without_triton_goes_one_by_one(monkeypatch: pytest.MonkeyPatch) 
 _INTERPRETED = """
 import torch
 from sculpt_ops import reference
-from sculpt_ops.ops import foreach_cuda, variants
+from sculpt_ops.ops import cuda_limits, foreach_cuda, variants
 torch.manual_seed(0)
 def basis(*shape): return torch.linalg.qr(torch.randn(*shape))[0]
 for batch in ((), (3,), (2, 2)):

@@ -1,0 +1,111 @@
+"""What the CUDA C++ projection kernels cannot do, found before they are called."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import _host
+
+__all__ = ["CudaFacts", "cuda_facts", "why_not_cuda"]
+
+# Of csrc/common/side_panels.h and both_panels.h.
+_MAX_RANK = 128
+_ALIGNMENT = 16
+
+
+class CudaFacts(NamedTuple):
+    """What the kernels ask of a GPU. capability: 10 major + minor. shared_bytes: most that a block may have."""
+
+    capability: int
+    multiprocessors: int
+    shared_bytes: int
+
+
+_H100 = CudaFacts(90, 132, 227 * 1024)
+
+
+@cache
+def cuda_facts(index: int | None) -> CudaFacts:
+    """CUDA device `index`; an H100 for None (a tensor that is on no GPU)."""
+    if index is None:
+        return _H100
+    properties = torch.cuda.get_device_properties(index)
+    capability = 10 * properties.major + properties.minor
+    # Older releases of torch do not tell: 99 kB is what every GPU from 8.0 has.
+    shared = getattr(properties, "shared_memory_per_block_optin", _H100.shared_bytes if capability == 90 else 99 * 1024)
+    return CudaFacts(capability, properties.multi_processor_count, int(shared))
+
+
+def _not_plain(name: str, tensor: Tensor) -> str | None:
+    if tensor.is_contiguous() and tensor.data_ptr() % _ALIGNMENT == 0:
+        return None
+    return f"{name}: wanted contiguous memory that starts at a multiple of {_ALIGNMENT} bytes"
+
+
+def _not_a_basis(name: str, basis: Tensor, grad: Tensor, rows: int) -> str | None:
+    if basis.dim() != 2 or basis.shape[0] != rows:
+        return f"{name}: wanted one matrix of {rows} rows, given shape {tuple(basis.shape)}"
+    if basis.dtype not in (torch.bfloat16, torch.float32):
+        return f"{name}: wanted dtype bfloat16 or float32, given {basis.dtype}"
+    if basis.device != grad.device:
+        return f"{name}: wanted a tensor on {grad.device}, given one on {basis.device}"
+    return _not_plain(name, basis)
+
+
+def why_not_cuda(
+    grad: Tensor, left: Tensor | None, right: Tensor | None, keep_left: bool, keep_right: bool, block: bool
+) -> str | None:
+    """Why the CUDA C++ kernels cannot project ``grad`` in place; None if they can.
+
+    All that csrc/cuda/ops.cpp refuses, asked before the call: a C++ exception out of a library built against the
+    headers of torch 2.11 ended the process in place of raising.
+    """
+    if grad.dim() != 2:
+        return f"grad: wanted one matrix, given shape {tuple(grad.shape)}"
+    if grad.dtype is not torch.bfloat16:
+        return f"grad: wanted dtype bfloat16, given {grad.dtype}"
+    if left is None and right is None:
+        return "left, right: wanted at least one basis, given none"
+    for name, basis, keep in (("left", left, keep_left), ("right", right, keep_right)):
+        if basis is None and keep:
+            return f"keep_{name}: wanted only with a {name} basis, given without"
+    both = left is not None and right is not None
+    if block and not both:
+        return "block: wanted only with both bases, given with one"
+    if both and (keep_left or keep_right):
+        return "keep_left, keep_right: wanted only with one basis, given with both: there is no such kernel"
+    m, n = grad.shape
+    for name, basis, rows in (("left", left, m), ("right", right, n)):
+        why = None if basis is None else _not_a_basis(name, basis, grad, rows)
+        if why is not None:
+            return why
+    why = _not_plain("grad", grad)
+    if why is not None:
+        return why
+    facts = cuda_facts(grad.device.index if grad.is_cuda else None)
+    split = any(basis is not None and basis.dtype is torch.float32 for basis in (left, right))
+    if left is not None and right is not None:
+        if facts.capability < 80:
+            return "wanted a GPU of capability 8.0 or later"
+        ranks = left.shape[1], right.shape[1]
+        multiprocessors, shared_bytes, clusters = facts.multiprocessors, facts.shared_bytes, facts.capability >= 90
+        if _host.both_panels(m, n, *ranks, split, block, multiprocessors, shared_bytes, clusters) is None:
+            return (
+                f"left, right: wanted ranks of 1 to {_MAX_RANK} and at most {shared_bytes} bytes of shared "
+                f"memory a block, given ranks {ranks[0]} and {ranks[1]}"
+            )
+        return None
+    if facts.capability != 90:
+        return "wanted a GPU of capability 9.0 for one side"
+    name, basis, length, extent = ("left", left, m, n) if left is not None else ("right", right, n, m)
+    assert basis is not None
+    if _host.side_panels(length, extent, basis.shape[1], split, facts.multiprocessors) is None:
+        return (
+            f"{name}: wanted a rank of 1 to {_MAX_RANK} whose rows fit the shared memory of a cluster, given "
+            f"{length} rows and rank {basis.shape[1]}"
+        )
+    return None
