@@ -41,7 +41,7 @@ inline void check_adam(const char* op, const Tensors& steps, const Tensors& grad
     STD_TORCH_CHECK(counts[i].numel() == 1 && counts[i].scalar_type() == ScalarType::Float, op,
                     ": counts: wanted one float32 number each, given shape ", shape(counts[i]),
                     " or another dtype in entry ", i);
-    STD_TORCH_CHECK(counts[i].is_cpu() == grad.is_cpu(), op, ": counts: wanted the device of grads");
+    STD_TORCH_CHECK(counts[i].is_cpu() || !grad.is_cpu(), op, ": counts: wanted the device of grads, or the CPU");
     STD_TORCH_CHECK(lr.is_cpu() || !grad.is_cpu(), op, ": lr: wanted the device of grads, or the CPU");
     STD_TORCH_CHECK(weights[i] || (!lows[i] && !starts[i]), op,
                     ": weights: wanted one where lows or starts has one, given none in entry ", i);
