@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import ctypes
-import re
 import shutil
-import subprocess
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import pytest
 import torch
@@ -16,8 +13,8 @@ from torch import Tensor
 from sculpt_ops import reference
 
 from ..ops.adam_cases import DECAYS, HYPERPARAMETERS, SHAPES, Case, a_case
+from .emulating import library
 
-ROOT = Path(__file__).parents[2]
 ENTRY = """
 extern "C" int run(const sculpt::AdamEntry* entries, long n, const sculpt::AdamSettings* settings) {
   return sculpt::adam(entries, n, *settings, nullptr);
@@ -53,21 +50,8 @@ Run = Callable[..., None]
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    folder = tmp_path_factory.mktemp("emulated")
-    source = (ROOT / "csrc" / "cuda" / "adam.cu").read_text()
-    # Blocks take turns.
-    source, shared = re.subn(r"__shared__ AdamStep shared;", "static AdamStep shared;", source)
-    launch = r"(\w+)<<<(.*?), (\w+), 0, stream>>>\((.*?)\);"
-    source, launches = re.subn(launch, r"emulated::launch(\2, \3, 0, [=] { \1(\4); });", source, flags=re.DOTALL)
-    assert (shared, launches) == (1, 2)
-    (folder / "adam.cpp").write_text(source + ENTRY)
-    includes = [f"-I{ROOT / 'tests' / 'cuda' / 'emulated'}", f"-I{ROOT / 'csrc'}"]
-    flags = ["-O2", "-std=c++17", "-fPIC", "-shared", "-ffp-contract=off", "-U_FORTIFY_SOURCE", "-fno-gnu-unique"]
-    command = ["g++", *flags, *includes, str(folder / "adam.cpp"), "-o", str(folder / "adam.so")]
-    built = subprocess.run(command, capture_output=True, text=True)
-    assert built.returncode == 0, built.stderr
-    library = ctypes.CDLL(str(folder / "adam.so"))
-    assert library.size() == ctypes.sizeof(Entry) + 1000 * ctypes.sizeof(Settings)
+    kernel = library("adam", ENTRY, tmp_path_factory.mktemp("emulated"), launches=2)
+    assert kernel.size() == ctypes.sizeof(Entry) + 1000 * ctypes.sizeof(Settings)
 
     def call(case: Case, on_host: Sequence[int] = (), lr_on_host: bool = False, maximize: bool = False) -> None:
         entries = (Entry * len(case.grads))()
@@ -86,7 +70,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
         lr = None if lr_on_host else case.lr.data_ptr()
         settings = Settings(lr=lr, lr_double=True, maximize=maximize, **HYPERPARAMETERS)
         settings.lr_value = float(case.lr) if lr_on_host else float("nan")
-        assert library.run(entries, ctypes.c_long(len(entries)), ctypes.byref(settings)) == 0
+        assert kernel.run(entries, ctypes.c_long(len(entries)), ctypes.byref(settings)) == 0
         for i in on_host:
             case.counts[i] += 1
 
