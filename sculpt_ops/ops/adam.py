@@ -158,12 +158,12 @@ def _check_all(lists: Sequence[Sequence[Tensor | None]], lr: Tensor) -> None:
             )
     # Everything that is written, against everything: two entries of one element would be stepped twice.
     uses.sort()
-    for at, (_, end, name, written) in enumerate(uses):
-        for begin, _, other, other_written in uses[at + 1 :]:
-            if begin >= end:
-                break
+    for at, (_, end, name, written) in enumerate(uses, start=1):
+        while at < len(uses) and uses[at][0] < end:
+            _, _, other, other_written = uses[at]
             if written or other_written:
                 raise ValueError(f"_adam_: {name}: given memory shared with {other}, wanted memory of its own")
+            at += 1
     if any(count is not None and count.is_cpu for count in counts) and _capturing(device):
         raise RuntimeError(
             "_adam_: counts: given on the CPU while a CUDA graph is captured, which would repeat one and the same "
