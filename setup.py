@@ -32,8 +32,8 @@ def headers() -> list[str]:
 
 
 def cuda_extensions() -> list[CUDAExtension]:
-    """The CUDA C++ kernels, where torch is a CUDA build and nvcc is there. SCULPT_NO_CUDA=1 leaves them out: dispatch
-    does not choose them, the CUDA path uses Triton and library products."""
+    """The CUDA C++ kernels, where torch is a CUDA build and nvcc is there. SCULPT_NO_CUDA=1 leaves them out: the CUDA
+    path then uses Triton, library products and torch's AdamW."""
     if torch.version.cuda is None or CUDA_HOME is None or os.environ.get("SCULPT_NO_CUDA") == "1":
         return []
     # The one-pass kernels, files with a suffix, are for Hopper; the others compile for 8.0 to 10.0 as well.

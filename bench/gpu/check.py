@@ -32,6 +32,7 @@ GPU_TESTS = (
     "tests/cuda/side_checks.py",
     "tests/cuda/both_checks.py",
     "tests/cuda/adam_checks.py",
+    "tests/cuda/add_steps_checks.py",
     "tests/cuda/jacobi_checks.py",
 )
 SANITIZED = (PYTHON, "bench/gpu/small_shapes.py")

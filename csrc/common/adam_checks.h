@@ -41,7 +41,7 @@ inline void check_adam(const char* op, const Tensors& steps, const Tensors& grad
     STD_TORCH_CHECK(counts[i].numel() == 1 && counts[i].scalar_type() == ScalarType::Float, op,
                     ": counts: wanted one float32 number each, given shape ", shape(counts[i]),
                     " or another dtype in entry ", i);
-    STD_TORCH_CHECK(counts[i].is_cpu() == grad.is_cpu(), op, ": counts: wanted the device of grads");
+    STD_TORCH_CHECK(counts[i].is_cpu() || !grad.is_cpu(), op, ": counts: wanted the device of grads, or the CPU");
     STD_TORCH_CHECK(lr.is_cpu() || !grad.is_cpu(), op, ": lr: wanted the device of grads, or the CPU");
     STD_TORCH_CHECK(weights[i] || (!lows[i] && !starts[i]), op,
                     ": weights: wanted one where lows or starts has one, given none in entry ", i);
@@ -59,15 +59,8 @@ inline void check_adam(const char* op, const Tensors& steps, const Tensors& grad
     }
   }
   // Everything that is written, against everything: two entries of one element would be stepped twice.
-  struct Use {
-    Extent extent;
-    const char* name;
-    bool written;
-  };
-  std::vector<Use> uses;
-  const auto use = [&](const char* name, const Tensor& t, bool written) {
-    if (t.numel()) uses.push_back({Extent(t), name, written});
-  };
+  Uses uses;
+  const auto use = [&](const char* name, const Tensor& t, bool written) { uses.add(name, t, written); };
   for (size_t i = 0; i < grads.size(); ++i) {
     use("grads", grads[i], false), use("steps", steps[i], true), use("firsts", firsts[i], true);
     use("seconds", seconds[i], true), use("counts", counts[i], true);
@@ -75,11 +68,7 @@ inline void check_adam(const char* op, const Tensors& steps, const Tensors& grad
     if (lows[i]) use("lows", *lows[i], false);
     if (starts[i]) use("starts", *starts[i], false);
   }
-  std::sort(uses.begin(), uses.end(), [](const Use& a, const Use& b) { return a.extent.begin < b.extent.begin; });
-  for (size_t i = 0; i < uses.size(); ++i)
-    for (size_t j = i + 1; j < uses.size() && uses[j].extent.begin < uses[i].extent.end; ++j)
-      STD_TORCH_CHECK(!uses[i].written && !uses[j].written, op, ": ", uses[i].name,
-                      ": wanted memory of its own, given memory shared with ", uses[j].name);
+  uses.check(op);
 }
 
 }  // namespace sculpt

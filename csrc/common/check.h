@@ -121,4 +121,27 @@ inline void check_apart(const char* op, const char* written, const Tensor& w, co
                   written);
 }
 
+// Of lists of contiguous tensors everything that is written, against everything: memory of its own.
+class Uses {
+ public:
+  void add(const char* name, const Tensor& t, bool written) {
+    if (t.numel()) uses_.push_back({Extent(t), name, written});
+  }
+  void check(const char* op) {
+    std::sort(uses_.begin(), uses_.end(), [](const Use& a, const Use& b) { return a.extent.begin < b.extent.begin; });
+    for (size_t i = 0; i < uses_.size(); ++i)
+      for (size_t j = i + 1; j < uses_.size() && uses_[j].extent.begin < uses_[i].extent.end; ++j)
+        STD_TORCH_CHECK(!uses_[i].written && !uses_[j].written, op, ": ", uses_[i].name,
+                        ": wanted memory of its own, given memory shared with ", uses_[j].name);
+  }
+
+ private:
+  struct Use {
+    Extent extent;
+    const char* name;
+    bool written;
+  };
+  std::vector<Use> uses_;
+};
+
 }  // namespace sculpt

@@ -10,6 +10,7 @@ namespace sculpt {
 // Of an SM of capability 9.0, less the kilobyte that each block reserves.
 constexpr int64_t kSharedBytes = 227 * 1024;
 constexpr int64_t kMaxSideRank = 128;
+constexpr int64_t kMaxSideRankFloat32 = 64;
 // Beyond 8 blocks a cluster needs cudaFuncAttributeNonPortableClusterSizeAllowed; an H100 has GPCs of 16 or 18 SMs.
 constexpr int64_t kMaxCluster = 16;
 // A panel is this wide, and is held in square tiles: 128 bytes of a row, one full line of memory, and the rows of one
@@ -41,7 +42,8 @@ inline int64_t side_panel_bytes(const SidePanels& plan, bool split) {
 // with nothing to do.
 inline SidePanels side_panels_of(int64_t length, int64_t extent, int64_t r, bool split, int64_t multiprocessors, int64_t stages) {
   SidePanels best;
-  if (length < 1 || extent < 1 || r < 1 || r > std::min(length, kMaxSideRank)) return best;
+  const int64_t most = split ? kMaxSideRankFloat32 : kMaxSideRank;
+  if (length < 1 || extent < 1 || r < 1 || r > std::min(length, most)) return best;
   SidePanels plan;
   plan.stages = stages, plan.ranks = 16;
   while (plan.ranks < r) plan.ranks *= 2;

@@ -3,13 +3,14 @@
 // Moves: gradient, moments and what decays read, moments and step written: 28 bytes an element in float32, 20 with
 // bfloat16 gradient and weight. Computes about 15 operations an element, a square root and two divisions among them, far
 // below what the memory allows. The tensors' places travel as a kernel argument: nothing is copied to the device before
-// the launch, and a CUDA graph that holds the launches follows `lr` and `counts`, which are read where they are.
+// the launch, and a CUDA graph that holds the launches follows `lr` and `counts` on the device, which are read where they
+// are. What is on the host travels with the table.
 //
-// NOT YET RUN ON A GPU: it compiles, and dispatch does not choose it. No element depends on another: the same to the bit
-// every time. Not to the bit the CPU's: products and sums are fused here.
+// Its tests with counts on the device (values, graphs) passed on an H200 (torch 2.11, CUDA 13.0); NOT YET RUN ON A GPU are
+// counts on the host, the optimizer on top of it, and adam_runs. No element depends on another: the same to the bit every
+// time. Not to the bit the CPU's: products and sums are fused here.
 #include "cuda/adam.h"
 
-#include <cuda_bf16.h>
 #include <cuda_runtime.h>
 
 #include <algorithm>
@@ -33,7 +34,7 @@ static_assert(sizeof(Table) <= 32764);
 
 __global__ void __launch_bounds__(kAdamEntries) count_steps(const __grid_constant__ Table table) {
   const int i = static_cast<int>(threadIdx.x);
-  if (i < table.chunks.entries) *table.entries[i].count += 1.0f;
+  if (i < table.chunks.entries && table.entries[i].count) *table.entries[i].count += 1.0f;
 }
 
 __device__ float4 widened(const void* from, int64_t at, bool half) {
@@ -110,7 +111,8 @@ __global__ void __launch_bounds__(kThreads) step_all(const __grid_constant__ Tab
     const double lr = s.lr == nullptr ? s.lr_value
                       : s.lr_double   ? *static_cast<const double*>(s.lr)
                                       : double(*static_cast<const float*>(s.lr));
-    shared = AdamStep::of(lr, s.beta1, s.beta2, s.eps, s.weight_decay, s.maximize, *entry.count);
+    const float count = entry.count ? *entry.count : entry.count_value;
+    shared = AdamStep::of(lr, s.beta1, s.beta2, s.eps, s.weight_decay, s.maximize, count);
   }
   __syncthreads();
   const AdamStep step = shared;
@@ -128,17 +130,26 @@ cudaError_t adam(const AdamEntry* entries, int64_t n, const AdamSettings& settin
     Table table;
     table.settings = settings;
     table.chunks = AdamChunks{};
+    bool counts = false;
     while (done < n && table.chunks.add(entries[done].numel)) {
       table.entries[table.chunks.entries - 1] = entries[done];
+      counts = counts || entries[done].count;
       ++done;
     }
     if (table.chunks.entries == 0) return cudaErrorInvalidValue;
-    count_steps<<<1, kAdamEntries, 0, stream>>>(table);
+    if (counts) count_steps<<<1, kAdamEntries, 0, stream>>>(table);
     if (table.chunks.total() > 0)
       step_all<<<static_cast<unsigned>(table.chunks.total()), kThreads, 0, stream>>>(table);
     if (const cudaError_t error = cudaGetLastError(); error != cudaSuccess) return error;
   }
   return cudaSuccess;
+}
+
+bool adam_runs() {
+  cudaFuncAttributes attributes;
+  const bool runs = cudaFuncGetAttributes(&attributes, step_all) == cudaSuccess;
+  if (!runs) cudaGetLastError();  // else the next launch would be blamed
+  return runs;
 }
 
 }  // namespace sculpt

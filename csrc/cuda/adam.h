@@ -7,6 +7,7 @@
 namespace sculpt {
 
 // One tensor. grad, weight and start are float32, or bfloat16 where their flag is set. weight, low, start: may be null.
+// count: on the device, goes up by one; null: `count_value`, in which this step is counted already.
 struct AdamEntry {
   const void* grad;
   float *first, *second, *out, *count;
@@ -14,6 +15,7 @@ struct AdamEntry {
   const int16_t* low;
   const void* start;
   int64_t numel;
+  float count_value;
   bool half_grad, half_weight;
 };
 
@@ -23,7 +25,10 @@ struct AdamSettings {
   bool lr_double, maximize;
 };
 
-// As `_adam_` (csrc/ops.cpp): counts go up by one, moments and steps are written.
+// As `_adam_` (csrc/ops.cpp): counts on the device go up by one, moments and steps are written.
 cudaError_t adam(const AdamEntry* entries, int64_t n, const AdamSettings& settings, cudaStream_t stream);
+
+// Whether the build has code for the current device.
+bool adam_runs();
 
 }  // namespace sculpt

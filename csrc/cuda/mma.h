@@ -21,9 +21,11 @@ __device__ inline void multiply_add(float (&c)[4], const uint32_t (&a)[4], const
 }
 
 // 16 bytes from global to shared memory, not through registers. Both addresses are multiples of 16.
-__device__ inline void copy_async(void* to, const void* from) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(to)), "l"(from) : "memory");
+__device__ inline void copy_async(uint32_t to, const void* from) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
 }
+
+__device__ inline void copy_async(void* to, const void* from) { copy_async(shared_address(to), from); }
 
 // Copies since the last call are a group; what is waited for is all of them but the newest `NEWER` groups.
 __device__ inline void close_group() { asm volatile("cp.async.commit_group;" ::: "memory"); }

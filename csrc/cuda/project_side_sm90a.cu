@@ -13,7 +13,7 @@
 // written and replaced; while the factors travel, the panel after this one is multiplied.
 //
 // NOT YET RUN ON A GPU: it compiles, and dispatch does not choose it. Not for float16, whose coefficients can overflow,
-// for ranks above 128, or panels too long for the shared memory of 16 blocks (`side_panels`).
+// for ranks above 128 (64 with a float32 basis, whose 128 spill registers), or panels too long for the shared memory of 16 blocks (`side_panels`).
 #include "cuda/project_side.h"
 
 #include <cuda_bf16.h>
@@ -32,9 +32,34 @@
 namespace sculpt {
 namespace {
 
-constexpr int kGroups = 2;  // of four warps, which multiply together
+// Groups of four warps, which multiply together. Four, since two warps a scheduler had an instruction ready a quarter of
+// the time.
+constexpr int kGroups = 4;
 constexpr int kWarps = 4 * kGroups, kThreads = 32 * kWarps;
-constexpr int kWide = kTile, kPieces = kWide / 8;
+constexpr int kWide = kTile;
+
+__device__ uint32_t load_shared(uint32_t address) {
+  uint32_t x;
+  asm volatile("ld.shared.b32 %0, [%1];" : "=r"(x) : "r"(address) : "memory");
+  return x;
+}
+
+__device__ uint4 load_piece(uint32_t address) {
+  uint4 x;
+  asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
+               : "r"(address)
+               : "memory");
+  return x;
+}
+
+__device__ void store_shared(uint32_t address, uint32_t x) {
+  asm volatile("st.shared.b32 [%0], %1;" ::"r"(address), "r"(x) : "memory");
+}
+
+__device__ uint32_t packed(__nv_bfloat16 x, __nv_bfloat16 y) {
+  return static_cast<uint32_t>(__bfloat16_as_ushort(y)) << 16 | __bfloat16_as_ushort(x);
+}
 
 __device__ uint32_t packed(float x, float y) {
   const __nv_bfloat162 both = __floats2bfloat162_rn(x, y);
@@ -47,8 +72,11 @@ __device__ float rest_of(float x) { return x - __bfloat162float(__float2bfloat16
 // RANKS: padded. SPLIT: U is float32.
 template <int RANKS, bool SPLIT, bool RIGHT>
 struct Block {
+  // Groups that multiply the panel, for some of the ranks each. Each reads all of it, so two; at 128 ranks two would
+  // spill registers.
+  static constexpr int kMultipliers = RANKS == 128 ? 4 : 2;
   // Columns of U and of the factors lie in arrays of up to 64 beside each other.
-  static constexpr int kWidth = RANKS < 64 ? RANKS : 64, kGroupRanks = RANKS / kGroups;
+  static constexpr int kWidth = RANKS < 64 ? RANKS : 64, kGroupRanks = RANKS / kMultipliers;
   using Sums = float[kGroupRanks / 2];
 
   __nv_bfloat16* grad;
@@ -103,56 +131,60 @@ struct Block {
   }
 
   // Tiles are dealt out to the groups, and 16 rows of each to a warp, which loads, corrects and stores them: no other
-  // waits for it. Here row j of those, and this lane's piece of it.
-  __device__ int row_of(int j) const { return 16 * (warp % 4) + j; }
-  // Row and column of G. across: where the panel begins.
-  __device__ int64_t row_in(int tile, int row, int64_t across) const {
-    return row + (RIGHT ? across : first + kWide * tile);
+  // waits for it. A lane copies the same piece of rows lane / 8 and 4, 8, 12 further; eight rows further pieces change
+  // places alike.
+  static constexpr int kSteps = 4, kRowsApart = 16 / kSteps;
+
+  __device__ int64_t row_in(int tile, int64_t across) const {
+    return 16 * (warp % 4) + lane / 8 + (RIGHT ? across : first + kWide * tile);
   }
   __device__ int64_t column_in(int tile, int64_t across) const {
-    return lane % kPieces * 8 + (RIGHT ? first + kWide * tile : across);
+    return lane % 8 * 8 + (RIGHT ? first + kWide * tile : across);
+  }
+  __device__ uint32_t piece_in(int slot, int tile, int step) const {
+    const int row = 16 * (warp % 4) + lane / 8, turn = lane / 8 ^ step % 2 * 4;
+    return shared_address(tile_of(slot, tile)) + 128 * (row + kRowsApart * step) + 16 * (lane % 8 ^ turn);
+  }
+  // Whether all of a tile lies in G, in rows that start at multiples of 16 bytes.
+  __device__ bool whole(int tile, int64_t across) const {
+    const int64_t along = first + kWide * (tile + 1), beside = across + kWide;
+    return n % 8 == 0 && (RIGHT ? beside : along) <= m && (RIGHT ? along : beside) <= n;
   }
 
   // What is beyond m and n is zero: an Inf there times a zero of U would be NaN.
   __device__ void load_tile(int slot, int tile, int64_t across) const {
-    const int64_t column = column_in(tile, across);
+    const int64_t row = row_in(tile, across), column = column_in(tile, across);
+    const __nv_bfloat16* from = grad + row * n + column;
+    if (whole(tile, across)) {
 #pragma unroll
-    for (int j = 0; j < 16; j += 32 / kPieces) {
-      const int row = row_of(j + lane / kPieces);
-      const int64_t at = row_in(tile, row, across);
-      __nv_bfloat16* to = tile_of(slot, tile) + swizzled<kWide>(row, lane % kPieces * 8);
-      const __nv_bfloat16* from = grad + at * n + column;
-      // Rows of G start at multiples of 16 bytes.
-      if (n % 8 == 0 && at < m && column < n) {
-        copy_async(to, from);
-      } else {
-        for (int k = 0; k < 8; ++k) to[k] = at < m && column + k < n ? from[k] : __float2bfloat16_rn(0.0f);
-      }
+      for (int j = 0; j < kSteps; ++j) copy_async(piece_in(slot, tile, j), from + j * kRowsApart * n);
+      return;
     }
+    for (int j = 0; j < kSteps; ++j)
+      for (int k = 0; k < 8; k += 2) {
+        const int64_t at = row + j * kRowsApart;
+        const auto element = [&](int64_t c) { return at < m && c < n ? grad[at * n + c] : __float2bfloat16_rn(0.0f); };
+        store_shared(piece_in(slot, tile, j) + 2 * k, packed(element(column + k), element(column + k + 1)));
+      }
   }
 
   __device__ void store_tile(int slot, int tile, int64_t across) const {
-    constexpr int kSteps = 16 * kPieces / 32;
-    const int64_t column = column_in(tile, across);
-    uint4 piece[kSteps];
+    const int64_t row = row_in(tile, across), column = column_in(tile, across);
+    __nv_bfloat16* to = grad + row * n + column;
+    if (whole(tile, across)) {
+      uint4 piece[kSteps];
 #pragma unroll
-    for (int j = 0; j < kSteps; ++j) {
-      const int row = row_of(j * (32 / kPieces) + lane / kPieces);
-      piece[j] = *reinterpret_cast<const uint4*>(tile_of(slot, tile) + swizzled<kWide>(row, lane % kPieces * 8));
-    }
+      for (int j = 0; j < kSteps; ++j) piece[j] = load_piece(piece_in(slot, tile, j));
 #pragma unroll
-    for (int j = 0; j < kSteps; ++j) {
-      const int64_t at = row_in(tile, row_of(j * (32 / kPieces) + lane / kPieces), across);
-      if (at >= m) continue;
-      __nv_bfloat16* to = grad + at * n + column;
-      if (n % 8 == 0) {
-        if (column < n) *reinterpret_cast<uint4*>(to) = piece[j];
-      } else {
-        const auto* x = reinterpret_cast<const __nv_bfloat16*>(&piece[j]);
-        for (int k = 0; k < 8; ++k)
-          if (column + k < n) to[k] = x[k];
-      }
+      for (int j = 0; j < kSteps; ++j) *reinterpret_cast<uint4*>(to + j * kRowsApart * n) = piece[j];
+      return;
     }
+    for (int j = 0; j < kSteps; ++j)
+      for (int k = 0; k < 8; ++k)
+        if (row + j * kRowsApart < m && column + k < n) {
+          const uint32_t two = load_shared(piece_in(slot, tile, j) + 4 * (k / 2));
+          to[j * kRowsApart * n + k] = __ushort_as_bfloat16(static_cast<uint16_t>(k % 2 ? two >> 16 : two));
+        }
   }
 
   // This group's ranks of this block's part of Gᵀ U (of G U). K is the row of U, and of the tile (its column).
@@ -180,60 +212,72 @@ struct Block {
     wait_for_products(sums);
   }
 
-  // The part goes to the blocks that own its ranks; they have room for every block's, by column of the panel.
+  // The part goes to the blocks that own its ranks; they have room for every block's, by column (row) of the panel.
   __device__ void send_part(const Sums& sums) const {
     const int shift = __ffs(owned) - 1;
-    const uint32_t here = shared_address(parts + own * owned * kWide);
+    const uint32_t here = shared_address(parts + own * owned * kWide) + 4 * owned * (16 * (warp % 4) + lane / 4);
 #pragma unroll
     for (int j = 0; j < kGroupRanks / 8; ++j) {
       const int rank = group * kGroupRanks + 8 * j + 2 * (lane % 4);
-      const uint32_t to = address_in(here, rank >> shift) + 4 * (rank & (owned - 1));
       const uint32_t barrier = address_in(parts_barrier, rank >> shift);
-#pragma unroll
-      for (int half = 0; half < 2; ++half)
-        send(to + 4 * owned * (16 * (warp % 4) + lane / 4 + 8 * half), sums[4 * j + 2 * half],
-             sums[4 * j + 2 * half + 1], barrier);
+      const uint32_t to = barrier + (here - parts_barrier) + 4 * (rank & (owned - 1));
+      send(to, sums[4 * j], sums[4 * j + 1], barrier);
+      send(to + 32 * owned, sums[4 * j + 2], sums[4 * j + 3], barrier);
     }
   }
 
   __device__ bool owns() const { return own * owned < RANKS; }
 
-  // The parts of the ranks that this block owns are added, and sent to every block. A thread has four ranks of a column,
-  // and several threads the same ones, for different blocks.
+  // The parts of the ranks that this block owns are added, one number a thread, and sent to every block, four ranks of a
+  // column at a time: four lanes have the same four, for a fourth of the blocks each. What is to be taken away is sent
+  // with its sign changed.
   __device__ void send_factors(int parity) const {
     if (!owns()) return;
-    const int fours = owned / 4 * kWide, shares = max(1, min(blocks, kThreads / fours));
-    const uint32_t to_high = shared_address(factor(parity)), to_low = to_high + RANKS * kWide * 2;
-    for (int item = threadIdx.x; item < fours * shares; item += kThreads) {
-      const int four = item % fours, column = four / (owned / 4), rank = own * owned + four % (owned / 4) * 4;
-      float4 sum = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-#pragma unroll 8
-      for (int other = 0; other < blocks; ++other) {
-        const float4 part = *reinterpret_cast<const float4*>(parts + other * owned * kWide + 4 * four);
-        sum.x += part.x, sum.y += part.y, sum.z += part.z, sum.w += part.w;
-      }
-      const uint32_t at = 2 * place(kWide, column, rank);
-      const uint32_t high_x = packed(sum.x, sum.y), high_y = packed(sum.z, sum.w);
-      const uint32_t low_x = packed(rest_of(sum.x), rest_of(sum.y)), low_y = packed(rest_of(sum.z), rest_of(sum.w));
-      for (int other = item / fours; other < blocks; other += shares) {
-        const uint32_t barrier = address_in(factor_barrier(parity), other);
-        send(address_in(to_high + at, other), high_x, high_y, barrier);
-        send(address_in(to_low + at, other), low_x, low_y, barrier);
+    const int numbers = owned * kWide, shares = max(1, kThreads / numbers);
+    for (int item = threadIdx.x; item < numbers * shares; item += kThreads) {
+      const int number = item % numbers, column = number / owned, rank = own * owned + number % owned / 4 * 4;
+      float sum = 0.0f;
+#pragma unroll 4
+      for (int other = 0; other < blocks; ++other) sum += parts[other * numbers + number];
+      if (!keep) sum = -sum;
+      const __nv_bfloat16 high_part = __float2bfloat16_rn(sum);
+      const uint32_t mine = packed(high_part, __float2bfloat16_rn(sum - __bfloat162float(high_part)));
+      uint32_t four[4];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) four[i] = __shfl_sync(0xffffffffu, mine, i, 4);
+      const uint32_t to = shared_address(factor(parity)) + 2 * place(kWide, column, rank), barrier = factor_barrier(parity);
+      for (int other = lane % 4 + item / numbers * 4; other < blocks; other += 4 * shares) {
+        const uint32_t there = address_in(barrier, other), at = there + (to - barrier);
+        send(at, __byte_perm(four[0], four[1], 0x5410), __byte_perm(four[2], four[3], 0x5410), there);
+        send(at + RANKS * kWide * 2, __byte_perm(four[0], four[1], 0x7632), __byte_perm(four[2], four[3], 0x7632), there);
       }
     }
   }
 
-  // U times the factors (the factors times Uᵀ) is taken from a tile where it lies.
+  // U times the factors (the factors times Uᵀ) is added to a tile where it lies: the products begin from it.
   __device__ void correct_tile(int slot, int parity, int tile) const {
     float sums[kWide / 2];
-    const __nv_bfloat16 *factor_high = factor(parity), *factor_low = factor_high + RANKS * kWide;
+    // Of row lane / 4 piece 0 lies at the lane's number of pieces; of the others the bits of their number change that.
+    const uint32_t at = shared_address(tile_of(slot, tile)) + 128 * (16 * (warp % 4) + lane / 4) + 16 * (lane / 4) +
+                        4 * (lane % 4);
+    const uint32_t mask = keep ? 0u : 0xffffffffu;
+    uint32_t old[kWide / 4];
+#pragma unroll
+    for (int i = 0; i < kWide / 4; ++i) old[i] = load_shared((at ^ i / 2 * 16) + i % 2 * 1024) & mask;
+#pragma unroll
+    for (int i = 0; i < kWide / 4; ++i) {
+      sums[2 * i] = __uint_as_float(old[i] << 16);
+      sums[2 * i + 1] = __uint_as_float(old[i] & 0xffff0000u);
+    }
     const auto add = [&](uint64_t u, uint64_t c) {
       if constexpr (RIGHT)
         multiply_add<true, true>(sums, c, u);
       else
         multiply_add<true, true>(sums, u, c);
     };
-    begin_products(sums);
+    hold(sums);
+    go_on_with_products();
+    const __nv_bfloat16 *factor_high = factor(parity), *factor_low = factor_high + RANKS * kWide;
 #pragma unroll
     for (int k = 0; k < RANKS; k += 16) {
       const int half = k / kWidth, along = 2 * (k % kWidth), rows_at = (half * rows + kWide * tile) * kWidth;
@@ -244,20 +288,10 @@ struct Block {
       if constexpr (SPLIT) add(further(operand<kWidth>(shared_address(low + rows_at)), along), c);
     }
     end_products();
-    const auto at = [&](int i) {
-      const int row = row_of(lane / 4 + i % 2 * 8), column = i / 2 * 8 + 2 * (lane % 4);
-      return reinterpret_cast<__nv_bfloat162*>(tile_of(slot, tile) + swizzled<kWide>(row, column));
-    };
-    __nv_bfloat162 old[kWide / 4];
-#pragma unroll
-    for (int i = 0; i < kWide / 4; ++i) old[i] = *at(i);
     wait_for_products(sums);
 #pragma unroll
-    for (int i = 0; i < kWide / 4; ++i) {
-      const float2 was = __bfloat1622float2(old[i]);
-      const float x = sums[2 * i], y = sums[2 * i + 1];
-      *at(i) = keep ? __floats2bfloat162_rn(x, y) : __floats2bfloat162_rn(was.x - x, was.y - y);
-    }
+    for (int i = 0; i < kWide / 4; ++i)
+      store_shared((at ^ i / 2 * 16) + i % 2 * 1024, packed(sums[2 * i], sums[2 * i + 1]));
     __syncwarp();
   }
 
@@ -283,7 +317,10 @@ __global__ void __launch_bounds__(kThreads, 1) project_side(__nv_bfloat16* grad,
   block.own = cluster_rank();
   block.grad = grad, block.m = m, block.n = n, block.first = static_cast<int64_t>(block.own) * rows;
   block.rows = rows, block.stages = stages, block.blocks = blocks, block.owned = owned, block.keep = keep;
-  block.lane = threadIdx.x % 32, block.warp = threadIdx.x / 32, block.group = block.warp / 4;
+  block.lane = threadIdx.x % 32;
+  block.warp = threadIdx.x / 32;
+  // The same in all lanes, so that addresses of operands are worked out once for a warp.
+  block.warp = __shfl_sync(0xffffffffu, block.warp, 0), block.group = block.warp / 4;
   block.panels = reinterpret_cast<__nv_bfloat16*>(memory);
   block.high = block.panels + stages * rows * kWide;
   block.low = block.high + rows * RANKS;
@@ -317,7 +354,7 @@ __global__ void __launch_bounds__(kThreads, 1) project_side(__nv_bfloat16* grad,
 
   typename Block<RANKS, SPLIT, RIGHT>::Sums sums;
   block.wait_for_panel(true);
-  block.multiply(0, sums);
+  if (block.group < block.kMultipliers) block.multiply(0, sums);
   int slot = 0, before = 0;
   // A part is sent when the factors of the panel before are there: their owner has added the parts up by then. Factors
   // are sent when all parts are there: no block corrects the panel before the last any more.
@@ -325,7 +362,7 @@ __global__ void __launch_bounds__(kThreads, 1) project_side(__nv_bfloat16* grad,
     const int parity = static_cast<int>(i % 2), phase = static_cast<int>(i / 2 % 2);
     expect_parts();
     expect_factors(parity);
-    block.send_part(sums);
+    if (block.group < block.kMultipliers) block.send_part(sums);
     if (i > 0) {
       for (int tile = block.group; tile < tiles; tile += kGroups) {
         block.correct_tile(before, parity ^ 1, tile);
@@ -340,7 +377,7 @@ __global__ void __launch_bounds__(kThreads, 1) project_side(__nv_bfloat16* grad,
     before = slot, slot = slot + 1 == stages ? 0 : slot + 1;
     if (i + 1 < count) {
       block.wait_for_panel(false);
-      block.multiply(slot, sums);
+      if (block.group < block.kMultipliers) block.multiply(slot, sums);
     }
     wait_for(block.factor_barrier(parity), phase);
     show_to_products();
@@ -359,7 +396,7 @@ Kernel kernel_of(int64_t ranks) {
     case 16: return project_side<16, SPLIT, RIGHT>;
     case 32: return project_side<32, SPLIT, RIGHT>;
     case 64: return project_side<64, SPLIT, RIGHT>;
-    default: return project_side<128, SPLIT, RIGHT>;
+    default: return SPLIT ? nullptr : project_side<128, false, RIGHT>;
   }
 }
 
@@ -393,6 +430,7 @@ cudaError_t project_side_sm90a(void* grad, const void* basis, int64_t m, int64_t
                                bool keep, const SidePanels& plan, cudaStream_t stream) {
   if (!plan.fits) return cudaErrorInvalidValue;
   const Kernel kernel = kernel_of(plan.ranks, split, right);
+  if (kernel == nullptr) return cudaErrorInvalidValue;
   cudaLaunchAttribute attribute{};
   attribute.id = cudaLaunchAttributeClusterDimension;
   attribute.val.clusterDim.x = static_cast<unsigned>(plan.cluster);

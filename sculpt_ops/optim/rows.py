@@ -13,6 +13,7 @@ from ..buckets import in_buckets
 from ..dtensor import is_dtensor
 from ..layer import LayerSubspace, project_each_
 from ..ops.adam import adam_ as step_adam_
+from ..ops.adam import in_one_pass
 from .options import Options
 from .precision import add_to_weight_, has_master, read_weight, rounding_seed, wide, write_moment_
 
@@ -141,7 +142,7 @@ def make_steps(
     columns = [list(column) for column in zip(*computed, strict=True)]
     own = [decays(row) if group["weight_decay"] and not _decays_apart(options, row) else None for row in rows]
     counts = [row.state["step"] for row in rows]
-    if at_once := _serves(group, grads, columns, own):
+    if at_once := _serves(group, grads, columns, counts, own):
         directions = _one_pass(group, grads, columns, counts, own)
     else:
         grads[:] = [grad.to(wide(grad.dtype)) for grad in grads]
@@ -182,14 +183,29 @@ def _serves(
     group: Mapping[str, Any],
     grads: Sequence[Tensor],
     columns: Sequence[list[Tensor]],
+    counts: Sequence[Tensor],
     decays: Sequence[Decayed | None],
 ) -> bool:
-    """Whether `_one_pass` does: on CPUs, with float32 moments. torch's AdamW does the rest."""
+    """Whether `_one_pass` does: on CPUs, and on a GPU where the kernel is there, with float32 moments. torch's AdamW
+    does the rest."""
     if len(columns) != 2 or group["foreach"] is not None or group["differentiable"]:
         return False
+    device = grads[0].device
+    if not in_one_pass(device):
+        return False
+    if device.type != "cpu":
+        # Read on the host they would wait for the device, and be frozen into a CUDA graph.
+        if any(isinstance(beta, Tensor) and not beta.is_cpu for beta in group["betas"]):
+            return False
+        # As checkpoints of other settings leave them: torch's AdamW converts.
+        rate = [group["lr"]] if isinstance(group["lr"], Tensor) else []
+        if not all(number.is_cpu or number.device == device for number in (*rate, *counts)):
+            return False
+        if not all(count.dtype == torch.float32 for count in counts):
+            return False
     others = [tensor for entry in decays if entry is not None for tensor in entry if tensor is not None]
     return all(moment.dtype == torch.float32 for column in columns for moment in column) and all(
-        tensor.device.type == "cpu" and not is_dtensor(tensor) and tensor.is_contiguous() and tensor.dtype in _SERVED
+        tensor.device == device and not is_dtensor(tensor) and tensor.is_contiguous() and tensor.dtype in _SERVED
         for tensor in (*grads, *columns[0], *columns[1], *others)
     )
 
@@ -204,6 +220,12 @@ def _one_pass(
     """The steps without a projection, less what decays."""
     directions = [torch.empty_like(grad, dtype=torch.float32) for grad in grads]
     beta1, beta2 = group["betas"]
+    lr = group["lr"]
+    if not isinstance(lr, Tensor):
+        # Not on a default device: a copy to it would wait, and break a capture.
+        lr = torch.tensor(lr, dtype=torch.float64, device="cpu")
+    elif lr.is_cpu or lr.dtype not in (torch.float32, torch.float64):
+        lr = lr.to(torch.float64)
     step_adam_(
         directions,
         grads,
@@ -213,7 +235,7 @@ def _one_pass(
         [None if entry is None else entry.weight for entry in decays],
         [None if entry is None else entry.low for entry in decays],
         [None if entry is None else entry.start for entry in decays],
-        torch.as_tensor(group["lr"], dtype=torch.float64),
+        lr,
         beta1=float(beta1),
         beta2=float(beta2),
         eps=float(group["eps"]),

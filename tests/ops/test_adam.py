@@ -13,7 +13,10 @@ from torch.library import opcheck
 from torch.optim.adamw import adamw
 
 from sculpt_ops import reference
-from sculpt_ops.ops.adam import adam_
+from sculpt_ops.ops import adam as adam_ops
+from sculpt_ops.ops.adam import adam_, adam_cuda_
+from sculpt_ops.ops.heuristics import H100
+from sculpt_ops.optim import rows
 
 from .adam_cases import DECAYS, HYPERPARAMETERS, SHAPES, Case, a_case
 
@@ -131,7 +134,7 @@ REFUSED: dict[str, tuple[Callable[[Case], Case], str]] = WRONG | {
     "dtype of steps": (replaced("steps", lambda t: t.double()), "steps: .*float32"),
     "dtype of grads": (replaced("grads", lambda t: t.half()), "grads: .*float32 or bfloat16"),
     "dtype of counts": (replaced("counts", torch.tensor(1)), "counts: .*float32"),
-    "size of counts": (replaced("counts", torch.zeros(2)), r"counts: .*\(2\)"),
+    "size of counts": (replaced("counts", torch.zeros(2)), r"counts: .*\(2\)|counts: .*\(2,\)"),
     "lows without weights": (replaced("lows", torch.zeros(5, dtype=I16)), "lows: .*bfloat16 weights"),
     "starts of another dtype": (replaced("starts", torch.zeros(5, dtype=BF16)), "starts: .*dtype of weights"),
     "starts alone": (
@@ -177,3 +180,155 @@ def test_what_requires_grad_is_refused(name: str) -> None:
     assert all(step.isnan().all() for step in case.steps)
     with torch.no_grad():
         adam_(*changed, **HYPERPARAMETERS)
+
+
+# The GPU's side of it, on tensors of the CPU: what C++ would refuse, Python has refused, and which kernel is called.
+ON_THE_GPU: dict[str, tuple[Callable[[Case], Case], str]] = REFUSED | {
+    "device of firsts": (replaced("firsts", lambda t: t.to("meta")), "firsts: .*device of the first of grads"),
+    "device of counts": (replaced("counts", lambda t: t.to("meta")), "counts: .*device of .*, or the CPU"),
+    "device of starts": (replaced("starts", torch.zeros(5, device="meta")), "starts: .*device of"),
+    "device of the learning rate": (lambda c: c._replace(lr=c.lr.to("meta")), "lr: .*device of grads"),
+    "a half learning rate": (lambda c: c._replace(lr=c.lr.half()), "lr: .*float32 or float64"),
+    "a weight written": (lambda c: c._replace(firsts=[c.weights[0], c.firsts[1]]), "(weights|firsts): .*memory"),  # type: ignore[list-item]
+    "lows beside float32": (replaced("lows", torch.zeros(5, dtype=I16)), "lows: .*float32 .*bfloat16 weights"),
+    "lows of another dtype": (replaced("lows", torch.zeros(5)), "lows: .*int16"),
+    "dtype of weights": (replaced("weights", lambda t: t.half()), "weights: .*float32 or bfloat16"),
+}  # fmt: skip
+
+
+@pytest.fixture
+def called(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Which kernel was called; the twin stands in for C++."""
+    names: list[str] = []
+    twin = reference.adam_
+
+    def stand_in(name: str) -> Callable[..., None]:
+        def run(*args: Any, **hyperparameters: Any) -> None:
+            names.append(name)
+            twin(*args, **hyperparameters)
+
+        return run
+
+    monkeypatch.setattr(torch.ops.sculpt, "_cuda_adam_", stand_in("kernel"), raising=False)
+    monkeypatch.setattr(reference, "adam_", stand_in("twin"))
+    return names
+
+
+@pytest.mark.parametrize("wrong", ON_THE_GPU)
+def test_python_refuses_what_the_cuda_kernel_would(wrong: str, called: list[str]) -> None:
+    change, words = ON_THE_GPU[wrong]
+    case = change(a_case([(6,), (5,)]))
+    before = [t if t.is_meta else t.clone() for t in case.all()]
+    with pytest.raises((ValueError, TypeError), match=f"_adam_: {words}"):
+        adam_cuda_(*case, **HYPERPARAMETERS)
+    assert not called
+    for now, then in zip(case.all(), before, strict=True):
+        assert now is then or torch.equal(now, then) or now.isnan().all()
+
+
+def test_counts_on_the_cpu_are_refused_while_a_graph_is_captured(
+    called: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(adam_ops, "_capturing", lambda device: True)
+    case = a_case([(6,), (5,)])
+    with pytest.raises(RuntimeError, match=r"_adam_: counts: given on the CPU while .*capturable=True"):
+        adam_cuda_(*case, **HYPERPARAMETERS)
+    assert not called
+    assert [float(count) for count in case.counts] == [0.0, 3.0]
+
+
+@pytest.mark.parametrize("there", [True, False])
+@pytest.mark.parametrize("decays", DECAYS)
+def test_the_cuda_kernel_steps_where_it_is(
+    decays: str, there: bool, called: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(adam_ops, "in_one_pass", lambda device: there)
+    ours = a_case(SHAPES, decays=decays)
+    twin = ours.clone()
+    adam_cuda_(*ours, **HYPERPARAMETERS)
+    adam_(*twin, **HYPERPARAMETERS)
+    assert called == ["kernel" if there else "twin"]
+    assert all(torch.equal(a, b) for a, b in zip(ours.written(), twin.written(), strict=True))
+    adam_cuda_(*a_case([]), **HYPERPARAMETERS)
+    assert len(called) == 1
+
+
+@pytest.mark.parametrize(
+    ("missing", "capability", "code", "wanted"),
+    [(None, 80, True, True), (None, 75, True, False), ("no nvcc", 90, True, False), (None, 80, False, False)],
+)
+def test_where_the_cuda_kernel_is(
+    missing: str | None, capability: int, code: bool, wanted: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Built, a device from 8.0 on, and code for it: a build has that of one architecture unless told otherwise."""
+    monkeypatch.setattr(adam_ops, "cuda_missing", lambda: missing)
+    monkeypatch.setattr(adam_ops, "gpu_of", lambda index: H100._replace(capability=capability))
+    monkeypatch.setattr(torch.ops.sculpt, "_cuda_adam_runs", lambda index: code, raising=False)
+    monkeypatch.setattr(adam_ops, "_kernel_runs", adam_ops._kernel_runs.__wrapped__)
+    assert adam_ops.in_one_pass(torch.device("cuda", 0)) is wanted
+    assert adam_ops.in_one_pass(torch.device("cpu"))
+    assert not adam_ops.in_one_pass(torch.device("meta"))
+
+
+META, CPU = torch.device("meta"), torch.device("cpu")
+GROUP = {"foreach": None, "differentiable": False, "betas": (0.9, 0.999), "lr": 1e-3, "eps": 1e-8, "weight_decay": 0.1}
+
+
+def serves(case: Case, **group: Any) -> bool:
+    decays = [
+        weight if weight is None else rows.Decayed(weight, low, start)
+        for weight, low, start in zip(case.weights, case.lows, case.starts, strict=True)
+    ]
+    return rows._serves(GROUP | group, case.grads, [case.firsts, case.seconds], case.counts, decays)
+
+
+def on(device: torch.device, case: Case) -> Case:
+    return Case(*[[t if t is None else t.to(device) for t in column] for column in case[:-1]], case.lr)
+
+
+def test_which_steps_of_the_optimizer_are_one_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The meta device in the place of a GPU."""
+    cpu = a_case([(6,), (5,)], decays="halves")
+    case = on(META, cpu)
+    assert serves(cpu)
+    assert not serves(case)
+    monkeypatch.setattr(rows, "in_one_pass", lambda device: True)
+    assert serves(case)
+    assert serves(case._replace(counts=cpu.counts))
+    assert serves(case, lr=torch.zeros((), device=META))
+    assert serves(case, lr=torch.zeros(()), betas=(torch.zeros(()), 0.9))
+    for wrong in (
+        replaced("firsts", lambda t: t.bfloat16()),
+        replaced("grads", lambda t: t.half()),
+        replaced("grads", torch.zeros(5)),
+        replaced("grads", torch.empty(10, device=META)[::2]),
+        replaced("weights", torch.zeros(5, dtype=BF16)),
+        replaced("counts", lambda t: t.double()),
+    ):
+        assert not serves(wrong(case))
+    assert not serves(case, betas=(torch.zeros((), device=META), 0.9))
+    assert not serves(case, foreach=True)
+    assert not serves(case, differentiable=True)
+
+
+@pytest.mark.parametrize(
+    ("given", "device", "dtype"),
+    [
+        (0.5, CPU, F64),
+        (torch.tensor(0.5), CPU, F64),
+        (torch.zeros((), device=META), META, F32),
+        (torch.zeros((), device=META, dtype=BF16), META, F64),
+    ],
+)
+def test_a_learning_rate_on_a_gpu_stays_there(
+    given: Any, device: torch.device, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rates = []
+    monkeypatch.setattr(rows, "step_adam_", lambda *args, **_: rates.append(args[8]))
+    case = a_case([(6,)])
+    columns = [case.firsts, case.seconds]
+    group = GROUP | {"lr": given, "maximize": False}
+    with torch.device(META):  # a default device changes nothing
+        rows._one_pass(group, case.grads, columns, case.counts, [None])
+    assert [(rate.device, rate.dtype) for rate in rates] == [(device, dtype)]
+    assert rates[0] is given or dtype is F64

@@ -13,4 +13,9 @@ template <class Kernel>
 int cudaFuncSetAttribute(Kernel, int, int) {
   return cudaSuccess;
 }
+struct cudaFuncAttributes {};
+template <class Kernel>
+int cudaFuncGetAttributes(cudaFuncAttributes*, Kernel) {
+  return cudaSuccess;
+}
 inline int cudaGetLastError() { return cudaSuccess; }
