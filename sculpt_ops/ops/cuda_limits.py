@@ -14,6 +14,7 @@ __all__ = ["CudaFacts", "cuda_facts", "why_not_cuda"]
 
 # Of csrc/common/side_panels.h and both_panels.h.
 _MAX_RANK = 128
+_MAX_SIDE_RANK_FLOAT32 = 64
 _ALIGNMENT = 16
 
 
@@ -114,8 +115,9 @@ def why_not_cuda(
     name, basis, length, extent = ("left", left, m, n) if left is not None else ("right", right, n, m)
     assert basis is not None
     if not _side_fits(length, extent, basis.shape[1], split, facts):
+        most = _MAX_SIDE_RANK_FLOAT32 if split else _MAX_RANK
         return (
-            f"{name}: wanted a rank of 1 to {_MAX_RANK} whose rows fit the shared memory of a cluster, given "
+            f"{name}: wanted a rank of 1 to {most} whose rows fit the shared memory of a cluster, given "
             f"{length} rows and rank {basis.shape[1]}"
         )
     return None

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 import sculpt_ops
-from sculpt_ops.ops.variants import cuda_missing
+from sculpt_ops.ops.variants import cuda_missing, why_not_cuda
 
 pytestmark = pytest.mark.skipif(
     not torch.cuda.is_available() or cuda_missing() is not None, reason="needs a GPU and the CUDA C++ kernels"
@@ -30,6 +30,12 @@ def made(m: int, n: int, r: int, s: int, dtypes: tuple[torch.dtype, torch.dtype]
     return grad, left, right
 
 
+def project(grad: Tensor, left: Tensor, right: Tensor, block: bool = False) -> None:
+    # What the op refuses may end the process (sculpt_ops/ops/cuda_limits.py).
+    assert why_not_cuda(grad, left, right, False, False, block) is None
+    torch.ops.sculpt._cuda_project_(grad, left, right, block=block)
+
+
 def exact_of(grad: Tensor, left: Tensor, right: Tensor, block: bool) -> Tensor:
     G, U, V = grad.double(), left.double(), right.double()
     if block:
@@ -50,7 +56,7 @@ def near(out: Tensor, exact: Tensor, given: Tensor) -> None:
 def test_values(m: int, n: int, r: int, s: int, dtypes: tuple[torch.dtype, torch.dtype], block: bool) -> None:
     grad, left, right = made(m, n, r, s, dtypes)
     given = grad.clone()
-    torch.ops.sculpt._cuda_project_(grad, left, right, block=block)
+    project(grad, left, right, block=block)
     near(grad, exact_of(given, left, right, block), given)
 
 
@@ -60,7 +66,7 @@ def test_a_matrix_of_which_next_to_nothing_is_left() -> None:
     grad = left @ torch.randn(64, 2048, device="cuda") + torch.randn(1024, 64, device="cuda") @ right.mT
     grad = grad.bfloat16()
     given = grad.clone()
-    torch.ops.sculpt._cuda_project_(grad, left, right)
+    project(grad, left, right)
     near(grad, exact_of(given, left, right, False), given)
 
 
@@ -69,22 +75,22 @@ def test_a_matrix_of_which_next_to_nothing_is_left() -> None:
 def test_it_is_the_same_to_the_bit_every_time(dtypes: tuple[torch.dtype, torch.dtype], block: bool) -> None:
     grad, left, right = made(4096, 4096, 64, 64, dtypes)
     first = grad.clone()
-    torch.ops.sculpt._cuda_project_(first, left, right, block=block)
+    project(first, left, right, block=block)
     again = torch.empty_like(grad)
     for _ in range(200):
         again.copy_(grad)
-        torch.ops.sculpt._cuda_project_(again, left, right, block=block)
+        project(again, left, right, block=block)
         assert torch.equal(first, again)
 
 
 def test_a_graph() -> None:
     grad, left, right = made(1024, 2048, 32, 16, (HALF, HALF))
     eager = grad.clone()
-    torch.ops.sculpt._cuda_project_(eager, left, right)
+    project(eager, left, right)
     torch.cuda.synchronize()
     work, graph = grad.clone(), torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        torch.ops.sculpt._cuda_project_(work, left, right)
+        project(work, left, right)
     work.copy_(grad)
     graph.replay()
     assert torch.equal(work, eager)

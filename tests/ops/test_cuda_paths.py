@@ -151,7 +151,8 @@ def test_what_the_cuda_kernels_take() -> None:
         (lambda g, u, v: (g, u.double(), v), {}, "left: wanted dtype bfloat16 or float32"),
         (lambda g, u, v: (g, u.mT.contiguous().mT, v), {}, "left: wanted contiguous memory"),
         (lambda g, u, v: (g, u.repeat(1, 3), v), {}, "left, right: wanted ranks of 1 to 128"),
-        (lambda g, u, v: (g, u[:, :0], None), {}, "left: wanted a rank of 1 to 128"),
+        (lambda g, u, v: (g, u[:, :0].contiguous(), None), {}, "left: wanted a rank of 1 to 64"),
+        (lambda g, u, v: (g, u.repeat(1, 2), None), {}, "left: wanted a rank of 1 to 64"),
         (lambda g, u, v: (g, None, v.repeat(1, 5)), {}, "right: wanted a rank of 1 to 128"),
     ],
 )
