@@ -56,7 +56,7 @@ int swizzled(int width, int row, int column) {
 pybind11::object side_panels(int64_t length, int64_t extent, int64_t r, bool split, int64_t multiprocessors) {
   const sculpt::SidePanels plan = sculpt::side_panels(length, extent, r, split, multiprocessors);
   if (!plan.fits) return pybind11::none();
-  return pybind11::make_tuple(plan.cluster, plan.rows, plan.stages, plan.ranks, plan.owned, plan.bytes);
+  return pybind11::make_tuple(plan.cluster, plan.rows, plan.ranks, plan.owned, plan.bytes);
 }
 
 pybind11::dict pass(const sculpt::Pass& pass) {
@@ -129,7 +129,7 @@ PYBIND11_MODULE(_host, m) {
   m.def("swizzled", &swizzled, arg("width"), arg("row"), arg("column"),
         "Where an element of rows of 16-bit numbers lies in shared memory for a product of a warpgroup.");
   m.def("side_panels", &side_panels, arg("length"), arg("extent"), arg("r"), arg("split"), arg("multiprocessors"),
-        "Blocks of a cluster, rows of each, panels at a time, padded rank, ranks that a block adds up and bytes of shared "
+        "Blocks of a cluster, rows of each, padded rank, ranks that a block adds up and bytes of shared "
         "memory of one side's CUDA kernel, for m and n of a left basis, n and m of a right one; None where it cannot run.");
   m.def("both_panels", &both_panels, arg("m"), arg("n"), arg("r"), arg("s"), arg("split"), arg("block"),
         arg("multiprocessors"), arg("shared_bytes"), arg("clusters"),

@@ -80,7 +80,7 @@ void project_(Tensor grad, std::optional<Tensor> left, std::optional<Tensor> rig
     const int64_t r = basis.size(1);
     const bool split = left_float || right_float;
     const SidePanels plan = side_panels(right ? n : m, right ? m : n, r, split, device.multiprocessors);
-    STD_TORCH_CHECK(plan.fits, kOp, ": ", name, ": wanted a rank of 1 to ", kMaxSideRank,
+    STD_TORCH_CHECK(plan.fits, kOp, ": ", name, ": wanted a rank of 1 to ", split ? kMaxSideRankFloat32 : kMaxSideRank,
                     " whose rows fit the shared memory of ", kMaxCluster, " blocks, given grad ", shapes);
     error = project_side_sm90a(grad.mutable_data_ptr(), basis.const_data_ptr(), m, n, r, right.has_value(), split,
                                right ? keep_right : keep_left, plan, on);

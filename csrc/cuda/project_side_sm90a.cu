@@ -36,7 +36,7 @@ namespace {
 // the time.
 constexpr int kGroups = 4;
 constexpr int kWarps = 4 * kGroups, kThreads = 32 * kWarps;
-constexpr int kWide = kTile;
+constexpr int kWide = kTile, kStages = kPanelStages;
 
 __device__ uint32_t load_shared(uint32_t address) {
   uint32_t x;
@@ -81,12 +81,13 @@ struct Block {
 
   __nv_bfloat16* grad;
   int64_t m, n, first;  // of the panel's length, what this block holds from there on
-  int rows, stages, blocks, own, owned, lane, warp, group;
+  int rows, blocks, own, owned, lane, warp, group;
   bool keep;
   __nv_bfloat16 *high, *low, *panels, *factors;
   float* parts;
-  // Of the parts, and of the factors of each parity: addresses in shared memory.
-  uint32_t parts_barrier, factor_barriers;
+  // Of the parts, and of the factors of each parity: addresses in shared memory. read: eight bytes that owners write when
+  // they have read all parts.
+  uint32_t parts_barrier, factor_barriers, read;
 
   __device__ uint32_t factor_barrier(int parity) const { return factor_barriers + 8 * parity; }
   __device__ __nv_bfloat16* tile_of(int slot, int tile) const { return panels + (slot * rows + kWide * tile) * kWide; }
@@ -230,7 +231,8 @@ struct Block {
 
   // The parts of the ranks that this block owns are added, one number a thread, and sent to every block, four ranks of a
   // column at a time: four lanes have the same four, for a fourth of the blocks each. What is to be taken away is sent
-  // with its sign changed.
+  // with its sign changed. A thread sends to some blocks only, so a block that has all factors may not send its next part
+  // before it is told that all threads have read this one: without that, ranks of 16 came out wrong on an H200.
   __device__ void send_factors(int parity) const {
     if (!owns()) return;
     const int numbers = owned * kWide, shares = max(1, kThreads / numbers);
@@ -252,13 +254,18 @@ struct Block {
         send(at + RANKS * kWide * 2, __byte_perm(four[0], four[1], 0x7632), __byte_perm(four[2], four[3], 0x7632), there);
       }
     }
+    __syncthreads();
+    if (threadIdx.x < blocks) {
+      const uint32_t barrier = factor_barrier(parity), there = address_in(barrier, threadIdx.x);
+      send(there + (read - barrier), 0u, 0u, there);
+    }
   }
 
   // U times the factors (the factors times Uᵀ) is added to a tile where it lies: the products begin from it.
-  __device__ void correct_tile(int slot, int parity, int tile) const {
+  __device__ void correct_tile(int parity, int tile) const {
     float sums[kWide / 2];
     // Of row lane / 4 piece 0 lies at the lane's number of pieces; of the others the bits of their number change that.
-    const uint32_t at = shared_address(tile_of(slot, tile)) + 128 * (16 * (warp % 4) + lane / 4) + 16 * (lane / 4) +
+    const uint32_t at = shared_address(tile_of(parity, tile)) + 128 * (16 * (warp % 4) + lane / 4) + 16 * (lane / 4) +
                         4 * (lane % 4);
     const uint32_t mask = keep ? 0u : 0xffffffffu;
     uint32_t old[kWide / 4];
@@ -295,14 +302,10 @@ struct Block {
     __syncwarp();
   }
 
-  // The panel before the newest ones that may still be on their way is there, for every warp.
-  __device__ void wait_for_panel(bool begin) const {
-    if (begin && stages == 3)
-      wait_for_groups<2>();
-    else if (begin || stages == 3)
-      wait_for_groups<1>();
-    else
-      wait_for_groups<0>();
+  // All panels but the newest, which may still be on their way, are there, for every warp.
+  template <int NEWER>
+  __device__ void wait_for_panel() const {
+    wait_for_groups<NEWER>();
     show_to_products();
     __syncthreads();
   }
@@ -310,24 +313,24 @@ struct Block {
 
 template <int RANKS, bool SPLIT, bool RIGHT>
 __global__ void __launch_bounds__(kThreads, 1) project_side(__nv_bfloat16* grad, const void* basis, int64_t m, int64_t n,
-                                                            int r, int rows, int stages, int blocks, int owned, bool keep) {
+                                                            int r, int rows, int blocks, int owned, bool keep) {
   // Rows of 128 bytes change their pieces by the address, so arrays begin at multiples of 1024.
   extern __shared__ __align__(1024) unsigned char memory[];
   Block<RANKS, SPLIT, RIGHT> block;
   block.own = cluster_rank();
   block.grad = grad, block.m = m, block.n = n, block.first = static_cast<int64_t>(block.own) * rows;
-  block.rows = rows, block.stages = stages, block.blocks = blocks, block.owned = owned, block.keep = keep;
+  block.rows = rows, block.blocks = blocks, block.owned = owned, block.keep = keep;
   block.lane = threadIdx.x % 32;
   block.warp = threadIdx.x / 32;
   // The same in all lanes, so that addresses of operands are worked out once for a warp.
   block.warp = __shfl_sync(0xffffffffu, block.warp, 0), block.group = block.warp / 4;
   block.panels = reinterpret_cast<__nv_bfloat16*>(memory);
-  block.high = block.panels + stages * rows * kWide;
+  block.high = block.panels + kStages * rows * kWide;
   block.low = block.high + rows * RANKS;
   block.factors = SPLIT ? block.low + rows * RANKS : block.low;
   block.parts = reinterpret_cast<float*>(block.factors + 4 * RANKS * kWide);
   block.parts_barrier = shared_address(block.parts + blocks * owned * kWide);
-  block.factor_barriers = block.parts_barrier + 8;
+  block.factor_barriers = block.parts_barrier + 8, block.read = block.factor_barriers + 16;
 
   const int64_t clusters = gridDim.x / blocks, cluster = blockIdx.x / blocks;
   const int64_t panels = ((RIGHT ? m : n) + kWide - 1) / kWide;
@@ -335,7 +338,7 @@ __global__ void __launch_bounds__(kThreads, 1) project_side(__nv_bfloat16* grad,
   const int tiles = rows / kWide;
   const auto across_of = [&](int64_t i) { return (cluster + i * clusters) * kWide; };
 
-  for (int i = 0; i < stages; ++i) {
+  for (int i = 0; i < kStages; ++i) {
     if (i < count)
       for (int tile = block.group; tile < tiles; tile += kGroups) block.load_tile(i, tile, across_of(i));
     if (i == 0) block.load_basis(basis, r);
@@ -345,7 +348,7 @@ __global__ void __launch_bounds__(kThreads, 1) project_side(__nv_bfloat16* grad,
     if (threadIdx.x == 0 && block.owns()) expect(block.parts_barrier, 4 * blocks * owned * kWide);
   };
   const auto expect_factors = [&](int parity) {
-    if (threadIdx.x == 0) expect(block.factor_barrier(parity), 4 * RANKS * kWide);
+    if (threadIdx.x == 0) expect(block.factor_barrier(parity), 4 * RANKS * kWide + 8 * (RANKS / owned));
   };
   if (threadIdx.x == 0)
     for (int i = 0; i < 3; ++i) make_barrier(block.parts_barrier + 8 * i);
@@ -353,11 +356,11 @@ __global__ void __launch_bounds__(kThreads, 1) project_side(__nv_bfloat16* grad,
   cluster_barrier();
 
   typename Block<RANKS, SPLIT, RIGHT>::Sums sums;
-  block.wait_for_panel(true);
+  block.template wait_for_panel<1>();
   if (block.group < block.kMultipliers) block.multiply(0, sums);
-  int slot = 0, before = 0;
-  // A part is sent when the factors of the panel before are there: their owner has added the parts up by then. Factors
-  // are sent when all parts are there: no block corrects the panel before the last any more.
+  // A part is sent when the factors of the panel before are there: their owners have read the parts by then. Factors are
+  // sent when all parts are there: no block corrects the panel before the last any more, and a block's threads meet before
+  // its next part.
   for (int64_t i = 0; i < count; ++i) {
     const int parity = static_cast<int>(i % 2), phase = static_cast<int>(i / 2 % 2);
     expect_parts();
@@ -365,30 +368,30 @@ __global__ void __launch_bounds__(kThreads, 1) project_side(__nv_bfloat16* grad,
     if (block.group < block.kMultipliers) block.send_part(sums);
     if (i > 0) {
       for (int tile = block.group; tile < tiles; tile += kGroups) {
-        block.correct_tile(before, parity ^ 1, tile);
-        block.store_tile(before, tile, across_of(i - 1));
+        block.correct_tile(parity ^ 1, tile);
+        block.store_tile(parity ^ 1, tile, across_of(i - 1));
         __syncwarp();
-        if (i - 1 + stages < count) block.load_tile(before, tile, across_of(i - 1 + stages));
+        if (i + 1 < count) block.load_tile(parity ^ 1, tile, across_of(i + 1));
       }
       close_group();
     }
     if (block.owns()) wait_for(block.parts_barrier, parity);
     block.send_factors(parity);
-    before = slot, slot = slot + 1 == stages ? 0 : slot + 1;
     if (i + 1 < count) {
-      block.wait_for_panel(false);
-      if (block.group < block.kMultipliers) block.multiply(slot, sums);
+      block.template wait_for_panel<0>();
+      if (block.group < block.kMultipliers) block.multiply(parity ^ 1, sums);
     }
     wait_for(block.factor_barrier(parity), phase);
     show_to_products();
   }
   for (int tile = block.group; tile < tiles; tile += kGroups) {
-    block.correct_tile(before, static_cast<int>((count - 1) % 2), tile);
-    block.store_tile(before, tile, across_of(count - 1));
+    const int parity = static_cast<int>((count - 1) % 2);
+    block.correct_tile(parity, tile);
+    block.store_tile(parity, tile, across_of(count - 1));
   }
 }
 
-using Kernel = void (*)(__nv_bfloat16*, const void*, int64_t, int64_t, int, int, int, int, int, bool);
+using Kernel = void (*)(__nv_bfloat16*, const void*, int64_t, int64_t, int, int, int, int, bool);
 
 template <bool SPLIT, bool RIGHT>
 Kernel kernel_of(int64_t ranks) {
@@ -451,8 +454,7 @@ cudaError_t project_side_sm90a(void* grad, const void* basis, int64_t m, int64_t
   if (clusters < 1) return cudaErrorInvalidConfiguration;
   config.gridDim = dim3(static_cast<unsigned>(plan.cluster * std::min<int64_t>(panels, clusters)));
   return cudaLaunchKernelEx(&config, kernel, static_cast<__nv_bfloat16*>(grad), basis, m, n, static_cast<int>(r),
-                            static_cast<int>(plan.rows), static_cast<int>(plan.stages), static_cast<int>(plan.cluster),
-                            static_cast<int>(plan.owned), keep);
+                            static_cast<int>(plan.rows), static_cast<int>(plan.cluster), static_cast<int>(plan.owned), keep);
 }
 
 }  // namespace sculpt

@@ -2,9 +2,9 @@
 
 The matrix is exact in bfloat16. A thin factor x is two parts, its rounding and what that took: x = h + l to 2^-17. A
 basis L lies as [h, l, h]: the first two thirds give Lᵀ G in one product, whose result C lies as [h; h; l], and the
-whole L C = h h + l h + h l in one more. 2 + 3 products of rank r, where a float32 copy of the matrix takes 2 without tensor
-cores and three more passes over memory: on an H200 at rank 64 that copy took five times as long as a bfloat16 basis
-(208 us and 38 us, 4096 x 4096).
+whole L C = h h + l h + h l in one more. 2 + 3 products of rank r, where a float32 copy of the matrix takes 2 without
+tensor cores and three more passes over memory: on an H200 at rank 64 that copy took five times as long as a bfloat16
+basis (208 us and 38 us, 4096 x 4096).
 
 The bfloat16 rounding of the coefficient, which the plain expression with a bfloat16 basis makes, would leave 6e-4 of
 the protected part; with two parts less than 2e-5 of the matrix is left before the result itself is rounded.
