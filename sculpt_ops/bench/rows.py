@@ -146,9 +146,10 @@ def fitting_layers(
 
 
 def models(setting: Setting) -> Iterator[Row]:
-    """foreach_project_ over a whole model: host time of a repeated call, and time on the device."""
-    name = "tiny" if setting.small else "LLaMA-2-7B"
-    for rank in (8,) if setting.small else (64, 16, 512):
+    """foreach_project_ over whole models: host time of a repeated call, and time on the device."""
+    large, small, middle = "LLaMA-2-7B", "SmolLM2-135M", "T5-Large"
+    cases = ((large, 64), (small, 64), (middle, 64), (large, 16), (large, 512))
+    for name, rank in (("tiny", 8),) if setting.small else cases:
         for kind in ("both", "left"):
             if setting.over():
                 return

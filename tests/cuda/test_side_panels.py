@@ -16,7 +16,7 @@ SIZES = st.integers(1, 20000)
 
 
 def needed(rows: int, ranks: int, owned: int, cluster: int, *, split: bool) -> int:
-    """Bytes: the basis' rows, the panels, the factors of two panels in two parts, the parts of one, three barriers and a word."""
+    """Bytes: the basis' rows, the panels, the factors of two in two parts, the parts of one, three barriers, a word."""
     basis, panels = rows * ranks * 2 * (1 + split), 2 * rows * COLUMNS * 2
     return basis + panels + 2 * 2 * ranks * COLUMNS * 2 + cluster * owned * COLUMNS * 4 + 32
 
