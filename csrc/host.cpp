@@ -143,7 +143,8 @@ PYBIND11_MODULE(_host, m) {
         "Sine, sine / (1 + cosine), and whether columns with these squared norms and this product are turned.");
   m.attr("thresholds") = pybind11::dict(
       arg("cuda_capability") = sculpt::kCudaCapability, arg("cuda_ranks") = sculpt::kCudaRanks,
-      arg("cuda_ranks_float32") = sculpt::kCudaRanksFloat32, arg("least_group") = sculpt::kLeastGroup,
+      arg("cuda_rank_float32") = sculpt::kCudaRankFloat32, arg("cuda_ranks_float32") = sculpt::kCudaRanksFloat32,
+      arg("least_group") = sculpt::kLeastGroup,
       arg("panel") = sculpt::kPanel, arg("l2_part") = sculpt::kL2Part, arg("max_rank") = sculpt::kMaxRank,
       arg("max_rank_float32") = sculpt::kMaxRankFloat32, arg("max_rank_float16") = sculpt::kMaxRankFloat16,
       arg("least_capability") = sculpt::kLeastCapability, arg("ops_per_byte_half") = sculpt::kOpsPerByteHalf,

@@ -18,12 +18,16 @@ A100, MI300X, V100 = Gpu(80, False, 108, 40 * 2**20), Gpu(94, True, 304, 4 * 2**
     ("m", "n", "r", "s", "dtype", "basis", "wanted"),
     [
         (4096, 11008, 16, None, BF16, BF16, "cublas"),  # one pass is slower than two of the library
-        (4096, 11008, None, 64, BF16, F32, "cublas"),
+        (4096, 11008, None, 16, BF16, F32, "cuda"),
+        (4096, 11008, 17, None, BF16, F32, "cublas"),
         (4096, 4096, 16, 16, BF16, BF16, "cuda"),
         (11008, 4096, 8, 24, BF16, BF16, "cuda"),
         (4096, 4096, 32, 16, BF16, BF16, "cublas"),
         (4096, 4096, 32, 32, BF16, F32, "cuda"),
-        (4096, 4096, 48, 32, BF16, F32, "cublas"),
+        (4096, 4096, 64, 64, BF16, F32, "cuda"),
+        (4096, 4096, 64, 80, BF16, F32, "cublas"),
+        (4096, 11008, 32, 32, BF16, F32, "cuda"),
+        (4096, 11008, 48, 32, BF16, F32, "cublas"),
         (4096, 4096, 16, 16, F16, F16, "cublas"),  # no such kernel
         (4096, 4096, 16, 16, F32, F32, "cublas"),
         (4096, 4096, 16, 16, F64, F64, "cublas"),
@@ -93,9 +97,11 @@ def test_unknown_types_are_refused() -> None:
 @pytest.mark.parametrize(
     ("m", "n", "rank", "dtype", "wanted"),
     [
-        (4096, 4096, 256, BF16, True),  # 2.8 against 4 reads of the matrix's time
-        (4096, 4096, 400, BF16, True),
-        (4096, 4096, 512, BF16, False),  # more operations, no fewer bytes that count
+        (4096, 4096, 64, BF16, True),
+        (4096, 4096, 128, BF16, False),  # in L2 when the second side reads it
+        (4096, 11008, 256, BF16, True),  # 2.8 against 4 reads of the matrix's time
+        (4096, 11008, 400, BF16, True),
+        (4096, 11008, 600, BF16, False),  # more operations, no fewer bytes that count
         (4096, 4096, 2048, BF16, False),
         (4096, 4096, 128, F32, False),
     ],

@@ -32,19 +32,24 @@ struct Compiled {
 };
 
 // The CUDA C++ projections passed their tests on an H200 (tests/cuda/side_checks.py, both_checks.py). On the capability
-// that they passed on they are chosen where they are faster: two sides at small ranks, whose five launches read the matrix
-// twice. The one-pass kernel of one side is not (docs/kernels.md): SCULPT_BACKEND=cuda alone reaches it.
+// that they passed on they are chosen where they are faster than library products.
 constexpr int kCudaCapability = 90;
-// Largest r + s, with bases in the matrix's own type and in float32.
+// One side, whose kernel reads and writes the matrix once: with a float32 basis, 1.2 to 1.6 times as fast at 16, up to 1.6
+// times slower at 64. With a bfloat16 basis it is slower in four of six rows.
+constexpr int64_t kCudaRankFloat32 = 16;
+// Two sides, r + s: 1.05 to 1.2 times as fast at 32, 1.6 times slower at 128.
 constexpr int64_t kCudaRanks = 32;
+// With float32 bases 1.4 to 2.4 times as fast at 32; at 128 as fast or faster for a matrix of 4096 x 4096 only.
 constexpr int64_t kCudaRanksFloat32 = 64;
+constexpr int64_t kCudaRanksFloat32Small = 128;
+constexpr int64_t kCudaSmall = int64_t(1) << 24;
 
 // Triton's grouped kernels are chosen for lists of small matrices, where library products take as long to launch as to
-// run; for a 4096 x 4096 they take 1.3 to 2 times as long as the library. At least this many matrices, whose panels of 32
-// fill the GPU, each of at most this part of L2 (5 MB of an H200's 60).
+// run: T5-Large's, of up to 8 MB, in 0.6 and 0.3 of its time, while LLaMA-2 7B's take 1.3 to 3 times as long. At least this
+// many matrices, whose panels of 32 fill the GPU, each of at most this part of L2 (10 MB of an H200's 60).
 constexpr int64_t kLeastGroup = 8;
 constexpr int64_t kPanel = 32;
-constexpr int64_t kL2Part = 12;
+constexpr int64_t kL2Part = 6;
 // Up to these ranks (r + s) the grouped kernels do not spill registers, and bytes are their limit.
 constexpr int64_t kMaxRank = 128;
 constexpr int64_t kMaxRankFloat32 = 64;
@@ -71,9 +76,13 @@ inline Variant choose(const Work& work, const Gpu& gpu, const Compiled& compiled
   const int64_t ranks = work.r + work.s;
   if (work.type == Type::kFloat64 || ranks == 0) return Variant::kCublas;
   const bool wide = work.basis == Type::kFloat32;
-  if (compiled.cuda && !gpu.hip && gpu.capability == kCudaCapability && work.batch == 1 && work.r && work.s &&
-      work.type == Type::kBFloat16 && ranks <= (wide ? kCudaRanksFloat32 : kCudaRanks))
-    return Variant::kCuda;
+  if (compiled.cuda && !gpu.hip && gpu.capability == kCudaCapability && work.batch == 1 &&
+      work.type == Type::kBFloat16) {
+    const bool small = work.m * work.n <= kCudaSmall;
+    const int64_t one = wide ? kCudaRankFloat32 : 0;
+    const int64_t two = !wide ? kCudaRanks : small ? kCudaRanksFloat32Small : kCudaRanksFloat32;
+    if (ranks <= (work.r && work.s ? two : one)) return Variant::kCuda;
+  }
   if (!compiled.triton || (!gpu.hip && gpu.capability < kLeastCapability)) return Variant::kCublas;
   const int64_t across = std::min(work.r ? work.n : work.m, work.s ? work.m : work.n);
   const bool small = work.batch >= kLeastGroup && work.m * work.n * size_of(work.type) <= gpu.l2_bytes / kL2Part &&
@@ -81,12 +90,18 @@ inline Variant choose(const Work& work, const Gpu& gpu, const Compiled& compiled
   return small && ranks <= max_triton_rank(work.type, work.basis, gpu.hip) ? Variant::kTriton : Variant::kCublas;
 }
 
+// A matrix of this many bytes is in L2 when the second side reads it: apart, its sides cost no more memory traffic than
+// at once, and above this r + s they were faster (6 % at 256 on an H200, 4096 x 4096).
+constexpr int64_t kStackedInL2 = int64_t(1) << 25;
+constexpr int64_t kStackedInL2Ranks = 128;
+
 // Whether two sides go faster in library products as G - [L, G R - L core] [L^T G; R^T], one read for each thin product and
 // one read and write, than one side after the other. That saves a read and a write and costs 4 min(m, n) r s operations.
 // Time of a product: the larger of its operations and its bytes, in bytes moved; intermediates are left out.
 inline bool stacked(int64_t m, int64_t n, int64_t r, int64_t s, Type type) {
   const double ops = is_half(type) ? kOpsPerByteHalf : kOpsPerByteFloat32;
   const double matrix = double(m) * double(n), bytes = matrix * double(size_of(type));
+  if (bytes <= double(kStackedInL2) && r + s > kStackedInL2Ranks) return false;
   const auto time = [&](double rank, double passes) { return std::max(2 * matrix * rank / ops, passes * bytes); };
   const double thin = time(double(r), 1) + time(double(s), 1);
   const double apart = thin + time(double(r), 2) + time(double(s), 2);

@@ -41,7 +41,9 @@ def shown(value: Any) -> str:
 def cell(entry: dict[str, Any], ours: float | None) -> str:
     """Median microseconds with quartiles, share of the floor, and how many times ours it takes."""
     if "failed" in entry:
-        return f"failed: {entry['failed']}".replace("|", "/")
+        # Of a variant that was asked for and cannot run the results file has the whole reason.
+        reason = "cannot run" if "but it cannot run" in entry["failed"] else f"failed: {entry['failed']}"
+        return reason.replace("|", "/")
     ratio = "" if not ours else f", {entry['us'] / ours:.2f}x"
     return f"{entry['us']:.1f} ({entry['us_low']:.1f}-{entry['us_high']:.1f}), {entry['share_of_floor']:.0%}{ratio}"
 

@@ -7,7 +7,7 @@ matrices the checks alone take longer than the launches.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,7 +16,8 @@ from torch import Tensor
 from ..triton_kernels.tables import held
 from .checks import check_foreach, check_foreach_apart, check_written
 from .heuristics import Backend, choose, forced_backend, gpu_of, triton_missing
-from .variants import project_into
+from .library_products import Room, project_cublas
+from .variants import backend_of, project_into
 
 __all__ = ["Call", "check_apart_quickly", "foreach_into", "plan_call"]
 
@@ -24,11 +25,11 @@ OP = "foreach_project_"
 
 
 class Call(NamedTuple):
-    """groups: of the grouped kernels. single: positions that they do not take. lengths: bytes that each grad, then each
-    basis, spans."""
+    """groups: of the grouped kernels. single: positions that they do not take, and what takes them. lengths: bytes that
+    each grad, then each basis, spans."""
 
     groups: tuple[Any, ...]
-    single: tuple[int, ...]
+    single: tuple[tuple[int, Backend], ...]
     lengths: np.ndarray[Any, Any]
 
 
@@ -52,12 +53,21 @@ def plan_call(
     check_foreach(OP, grads, lefts, rights, keep_lefts, keep_rights, block)
     for i, grad in enumerate(grads):
         check_written(OP, f"grads[{i}]", grad)
-    everything = tuple(range(len(grads)))
+
+    def one_by_one(positions: Iterable[int]) -> tuple[tuple[int, Backend], ...]:
+        """Without those that have nothing to do. What is chosen is found once: it takes as long as two launches."""
+        return tuple(
+            (i, forced or backend_of(grads[i], lefts[i], rights[i]))
+            for i in positions
+            if grads[i].numel() and not (lefts[i] is None and rights[i] is None)
+        )
+
+    everything = range(len(grads))
     lengths = np.array(
         [_length(tensor) for tensors in (grads, lefts, rights) for tensor in tensors if tensor is not None]
     )
     if forced not in (None, "triton") or triton_missing():
-        return Call((), everything, lengths)
+        return Call((), one_by_one(everything), lengths)
     from ..triton_kernels.grouped_launch import Member, prepare, why_not_group
 
     alike: defaultdict[Any, list[tuple[int, Member]]] = defaultdict(list)
@@ -87,7 +97,7 @@ def plan_call(
         if len(taken) > 1:
             groups += prepare([member for _, member in taken], [i for i, _ in taken])
             grouped |= {i for i, _ in taken}
-    return Call(tuple(groups), tuple(i for i in everything if i not in grouped), lengths)
+    return Call(tuple(groups), one_by_one(i for i in everything if i not in grouped), lengths)
 
 
 def check_apart_quickly(
@@ -140,7 +150,11 @@ def foreach_into(
     call: Call = held((layout, tuple([t.data_ptr() for t in given])), locate, device)
     for group in call.groups:
         group.launch()
-    for i in call.single:
+    rooms: dict[Any, Room] = {}
+    for i, backend in call.single:
         keep_left = bool(keep_lefts) and keep_lefts[i]
         keep_right = bool(keep_rights) and keep_rights[i]
-        project_into(grads[i], lefts[i], rights[i], grads[i], keep_left, keep_right, block, OP)
+        if backend == "cublas":
+            project_cublas(grads[i], lefts[i], rights[i], grads[i], keep_left, keep_right, block, rooms)
+        else:
+            project_into(grads[i], lefts[i], rights[i], grads[i], keep_left, keep_right, block, OP)
