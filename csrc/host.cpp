@@ -148,8 +148,7 @@ PYBIND11_MODULE(_host, m) {
       arg("panel") = sculpt::kPanel, arg("l2_part") = sculpt::kL2Part, arg("max_rank") = sculpt::kMaxRank,
       arg("max_rank_float32") = sculpt::kMaxRankFloat32, arg("max_rank_float16") = sculpt::kMaxRankFloat16,
       arg("least_capability") = sculpt::kLeastCapability, arg("ops_per_byte_half") = sculpt::kOpsPerByteHalf,
-      arg("ops_per_byte_float32") = sculpt::kOpsPerByteFloat32, arg("jacobi_max_size") = sculpt::kJacobiMaxSize,
-      arg("jacobi_proven") = sculpt::kJacobiProven);
+      arg("ops_per_byte_float32") = sculpt::kOpsPerByteFloat32, arg("jacobi_max_size") = sculpt::kJacobiMaxSize);
   m.attr("torch_version") = TORCH_VERSION;
 #if defined(__VERSION__)
   m.attr("compiler") = __VERSION__;

@@ -12,7 +12,7 @@ atomics.
 When not to use it: above the ranks of `heuristics`, where library products are expected to be faster; its four launches
 take any rank. A group runs at the tile sizes of its largest rank.
 
-Has not run on a GPU yet: checked in the interpreter, compiled for sm_80, sm_90, sm_100 and gfx942.
+Tests passed on an H200 (torch 2.11, Triton 3.6); compiled, not run, for sm_80, sm_100 and gfx942.
 """
 
 import triton

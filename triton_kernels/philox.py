@@ -7,7 +7,7 @@ tile of rows of the matrix.
 
 The launch turns fused multiply-adds off: with them the last bit of a normal would depend on the compiler.
 
-Has not run on a GPU yet: checked in the interpreter, compiled for sm_80, sm_90, sm_100 and gfx942.
+Tests passed on an H200 (torch 2.11, Triton 3.6); compiled, not run, for sm_80, sm_100 and gfx942.
 """
 
 import torch

@@ -5,7 +5,7 @@
 
 When not to use it: ranks above 128; matrices of a few hundred kB, where its four launches cost more than the bytes.
 
-Has not run on a GPU yet: checked in the interpreter, compiled for sm_80, sm_90, sm_100 and gfx942.
+Tests passed on an H200 (torch 2.11, Triton 3.6); compiled, not run, for sm_80, sm_100 and gfx942.
 """
 
 import torch

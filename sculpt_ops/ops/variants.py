@@ -2,7 +2,7 @@
 ``SCULPT_BACKEND`` asks for it.
 
 Written against tensors of any device, so that the library path is tested on the CPU and the Triton path in the
-interpreter. None of them has run on a GPU yet.
+interpreter.
 """
 
 from __future__ import annotations

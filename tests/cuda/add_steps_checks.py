@@ -1,6 +1,4 @@
 """Steps added to a list of weights on a GPU by the CUDA C++ kernel, to the bit as tensor by tensor.
-
-NOT YET RUN ON A GPU.
 """
 
 from __future__ import annotations

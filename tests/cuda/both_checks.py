@@ -1,4 +1,4 @@
-"""The two-sided CUDA kernels on a GPU, against float64; not run yet anywhere."""
+"""The two-sided CUDA kernels on a GPU, against float64."""
 
 from __future__ import annotations
 

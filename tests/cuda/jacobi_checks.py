@@ -1,4 +1,4 @@
-"""SVD by Jacobi rotations on a GPU by the CUDA C++ kernel, against float64 and the CPU's; not run yet anywhere."""
+"""SVD by Jacobi rotations on a GPU by the CUDA C++ kernel, against float64 and the CPU's."""
 
 from __future__ import annotations
 

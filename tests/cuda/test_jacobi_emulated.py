@@ -1,4 +1,4 @@
-"""The CUDA kernel of the Jacobi SVD, compiled for the CPU and run thread by thread: it has not run on a GPU yet."""
+"""The CUDA kernel of the Jacobi SVD, compiled for the CPU and run thread by thread."""
 
 from __future__ import annotations
 
