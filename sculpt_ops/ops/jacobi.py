@@ -1,8 +1,8 @@
 """SVD of a batch of small square float32 matrices by one-sided Jacobi rotations. Private op.
 
 The small factor of ``rsvd``, for many layers at once: torch's library SVD on CUDA takes such matrices one after the
-other, waits for the device, and cannot be captured in a CUDA graph. The arithmetic is in ``csrc/common/jacobi.h``. Where
-the CUDA C++ kernels were not built, CUDA tensors take the library's SVD.
+other, waits for the device, and cannot be captured in a CUDA graph. The arithmetic is in ``csrc/common/jacobi.h``.
+Where the CUDA C++ kernels were not built, CUDA tensors take the library's SVD.
 """
 
 from __future__ import annotations
