@@ -1,5 +1,4 @@
-"""Steps added to a list of weights on a GPU by the CUDA C++ kernel, to the bit as tensor by tensor.
-"""
+"""Steps added to a list of weights on a GPU by the CUDA C++ kernel, to the bit as tensor by tensor."""
 
 from __future__ import annotations
 
