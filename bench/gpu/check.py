@@ -26,7 +26,7 @@ TAIL = 4000
 PYTHON = sys.executable
 # Tests of the CPU kernels and of pure functions have nothing to find on a GPU.
 GPU_TESTS = (
-    "tests/test_on_device.py",
+    "tests/on_device_checks.py",
     "tests/triton/kernel_checks.py",
     "tests/triton/grouped_checks.py",
     "tests/cuda/side_checks.py",
@@ -58,7 +58,7 @@ def stages(device: str, output: Path, limit: float, scratch: Path) -> list[list[
     tests = (PYTHON, "bench/gpu/run_tests.py", "--seconds", "{left}", "--report", str(report))
     bench = (PYTHON, "-m", "sculpt_ops.bench")
     if device == "cpu":
-        words = ("--workers", "2", "tests/test_on_device.py", "--", "-k", "float32 and remove")
+        words = ("--workers", "2", "tests/on_device_checks.py", "--", "-k", "float32 and remove")
         return [
             [Stage("tests", (*tests, *words), 60, report=report), Stage("small shapes", SANITIZED, 60)],
             [Stage("repeatability", (*bench, "--device", "cpu", "--repeat", "3"), 60)],
