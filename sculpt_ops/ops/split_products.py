@@ -19,6 +19,10 @@ from .heuristics import stacked
 
 __all__ = ["can_split", "project_split"]
 
+# Most r + s of two sides at once. On an H200, 4096 x 11008 and 11008 x 4096, that took 0.94 to 0.97 of the sides' own times
+# at 128, and 1.08 to 1.10 at 256 (bench/results/nvidia-h200-2026-11-26.json).
+AT_ONCE = 128
+
 
 def can_split(grad: Tensor, left: Tensor | None, right: Tensor | None) -> bool:
     """One bfloat16 matrix, at least one float32 basis. Not float16, whose coefficients could overflow."""
@@ -104,7 +108,7 @@ def project_split(
     L, R = (None if basis is None else _Basis(basis) for basis in (left, right))
     m, n = grad.shape
     if L is not None and R is not None and not (keep_left or keep_right or block):
-        if not stacked(m, n, 3 * L.rank, 3 * R.rank, grad.dtype):
+        if L.rank + R.rank > AT_ONCE or not stacked(m, n, 3 * L.rank, 3 * R.rank, grad.dtype):
             project_split(grad, left, None, out, False, False, False)
             project_split(out, None, right, out, False, False, False)
             return
