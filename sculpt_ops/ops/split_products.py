@@ -19,8 +19,8 @@ from .heuristics import stacked
 
 __all__ = ["can_split", "project_split"]
 
-# Most r + s of two sides at once. On an H200, 4096 x 11008 and 11008 x 4096, that took 0.94 to 0.97 of the sides' own times
-# at 128, and 1.08 to 1.10 at 256 (bench/results/nvidia-h200-2026-11-26.json).
+# Most r + s of two sides at once. On an H200, 4096 x 11008 and 11008 x 4096, that took 0.94 to 0.97 of the sides' own
+# times at 128, and 1.08 to 1.10 at 256 (bench/results/nvidia-h200-2026-11-26.json).
 AT_ONCE = 128
 
 
