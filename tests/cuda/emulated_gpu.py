@@ -1,0 +1,125 @@
+"""CUDA kernels compiled for an emulated GPU (tests/cuda/gpu): their own text, each piece of inline PTX a call."""
+
+from __future__ import annotations
+
+import ctypes
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+CUDA = ROOT / "csrc" / "cuda"
+GPU = Path(__file__).parent / "gpu"
+NVCC = shutil.which("nvcc")
+
+FOUR = r"\{%0, %1, %2, %3\}"
+# What the PTX of one `asm` must be, and the function of namespace ptx that does it, with the operands in their order.
+INSTRUCTIONS = {
+    r"ld\.shared\.b32 %0, \[%1\];": "load",
+    rf"ld\.shared\.v4\.b32 {FOUR}, \[%4\];": "load_four",
+    rf"ld\.shared(::cluster)?\.v4\.f32 {FOUR}, \[%4\];": "load_four",
+    r"st\.shared\.b32 \[%0\], %1;": "store",
+    r"mapa\.shared::cluster\.u32 %0, %1, %2;": "map",
+    r"st\.async\.shared::cluster\.mbarrier::complete_tx::bytes\.v2\.[fb]32 \[%0\], \{%1, %2\}, \[%3\];": "store_async",
+    r"mbarrier\.init\.shared::cta\.b64 \[%0\], 1;": "make_barrier",
+    r"mbarrier\.arrive\.expect_tx\.shared::cta\.b64 _, \[%0\], %1;": "expect",
+    r"\{ \.reg \.pred done; wait: mbarrier\.try_wait\.parity\.acquire\.cluster\.shared::cta\.b64 done, \[%0\], %1; "
+    r"@!done bra wait; \}": "wait",
+    r"fence\.release\.sync_restrict::shared::cta\.cluster; barrier\.cluster\.arrive\.relaxed\.aligned; "
+    r"barrier\.cluster\.wait\.acquire\.aligned; fence\.acquire\.sync_restrict::shared::cluster\.cluster;": (
+        "cluster_barrier"
+    ),
+    r"cp\.async\.cg\.shared\.global \[%0\], \[%1\], 16;": "copy_async",
+    r"cp\.async\.commit_group;": "close_copies",
+    r"cp\.async\.wait_group %0;": "wait_for_copies",
+    rf"ldmatrix\.sync\.aligned\.m8n8\.x4\.shared\.b16 {FOUR}, \[%4\];": "matrices",
+    rf"ldmatrix\.sync\.aligned\.m8n8\.x4\.trans\.shared\.b16 {FOUR}, \[%4\];": "matrices_transposed",
+    rf"mma\.sync\.aligned\.m16n8k16\.row\.col\.f32\.bf16\.bf16\.f32 {FOUR}, \{{%4, %5, %6, %7\}}, \{{%8, %9\}}, {FOUR};": (
+        "multiply"
+    ),
+    r"wgmma\.fence\.sync\.aligned;": "fence_products",
+    r"wgmma\.commit_group\.sync\.aligned;": "close_products",
+    r"wgmma\.wait_group\.sync\.aligned 0;": "wait_for_products",
+    r"fence\.proxy\.async\.shared::cta;": "fence_proxy",
+    "": "nothing",
+}
+PRODUCT = r"wgmma\.mma_async\.sync\.aligned\.m64n(\d+)k16\.f32\.bf16\.bf16 \{(.*)\}, (.*), 1, 1, 1, (.*);"
+
+
+def call(inside: str) -> str:
+    """What an `asm` statement is replaced by, given what is between its parentheses."""
+    literal = r'"((?:[^"\\]|\\.)*)"'
+    template = re.match(rf"(\s*{literal}\s*)*", inside)
+    assert template is not None
+    text = " ".join(re.findall(literal, template[0]))
+    text = " ".join(text.replace("\\n", " ").split())
+    operands = [match.end() for match in re.finditer(r'"[=+]?[rlfn]"\(', inside[template.end() :])]
+    given = []
+    for begin in operands:
+        at, depth = template.end() + begin, 1
+        end = at
+        while depth:
+            depth += {"(": 1, ")": -1}.get(inside[end], 0)
+            end += 1
+        given.append(inside[at : end - 1])
+    product = re.fullmatch(PRODUCT, text)
+    if product is not None:
+        numbers = [f"%{i}" for i in range(int(product[1]) // 2 + 4)]
+        assert [*product[2].split(", "), product[3], product[4]] == [
+            *numbers[:-4], ", ".join(numbers[-4:-2]), ", ".join(numbers[-2:])
+        ]  # fmt: skip
+        return f"::ptx::product({{{', '.join(f'&({x})' for x in given[:-4])}}}, {', '.join(given[-4:])})"
+    names = [name for pattern, name in INSTRUCTIONS.items() if re.fullmatch(pattern, text)]
+    assert len(names) == 1, text
+    return f"::ptx::{names[0]}({', '.join(given)})"
+
+
+def translated(text: str) -> str:
+    text = re.sub(r"defined\(__CUDA_ARCH__\) && __CUDA_ARCH__ >= 900", "1", text)
+    text = re.sub(
+        r"extern __shared__ __align__\(\d+\) unsigned char memory\[\];",
+        "unsigned char* memory = emulated::dynamic_memory();",
+        text,
+    )
+    text = re.sub(
+        r"__shared__ float4 runs\[.*\];", "auto* runs = reinterpret_cast<float4*>(emulated::fixed_memory());", text
+    )
+    assert "__shared__" not in text
+    out, at = "", 0
+    for match in re.finditer(r"asm volatile\(", text):
+        end, depth, quoted = match.end(), 1, False
+        while depth:
+            quoted ^= text[end] == '"'
+            if not quoted:
+                depth += {"(": 1, ")": -1}.get(text[end], 0)
+            end += 1
+        out += text[at : match.start()] + call(text[match.end() : end - 1])
+        at = end
+    return out + text[at:]
+
+
+def library(kernel: str, driver: str, folder: Path) -> ctypes.CDLL:
+    """tests/cuda/gpu/`driver`.cpp, which includes csrc/cuda/`kernel`.cu, and the GPU."""
+    (folder / "cuda").mkdir()
+    for file in (CUDA / f"{kernel}.cu", *CUDA.glob("*.h")):
+        name = file.name.replace(".cu", ".inc")
+        (folder / "cuda" / name).write_text(translated(file.read_text()))
+    assert NVCC is not None
+    said = subprocess.run(
+        [NVCC, "--dryrun", "-x", "cu", "-c", "/dev/null", "-o", "/dev/null"], capture_output=True, text=True, check=True
+    ).stderr
+    toolkit = re.findall(r'"-I([^"]+)"', said)
+    includes = [f"-I{path}" for path in (GPU, folder, ROOT / "csrc", *toolkit)]
+    # glibc's checked longjmp takes a jump to another stack for an error; unique symbols would be shared by libraries.
+    flags = ["-std=c++17", "-fPIC", "-w", "-fno-threadsafe-statics", "-fno-gnu-unique", "-U_FORTIFY_SOURCE", *includes]
+    objects = []
+    # The sanitizer's calls are answered by machine.cpp, so nothing of it is linked.
+    for name, more in ((driver, ["-O1", "-fsanitize=thread"]), ("machine", ["-O2"]), ("instructions", ["-O2"])):
+        objects.append(folder / f"{name}.o")
+        command = ["g++", *flags, *more, "-c", str(GPU / f"{name}.cpp"), "-o", str(objects[-1])]
+        built = subprocess.run(command, capture_output=True, text=True)
+        assert built.returncode == 0, built.stderr
+    target = folder / f"{driver}.so"
+    subprocess.run(["g++", "-shared", *map(str, objects), "-o", str(target)], check=True)
+    return ctypes.CDLL(str(target))
