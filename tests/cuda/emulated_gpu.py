@@ -6,7 +6,11 @@ import ctypes
 import re
 import shutil
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
+
+import torch
+from torch import Tensor
 
 ROOT = Path(__file__).parents[2]
 CUDA = ROOT / "csrc" / "cuda"
@@ -83,7 +87,9 @@ def translated(text: str) -> str:
         text,
     )
     text = re.sub(
-        r"__shared__ float4 runs\[.*\];", "auto* runs = reinterpret_cast<float4*>(emulated::fixed_memory());", text
+        r"__shared__ float4 runs\[(.*)\];",
+        r"auto* runs = reinterpret_cast<float4*>(emulated::fixed_memory(sizeof(float4) * (\1)));",
+        text,
     )
     assert "__shared__" not in text
     out, at = "", 0
@@ -99,12 +105,13 @@ def translated(text: str) -> str:
     return out + text[at:]
 
 
-def library(kernel: str, driver: str, folder: Path) -> ctypes.CDLL:
-    """tests/cuda/gpu/`driver`.cpp, which includes csrc/cuda/`kernel`.cu, and the GPU."""
+def library(kernel: str, driver: str, folder: Path, change: Callable[[str], str] = str) -> ctypes.CDLL:
+    """tests/cuda/gpu/`driver`.cpp, which includes csrc/cuda/`kernel`.cu, changed, and the GPU."""
     (folder / "cuda").mkdir()
     for file in (CUDA / f"{kernel}.cu", *CUDA.glob("*.h")):
         name = file.name.replace(".cu", ".inc")
-        (folder / "cuda" / name).write_text(translated(file.read_text()))
+        text = file.read_text()
+        (folder / "cuda" / name).write_text(translated(change(text) if file.stem == kernel else text))
     assert NVCC is not None
     said = subprocess.run(
         [NVCC, "--dryrun", "-x", "cu", "-c", "/dev/null", "-o", "/dev/null"], capture_output=True, text=True, check=True
@@ -122,4 +129,40 @@ def library(kernel: str, driver: str, folder: Path) -> ctypes.CDLL:
         assert built.returncode == 0, built.stderr
     target = folder / f"{driver}.so"
     subprocess.run(["g++", "-shared", *map(str, objects), "-o", str(target)], check=True)
-    return ctypes.CDLL(str(target))
+    loaded = ctypes.CDLL(str(target))
+    loaded.wrong.restype = ctypes.c_char_p
+    return loaded
+
+
+def aligned(tensor: Tensor) -> Tensor:
+    room = torch.empty(tensor.numel() * tensor.element_size() + 16, dtype=torch.uint8)
+    begin = -room.data_ptr() % 16
+    return room[begin : begin + room.numel() - 16].view(tensor.dtype).view(tensor.shape).copy_(tensor)
+
+
+def basis(rows: int, rank: int, dtype: torch.dtype) -> Tensor:
+    return aligned(torch.linalg.qr(torch.randn(rows, rank, dtype=torch.float64)).Q.to(dtype))
+
+
+def pointer(tensor: Tensor) -> ctypes.c_void_p:
+    return ctypes.c_void_p(tensor.data_ptr())
+
+
+def sizes(*values: int) -> list[ctypes.c_int64]:
+    return [ctypes.c_int64(value) for value in values]
+
+
+def near(out: Tensor, exact: Tensor, given: Tensor) -> bool:
+    """Within the rounding of the result and 8e-6 of what was given: a coefficient in one part leaves 6e-4 of it."""
+    rounding = (exact.bfloat16().double() - exact).norm()
+    return float((out.double() - exact).norm()) <= 1.02 * float(rounding) + 8e-6 * float(given.double().norm())
+
+
+def spanned(left: Tensor | None, right: Tensor | None, m: int, n: int) -> Tensor:
+    """A matrix of which next to nothing is left, so that errors are not lost in the rounding of what is."""
+    grad = torch.zeros(m, n, dtype=torch.float64)
+    if left is not None:
+        grad += left.double() @ torch.randn(left.shape[1], n, dtype=torch.float64)
+    if right is not None:
+        grad += torch.randn(m, right.shape[1], dtype=torch.float64) @ right.double().mT
+    return aligned(grad.bfloat16())

@@ -24,7 +24,7 @@ dim3 block_index();
 int rank_in_cluster();
 int blocks_in_cluster();
 unsigned char* dynamic_memory();
-unsigned char* fixed_memory();
+unsigned char* fixed_memory(size_t bytes);
 uint32_t shared_address(const void* pointer);
 void meet_block();
 void meet_warp();

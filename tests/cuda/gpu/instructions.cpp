@@ -5,8 +5,6 @@
 
 namespace emulated {
 
-bool early();
-
 namespace {
 
 Block& own() { return *current->block; }

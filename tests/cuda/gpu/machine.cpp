@@ -20,7 +20,7 @@ std::string wrong;
 
 namespace {
 
-constexpr size_t kStack = 64 * 1024;
+constexpr size_t kStack = 64 * 1024, kFixed = 48 * 1024;
 
 struct Memory {
   const char *begin, *end;
@@ -63,7 +63,7 @@ void resume(Fiber& fiber) {
 void new_epoch() {
   const unsigned asleep = 1 + chance() % 3;
   for (Block& block : cluster->blocks) {
-    const bool all = one_in(8);
+    const bool all = one_in(4);
     for (Warp& warp : block.warps) warp.asleep = all || chance() % 4 < asleep;
     held[block.rank] = one_in(2);
   }
@@ -184,7 +184,11 @@ dim3 block_index() { return current->block->index; }
 int rank_in_cluster() { return current->block->rank; }
 int blocks_in_cluster() { return static_cast<int>(cluster->blocks.size()); }
 unsigned char* dynamic_memory() { return current->block->memory; }
-unsigned char* fixed_memory() { return current->block->fixed; }
+unsigned char* fixed_memory(size_t bytes) {
+  if (bytes > kFixed) fail("more shared memory than there is");
+  current->block->fixed_bytes = bytes;
+  return current->block->fixed;
+}
 void meet_block() { meet(current->block->meeting); }
 void meet_warp() { meet(current->warp().meeting); }
 
@@ -221,11 +225,11 @@ void run(dim3 grid, int size, unsigned threads, size_t bytes, void (*kernel)(voi
   auto* stacks = static_cast<char*>(
       mmap(nullptr, fibers * kStack, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
   auto* memory = static_cast<unsigned char*>(std::aligned_alloc(1024, room * size));
-  std::vector<unsigned char> fixed(static_cast<size_t>(size) * 48 * 1024);
+  std::vector<unsigned char> fixed(kFixed * size);
   for (unsigned y = 0; y < grid.y; ++y)
     for (unsigned x = 0; x < grid.x; x += size) {
       // Not a number wherever nothing is written before it is read.
-      std::memset(memory, 0xff, room * size);
+      std::memset(memory, 0xff, room * size), std::fill(fixed.begin(), fixed.end(), 0xff);
       Cluster now;
       cluster = &now;
       now.blocks.resize(size), now.stores.resize(size), now.fibers.resize(fibers), held.assign(size, false);
@@ -233,7 +237,7 @@ void run(dim3 grid, int size, unsigned threads, size_t bytes, void (*kernel)(voi
       for (int rank = 0; rank < size; ++rank) {
         Block& block = now.blocks[rank];
         block.rank = rank, block.running = threads, block.index = dim3(x + rank, y), block.bytes = bytes;
-        block.memory = memory + room * rank, block.fixed = fixed.data() + 48 * 1024 * rank;
+        block.memory = memory + room * rank, block.fixed = fixed.data() + kFixed * rank;
         block.meeting.wanted = threads, block.stamps.resize(bytes / 4 + 1), block.products.resize(threads / 128 + 1);
         block.warps.resize(threads / 32);
         for (Warp& warp : block.warps) warp.meeting.wanted = 32;
@@ -266,7 +270,10 @@ static void touch(const void* pointer, size_t size, size_t alignment, bool write
     return;
   }
   const auto* fixed = reinterpret_cast<const char*>(block.fixed);
-  if (at >= fixed && at + size <= fixed + 48 * 1024) return;
+  if (at >= fixed && at + size <= fixed + block.fixed_bytes) {
+    if (one_in(rest_every)) give_way();
+    return;
+  }
   if (reinterpret_cast<uintptr_t>(pointer) % alignment) fail("an address in global memory that is not aligned");
   for (const Memory& piece : allowed)
     if (at >= piece.begin && at + size <= piece.end && (piece.writable || !write)) return;

@@ -55,7 +55,7 @@ struct Product {
 struct Block {
   int rank = 0, running = 0;
   dim3 index;
-  size_t bytes = 0;
+  size_t bytes = 0, fixed_bytes = 0;
   unsigned char *memory = nullptr, *fixed = nullptr;  // dynamic, and what the kernel declares by size
   Meeting meeting;
   std::vector<Warp> warps;
@@ -106,6 +106,8 @@ extern Cluster* cluster;
 extern std::mt19937 chance;
 
 [[noreturn]] void fail(const char* why);
+// Whether a copy or a product is there at once.
+bool early();
 inline bool one_in(unsigned n) { return chance() % n == 0; }
 void give_way();
 void sleep();
