@@ -39,9 +39,8 @@ INSTRUCTIONS = {
     r"cp\.async\.wait_group %0;": "wait_for_copies",
     rf"ldmatrix\.sync\.aligned\.m8n8\.x4\.shared\.b16 {FOUR}, \[%4\];": "matrices",
     rf"ldmatrix\.sync\.aligned\.m8n8\.x4\.trans\.shared\.b16 {FOUR}, \[%4\];": "matrices_transposed",
-    rf"mma\.sync\.aligned\.m16n8k16\.row\.col\.f32\.bf16\.bf16\.f32 {FOUR}, \{{%4, %5, %6, %7\}}, \{{%8, %9\}}, {FOUR};": (
-        "multiply"
-    ),
+    rf"mma\.sync\.aligned\.m16n8k16\.row\.col\.f32\.bf16\.bf16\.f32 {FOUR}, "
+    rf"\{{%4, %5, %6, %7\}}, \{{%8, %9\}}, {FOUR};": "multiply",
     r"wgmma\.fence\.sync\.aligned;": "fence_products",
     r"wgmma\.commit_group\.sync\.aligned;": "close_products",
     r"wgmma\.wait_group\.sync\.aligned 0;": "wait_for_products",

@@ -64,6 +64,11 @@ def shown(side: ctypes.CDLL, case: Case, right: bool, seeds: range) -> None:
         assert all(torch.equal(out, outs[0]) for out in outs)
 
 
+def on_both_sides(side: ctypes.CDLL, case: Case, seeds: range) -> None:
+    for right in (False, True):
+        shown(side, case, right, seeds)
+
+
 # Panels of 64: six or more for each cluster.
 MANY = [
     Case(512, 8 * 64, 16, FLOAT, cluster=8),
@@ -140,5 +145,4 @@ def test_what_is_left_out_is_missed(
     """The emulation finds such faults: without it the tests above would say little."""
     changed = library(KERNEL, "side", tmp_path_factory.mktemp("changed"), without(*missing))
     with pytest.raises(AssertionError):
-        for right in (False, True):
-            shown(changed, case, right, range(8))
+        on_both_sides(changed, case, range(8))
