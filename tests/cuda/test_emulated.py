@@ -12,9 +12,9 @@ import shutil
 import pytest
 import torch
 
-from .emulated_gpu import NVCC, aligned, basis, library, near, pointer, sizes, spanned
+from .emulated_gpu import aligned, basis, library, near, pointer, sizes, spanned
 
-pytestmark = pytest.mark.skipif(NVCC is None or shutil.which("g++") is None, reason="needs CUDA's headers and g++")
+pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not installed")
 
 
 @pytest.fixture(scope="module")

@@ -15,9 +15,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from .emulated_gpu import NVCC, aligned, basis, library, near, pointer, sizes, spanned
+from .emulated_gpu import aligned, basis, library, near, pointer, sizes, spanned
 
-pytestmark = pytest.mark.skipif(NVCC is None or shutil.which("g++") is None, reason="needs CUDA's headers and g++")
+pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not installed")
 
 FLOAT, HALF = torch.float32, torch.bfloat16
 KERNEL = "project_side_sm90a"

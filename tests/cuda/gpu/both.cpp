@@ -16,13 +16,10 @@ extern "C" int both(void* grad, const void* left, const void* right, int64_t m, 
   // Not a number wherever nothing is written before it is read.
   std::vector<unsigned char> scratch(static_cast<size_t>(plan.bytes) + 256, 0xff);
   auto* aligned = reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(scratch.data()) + 255) / 256 * 256);
+  emulated::forget();
   emulated::allow(grad, static_cast<size_t>(m * n * 2), true), emulated::allow(aligned, plan.bytes, true);
   emulated::allow(left, static_cast<size_t>(m * r * (left_float ? 4 : 2)), false);
   emulated::allow(right, static_cast<size_t>(n * s * (right_float ? 4 : 2)), false);
-  const int error = sculpt::project_both(grad, {left, right, r, s, left_float != 0, right_float != 0}, m, n, block != 0,
+  return sculpt::project_both(grad, {left, right, r, s, left_float != 0, right_float != 0}, m, n, block != 0,
                                          plan, aligned, nullptr);
-  emulated::forget(4);
-  return error;
 }
-
-extern "C" const char* wrong() { return emulated::wrong.c_str(); }

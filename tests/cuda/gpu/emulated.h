@@ -1,13 +1,14 @@
 // The CUDA that kernels see on an emulated GPU; their inline PTX is calls of namespace ptx (tests/cuda/emulated_gpu.py).
 #pragma once
-#include <cuda_bf16.h>
-#include <cuda_runtime.h>
-
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
+#include <cstring>
 #include <initializer_list>
 #include <string>
 #include <tuple>
+
+#include "cuda_runtime_api.h"
 
 inline dim3 gridDim;
 
@@ -26,48 +27,39 @@ int blocks_in_cluster();
 unsigned char* dynamic_memory();
 unsigned char* fixed_memory(size_t bytes);
 uint32_t shared_address(const void* pointer);
-void meet_block();
 void meet_warp();
-uint32_t exchange(uint32_t value, int lane, int width);
+// The sum of what all threads of the block bring; `kind` must be the same.
+int meet_block(int value, int kind);
+uint32_t exchange(uint32_t value, int from);
 
-// Memory that kernels may touch, beside their stacks and shared memory.
+// Memory that kernels may touch, beside their arguments, stacks and shared memory, until the next `forget`.
 void allow(const void* begin, size_t bytes, bool writable);
-void forget(size_t newest);
+void forget();
 
+struct Launch {
+  dim3 grid;
+  int cluster = 1;
+  unsigned threads = 0;
+  size_t bytes = 0;
+  void (*kernel)(void*) = nullptr;
+  void* arguments = nullptr;
+  size_t arguments_bytes = 0;
+};
 // What a thread did wrong, if one did.
 extern std::string wrong;
-void run(dim3 grid, int cluster, unsigned threads, size_t bytes, void (*kernel)(void*), void* arguments);
+void run(const Launch& launch);
 
 template <typename... Parameters, typename... Arguments>
-cudaError_t launch(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...), Arguments... arguments) {
-  if (config->dynamicSmemBytes > 227 * 1024) return cudaErrorInvalidConfiguration;
-  const int size = config->numAttrs ? static_cast<int>(config->attrs[0].val.clusterDim.x) : 1;
-  using Call = std::tuple<void (*)(Parameters...), Parameters...>;
-  Call call(kernel, static_cast<Parameters>(arguments)...);
-  gridDim = config->gridDim;
-  allow(&call, sizeof(call), false), allow(&gridDim, sizeof(gridDim), false);
+cudaError_t launch(dim3 grid, int cluster, unsigned threads, size_t bytes, void (*kernel)(Parameters...),
+                   const Arguments&... arguments) {
+  if (bytes > 227 * 1024) return cudaErrorInvalidConfiguration;
+  using Call = std::tuple<void (*)(Parameters...), std::decay_t<Parameters>...>;
+  Call call(kernel, static_cast<std::decay_t<Parameters>>(arguments)...);
   const auto kernel_of = [](void* given) {
-    std::apply([](auto f, auto... x) { f(x...); }, *static_cast<const Call*>(given));
+    std::apply([](auto f, const auto&... x) { f(x...); }, *static_cast<const Call*>(given));
   };
-  run(config->gridDim, size, config->blockDim.x, config->dynamicSmemBytes, kernel_of, &call);
-  forget(2);
+  run({grid, cluster, threads, bytes, kernel_of, &call, sizeof(call)});
   return wrong.empty() ? cudaSuccess : cudaErrorLaunchFailure;
-}
-
-// The number of multiprocessors is the name of the device: launchers remember what they asked of it.
-inline cudaError_t get_device(int* index) { return *index = device.multiprocessors * 1024 + device.clusters % 1024, cudaSuccess; }
-inline cudaError_t attribute(int* value, cudaDeviceAttr name, int) {
-  *value = name == cudaDevAttrMultiProcessorCount            ? device.multiprocessors
-           : name == cudaDevAttrMaxSharedMemoryPerBlockOptin ? 227 * 1024
-                                                             : device.capability;
-  return cudaSuccess;
-}
-template <typename Kernel>
-cudaError_t set(Kernel*, cudaFuncAttribute, int) { return cudaSuccess; }
-template <typename Kernel>
-cudaError_t clusters(int* count, Kernel*, const cudaLaunchConfig_t* config) {
-  const int size = static_cast<int>(config->attrs[0].val.clusterDim.x);
-  return *count = std::max(1, std::min(device.clusters, device.multiprocessors / size)), cudaSuccess;
 }
 
 }  // namespace emulated
@@ -110,27 +102,39 @@ struct Emulated {
 inline Emulated this_cluster() { return {}; }
 }  // namespace cooperative_groups
 
-#undef __launch_bounds__
+#define __device__
+#define __global__
 #define __launch_bounds__(...)
 #define threadIdx (::emulated::thread_index())
 #define blockIdx (::emulated::block_index())
-#define __syncthreads() ::emulated::meet_block()
-#define __syncwarp() ::emulated::meet_warp()
-#define __cvta_generic_to_shared(pointer) ::emulated::shared_address(pointer)
-#define cudaLaunchKernelEx ::emulated::launch
-#define cudaGetDevice ::emulated::get_device
-#define cudaDeviceGetAttribute ::emulated::attribute
-#define cudaFuncSetAttribute ::emulated::set
-#define cudaOccupancyMaxActiveClusters ::emulated::clusters
 
-inline uint32_t __shfl_sync(unsigned, uint32_t x, int lane, int width = 32) { return emulated::exchange(x, lane, width); }
-inline int __shfl_sync(unsigned, int x, int lane, int width = 32) {
-  return static_cast<int>(emulated::exchange(static_cast<uint32_t>(x), lane, width));
+using std::isfinite;
+inline void __syncthreads() { emulated::meet_block(0, 0); }
+inline int __syncthreads_or(int value) { return emulated::meet_block(value != 0, 1) != 0; }
+inline int __syncthreads_count(int value) { return emulated::meet_block(value != 0, 2); }
+inline void __syncwarp() { emulated::meet_warp(); }
+inline uint32_t __cvta_generic_to_shared(const void* pointer) { return emulated::shared_address(pointer); }
+
+template <typename T>
+T exchanged(T x, int from) {
+  static_assert(sizeof(T) == 4);
+  uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  bits = emulated::exchange(bits, from);
+  std::memcpy(&x, &bits, 4);
+  return x;
 }
+template <typename T>
+T __shfl_sync(unsigned, T x, int lane, int width = 32) {
+  const int mine = static_cast<int>(threadIdx.x) % 32;
+  return exchanged(x, mine / width * width + lane % width);
+}
+template <typename T>
+T __shfl_xor_sync(unsigned, T x, int mask) { return exchanged(x, static_cast<int>(threadIdx.x) % 32 ^ mask); }
 inline int __ffs(int x) { return __builtin_ffs(x); }
 inline float __uint_as_float(uint32_t x) {
   float y;
-  __builtin_memcpy(&y, &x, 4);
+  std::memcpy(&y, &x, 4);
   return y;
 }
 // Byte i of the result is byte (selector >> 4 i) & 7 of x and y beside each other.
@@ -140,7 +144,32 @@ inline uint32_t __byte_perm(uint32_t x, uint32_t y, uint32_t selector) {
   for (int i = 0; i < 4; ++i) result |= static_cast<uint32_t>(both >> (selector >> 4 * i & 7) * 8 & 0xff) << 8 * i;
   return result;
 }
-namespace sculpt {
 using std::max;
 using std::min;
-}  // namespace sculpt
+
+// The number of multiprocessors is the name of the device: launchers remember what they asked of it.
+inline cudaError_t cudaGetDevice(int* index) {
+  return *index = emulated::device.multiprocessors * 1024 + emulated::device.clusters % 1024, cudaSuccess;
+}
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr name, int) {
+  *value = name == cudaDevAttrMultiProcessorCount            ? emulated::device.multiprocessors
+           : name == cudaDevAttrMaxSharedMemoryPerBlockOptin ? 227 * 1024
+                                                             : emulated::device.capability;
+  return cudaSuccess;
+}
+template <typename Kernel>
+cudaError_t cudaFuncSetAttribute(Kernel*, cudaFuncAttribute, int) { return cudaSuccess; }
+template <typename Kernel>
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes*, Kernel*) { return cudaSuccess; }
+inline cudaError_t cudaGetLastError() { return emulated::wrong.empty() ? cudaSuccess : cudaErrorLaunchFailure; }
+template <typename Kernel>
+cudaError_t cudaOccupancyMaxActiveClusters(int* count, Kernel*, const cudaLaunchConfig_t* config) {
+  const int size = static_cast<int>(config->attrs[0].val.clusterDim.x);
+  return *count = std::max(1, std::min(emulated::device.clusters, emulated::device.multiprocessors / size)), cudaSuccess;
+}
+template <typename... Parameters, typename... Arguments>
+cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
+                               const Arguments&... arguments) {
+  const int size = config->numAttrs ? static_cast<int>(config->attrs[0].val.clusterDim.x) : 1;
+  return emulated::launch(config->gridDim, size, config->blockDim.x, config->dynamicSmemBytes, kernel, arguments...);
+}

@@ -23,19 +23,18 @@ namespace {
 constexpr size_t kStack = 64 * 1024, kFixed = 48 * 1024;
 
 struct Memory {
-  const char *begin, *end;
+  const char* end;
   bool writable;
 };
-std::vector<Memory> allowed;
+std::map<const char*, Memory> allowed;  // by where it begins
 jmp_buf scheduler, end;
-void (*kernel_now)(void*);
-void* arguments_now;
+Launch now;
 // Of this run: how often a thread gives way at an access to memory, and how often a copy is there at once.
 unsigned rest_every, early_every;
 std::vector<bool> held;
 
 void enter() {
-  kernel_now(arguments_now);
+  now.kernel(now.arguments);
   Fiber& fiber = *current;
   for (const auto& group : fiber.copies)
     if (!group.empty()) fail("copies never waited for");
@@ -146,15 +145,21 @@ void wake(std::vector<Fiber*>& fibers) {
   fibers.clear();
 }
 
-void meet(Meeting& meeting) {
-  if (++meeting.come == meeting.wanted) {
-    meeting.come = 0;
-    wake(meeting.waiting);
-    if (one_in(2)) give_way();
-    return;
+int meet(Meeting& meeting, int value, int kind) {
+  const unsigned round = meeting.round & 1;
+  if (meeting.come == 0) meeting.kind = kind, meeting.sum[round] = 0;
+  if (meeting.kind != kind) fail("threads meet at different barriers");
+  meeting.sum[round] += value;
+  if (++meeting.come < meeting.wanted) {
+    meeting.waiting.push_back(current);
+    sleep();
+    return meeting.sum[round];
   }
-  meeting.waiting.push_back(current);
-  sleep();
+  meeting.come = 0, ++meeting.round;
+  wake(meeting.waiting);
+  const int sum = meeting.sum[round];
+  if (one_in(2)) give_way();
+  return sum;
 }
 
 Block& block_of(Block& own, uint32_t address) {
@@ -189,7 +194,7 @@ unsigned char* fixed_memory(size_t bytes) {
   current->block->fixed_bytes = bytes;
   return current->block->fixed;
 }
-void meet_block() { meet(current->block->meeting); }
+int meet_block(int value, int kind) { return meet(current->block->meeting, value, kind); }
 void meet_warp() { meet(current->warp().meeting); }
 
 uint32_t shared_address(const void* pointer) {
@@ -197,54 +202,58 @@ uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(static_cast<const unsigned char*>(pointer) - current->block->memory) + kBase;
 }
 
-uint32_t exchange(uint32_t value, int lane, int width) {
+uint32_t exchange(uint32_t value, int from) {
   Warp& warp = current->warp();
-  const int mine = current->lane();
-  const uint32_t round = warp.round[mine]++ & 1;
-  warp.values[round][mine] = value;
+  const uint32_t round = warp.round[current->lane()]++ & 1;
+  warp.values[round][current->lane()] = value;
   meet(warp.meeting);
-  return warp.values[round][mine / width * width + lane % width];
+  return warp.values[round][from];
 }
 
 void allow(const void* begin, size_t bytes, bool writable) {
-  allowed.push_back({static_cast<const char*>(begin), static_cast<const char*>(begin) + bytes, writable});
+  if (begin == nullptr) return;
+  const auto* at = static_cast<const char*>(begin);
+  Memory& piece = allowed.insert({at, {at, false}}).first->second;
+  piece.end = std::max(piece.end, at + bytes), piece.writable |= writable;
 }
-void forget(size_t newest) { allowed.resize(allowed.size() - newest); }
+void forget() { allowed.clear(); }
 
-void run(dim3 grid, int size, unsigned threads, size_t bytes, void (*kernel)(void*), void* arguments) {
+void run(const Launch& launch) {
   wrong.clear();
   if (_setjmp(end)) {
     current = nullptr;
     return;
   }
-  if (grid.x % size || threads % 32 || threads > 1024) fail("a grid that cannot be");
+  now = launch, gridDim = launch.grid;
+  const unsigned size = launch.cluster, threads = launch.threads;
+  if (launch.grid.x % size || threads % 32 || threads > 1024) fail("a grid that cannot be");
   chance.seed(device.seed);
   rest_every = 8u << chance() % 8, early_every = 1 + chance() % 8;
-  kernel_now = kernel, arguments_now = arguments;
-  const size_t fibers = size * threads, room = (bytes + 4095) / 1024 * 1024;
+  const size_t fibers = size * threads, room = (launch.bytes + 4095) / 1024 * 1024;
   auto* stacks = static_cast<char*>(
       mmap(nullptr, fibers * kStack, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
   auto* memory = static_cast<unsigned char*>(std::aligned_alloc(1024, room * size));
   std::vector<unsigned char> fixed(kFixed * size);
-  for (unsigned y = 0; y < grid.y; ++y)
-    for (unsigned x = 0; x < grid.x; x += size) {
+  for (unsigned y = 0; y < launch.grid.y; ++y)
+    for (unsigned x = 0; x < launch.grid.x; x += size) {
       // Not a number wherever nothing is written before it is read.
       std::memset(memory, 0xff, room * size), std::fill(fixed.begin(), fixed.end(), 0xff);
-      Cluster now;
-      cluster = &now;
-      now.blocks.resize(size), now.stores.resize(size), now.fibers.resize(fibers), held.assign(size, false);
-      now.meeting.wanted = fibers;
-      for (int rank = 0; rank < size; ++rank) {
-        Block& block = now.blocks[rank];
-        block.rank = rank, block.running = threads, block.index = dim3(x + rank, y), block.bytes = bytes;
+      Cluster of_now;
+      cluster = &of_now;
+      cluster->blocks.resize(size), cluster->stores.resize(size), cluster->fibers.resize(fibers);
+      held.assign(size, false);
+      cluster->meeting.wanted = fibers;
+      for (unsigned rank = 0; rank < size; ++rank) {
+        Block& block = cluster->blocks[rank];
+        block.rank = rank, block.running = threads, block.index = dim3(x + rank, y), block.bytes = launch.bytes;
         block.memory = memory + room * rank, block.fixed = fixed.data() + kFixed * rank;
-        block.meeting.wanted = threads, block.stamps.resize(bytes / 4 + 1), block.products.resize(threads / 128 + 1);
-        block.warps.resize(threads / 32);
+        block.meeting.wanted = threads, block.stamps.resize(launch.bytes / 4 + 1);
+        block.products.resize(threads / 128 + 1), block.warps.resize(threads / 32);
         for (Warp& warp : block.warps) warp.meeting.wanted = 32;
       }
       for (size_t i = 0; i < fibers; ++i) {
-        Fiber& fiber = now.fibers[i];
-        fiber.number = static_cast<int>(i), fiber.thread = i % threads, fiber.block = &now.blocks[i / threads];
+        Fiber& fiber = cluster->fibers[i];
+        fiber.number = static_cast<int>(i), fiber.thread = i % threads, fiber.block = &cluster->blocks[i / threads];
         fiber.stack = stacks + i * kStack;
         fiber.warp().ready.push_back(&fiber);
       }
@@ -274,9 +283,16 @@ static void touch(const void* pointer, size_t size, size_t alignment, bool write
     if (one_in(rest_every)) give_way();
     return;
   }
+  const auto* given = static_cast<const char*>(now.arguments);
+  if (!write && at >= given && at + size <= given + now.arguments_bytes) return;
+  const auto* sizes = reinterpret_cast<const char*>(&gridDim);
+  if (!write && at >= sizes && at + size <= sizes + sizeof(gridDim)) return;
   if (reinterpret_cast<uintptr_t>(pointer) % alignment) fail("an address in global memory that is not aligned");
-  for (const Memory& piece : allowed)
-    if (at >= piece.begin && at + size <= piece.end && (piece.writable || !write)) return;
+  const auto next = allowed.upper_bound(at);
+  if (next != allowed.begin()) {
+    const Memory& piece = std::prev(next)->second;
+    if (at + size <= piece.end && (piece.writable || !write)) return;
+  }
   fail(write ? "a store outside of all arrays" : "a load outside of all arrays");
 }
 
@@ -292,6 +308,7 @@ bool early() { return one_in(early_every); }
   void __tsan_volatile_read##size(void* p) { emulated::touch(p, size, size, false); }                              \
   void __tsan_volatile_write##size(void* p) { emulated::touch(p, size, size, true); }
 extern "C" {
+const char* wrong() { return emulated::wrong.c_str(); }
 TOUCH(1)
 TOUCH(2)
 TOUCH(4)

@@ -20,6 +20,8 @@ struct Fiber;
 // Threads that wait for each other.
 struct Meeting {
   size_t wanted = 0, come = 0;
+  unsigned round = 0;
+  int kind = 0, sum[2] = {};
   std::vector<Fiber*> waiting;
 };
 
@@ -112,7 +114,7 @@ inline bool one_in(unsigned n) { return chance() % n == 0; }
 void give_way();
 void sleep();
 void wake(std::vector<Fiber*>& fibers);
-void meet(Meeting& meeting);
+int meet(Meeting& meeting, int value = 0, int kind = 0);
 void deliver(int rank);
 void land(Fiber& fiber, const Copy& copy);
 void compute(Fiber& fiber, size_t count);

@@ -16,12 +16,8 @@ extern "C" int side(void* grad, const void* basis, int64_t m, int64_t n, int64_t
     plan.bytes = sculpt::side_panel_bytes(plan, split != 0);
     if ((plan.cluster - 1) * plan.rows >= length || plan.bytes > sculpt::kSharedBytes) return -1;
   }
+  emulated::forget();
   emulated::allow(grad, static_cast<size_t>(m * n * 2), true);
   emulated::allow(basis, static_cast<size_t>(length * r * (split ? 4 : 2)), false);
-  const int error =
-      sculpt::project_side_sm90a(grad, basis, m, n, r, right != 0, split != 0, keep != 0, plan, nullptr);
-  emulated::forget(2);
-  return error;
+  return sculpt::project_side_sm90a(grad, basis, m, n, r, right != 0, split != 0, keep != 0, plan, nullptr);
 }
-
-extern "C" const char* wrong() { return emulated::wrong.c_str(); }
