@@ -10,7 +10,7 @@
 
 #include "cuda_runtime_api.h"
 
-inline dim3 gridDim;
+inline dim3 gridDim, blockDim;
 
 namespace emulated {
 

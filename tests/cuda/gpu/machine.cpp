@@ -224,7 +224,7 @@ void run(const Launch& launch) {
     current = nullptr;
     return;
   }
-  now = launch, gridDim = launch.grid;
+  now = launch, gridDim = launch.grid, blockDim = dim3(launch.threads);
   const unsigned size = launch.cluster, threads = launch.threads;
   if (launch.grid.x % size || threads % 32 || threads > 1024) fail("a grid that cannot be");
   chance.seed(device.seed);
@@ -285,8 +285,10 @@ static void touch(const void* pointer, size_t size, size_t alignment, bool write
   }
   const auto* given = static_cast<const char*>(now.arguments);
   if (!write && at >= given && at + size <= given + now.arguments_bytes) return;
-  const auto* sizes = reinterpret_cast<const char*>(&gridDim);
-  if (!write && at >= sizes && at + size <= sizes + sizeof(gridDim)) return;
+  for (const dim3* sizes : {&gridDim, &blockDim}) {
+    const auto* begin = reinterpret_cast<const char*>(sizes);
+    if (!write && at >= begin && at + size <= begin + sizeof(dim3)) return;
+  }
   if (reinterpret_cast<uintptr_t>(pointer) % alignment) fail("an address in global memory that is not aligned");
   const auto next = allowed.upper_bound(at);
   if (next != allowed.begin()) {
