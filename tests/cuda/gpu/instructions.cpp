@@ -102,7 +102,7 @@ void deliver(int rank) {
   auto& stores = cluster->stores[rank];
   std::swap(stores[chance() % stores.size()], stores.back());
   const Store store = stores.back();
-  stores.pop_back();
+  stores.pop_back(), --cluster->stores_open;
   if (!store.written) write(block, store);
   MemoryBarrier& barrier = barrier_at(block, store.barrier);
   barrier.bytes -= 8;
@@ -163,7 +163,7 @@ void store_async(uint32_t address, uint32_t x, uint32_t y, uint32_t barrier) {
   barrier_at(block, barrier);
   Store now{address, barrier, {x, y}, one_in(4)};
   if (now.written) write(block, now);
-  cluster->stores[block.rank].push_back(now);
+  cluster->stores[block.rank].push_back(now), ++cluster->stores_open;
   if (one_in(64)) give_way();
 }
 

@@ -15,7 +15,7 @@ namespace emulated {
 Device device;
 Fiber* current = nullptr;
 Cluster* cluster = nullptr;
-std::mt19937 chance;
+Chance chance;
 std::string wrong;
 
 namespace {
@@ -41,7 +41,7 @@ void enter() {
   if (!fiber.open_copies.empty() || !fiber.products.empty() || !fiber.open_products.empty())
     fail("copies or products never waited for");
   fiber.done = true;
-  --fiber.block->running;
+  --fiber.block->running, --cluster->running;
   _longjmp(scheduler, 1);
 }
 
@@ -70,12 +70,11 @@ void new_epoch() {
 
 // One warp, some of its threads; false if none can run.
 bool run_one() {
-  std::vector<Warp*> warps;
-  for (Block& block : cluster->blocks)
-    for (Warp& warp : block.warps)
-      if (!warp.asleep && !warp.ready.empty()) warps.push_back(&warp);
-  if (warps.empty()) return false;
-  Warp& warp = *warps[chance() % warps.size()];
+  const std::vector<Warp*>& warps = cluster->warps;
+  size_t i = chance() % warps.size(), tried = 0;
+  for (; warps[i]->asleep || warps[i]->ready.empty(); i = i + 1 == warps.size() ? 0 : i + 1)
+    if (++tried == warps.size()) return false;
+  Warp& warp = *warps[i];
   for (size_t turns = one_in(4) ? 1 : warp.ready.size(); turns > 0 && !warp.ready.empty(); --turns) {
     std::swap(warp.ready[chance() % warp.ready.size()], warp.ready.back());
     Fiber& fiber = *warp.ready.back();
@@ -99,15 +98,10 @@ bool deliver_some() {
 }
 
 void run_cluster() {
-  const auto running = [] {
-    for (const Block& block : cluster->blocks)
-      if (block.running) return true;
-    return false;
-  };
   int64_t left = 0;
-  while (running()) {
+  while (cluster->running > 0) {
     if (--left < 0) new_epoch(), left = int64_t{1} << chance() % 14;
-    bool any = deliver_some();
+    bool any = cluster->stores_open > 0 && deliver_some();
     any |= run_one();
     if (any) continue;
     left = 0;
@@ -242,14 +236,14 @@ void run(const Launch& launch) {
       cluster = &of_now;
       cluster->blocks.resize(size), cluster->stores.resize(size), cluster->fibers.resize(fibers);
       held.assign(size, false);
-      cluster->meeting.wanted = fibers;
+      cluster->meeting.wanted = cluster->running = fibers;
       for (unsigned rank = 0; rank < size; ++rank) {
         Block& block = cluster->blocks[rank];
         block.rank = rank, block.running = threads, block.index = dim3(x + rank, y), block.bytes = launch.bytes;
         block.memory = memory + room * rank, block.fixed = fixed.data() + kFixed * rank;
         block.meeting.wanted = threads, block.stamps.resize(launch.bytes / 4 + 1);
         block.products.resize(threads / 128 + 1), block.warps.resize(threads / 32);
-        for (Warp& warp : block.warps) warp.meeting.wanted = 32;
+        for (Warp& warp : block.warps) warp.meeting.wanted = 32, cluster->warps.push_back(&warp);
       }
       for (size_t i = 0; i < fibers; ++i) {
         Fiber& fiber = cluster->fibers[i];

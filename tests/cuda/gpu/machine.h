@@ -5,7 +5,6 @@
 #include <cstdint>
 #include <deque>
 #include <map>
-#include <random>
 #include <vector>
 
 #include "emulated.h"
@@ -99,13 +98,24 @@ struct Cluster {
   std::vector<Block> blocks;
   std::vector<std::vector<Store>> stores;  // to each block
   std::vector<Fiber> fibers;
+  std::vector<Warp*> warps;
   Meeting meeting;
+  size_t running = 0, stores_open = 0;
   uint64_t clock = 1;
 };
 
 extern Fiber* current;
 extern Cluster* cluster;
-extern std::mt19937 chance;
+// Any generator will do; one whose low bits go through short cycles will not.
+struct Chance {
+  uint64_t state = 1;
+  void seed(uint64_t from) { state = (from + 1) * 0x9e3779b97f4a7c15; }
+  uint32_t operator()() {
+    state ^= state << 13, state ^= state >> 7, state ^= state << 17;
+    return static_cast<uint32_t>(state >> 32);
+  }
+};
+extern Chance chance;
 
 [[noreturn]] void fail(const char* why);
 // Whether a copy or a product is there at once.
