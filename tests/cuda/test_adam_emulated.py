@@ -1,4 +1,4 @@
-"""The AdamW CUDA kernel, compiled for the CPU and run thread by thread, without fused products: its twin to the bit."""
+"""The AdamW CUDA kernel, on an emulated GPU (tests/cuda/gpu), without fused products: its twin to the bit."""
 
 from __future__ import annotations
 
@@ -13,14 +13,8 @@ from torch import Tensor
 from sculpt_ops import reference
 
 from ..ops.adam_cases import DECAYS, HYPERPARAMETERS, SHAPES, Case, a_case
-from .emulating import library
+from .emulated_gpu import library
 
-ENTRY = """
-extern "C" int run(const sculpt::AdamEntry* entries, long n, const sculpt::AdamSettings* settings) {
-  return sculpt::adam(entries, n, *settings, nullptr);
-}
-extern "C" long size() { return sizeof(sculpt::AdamEntry) + 1000 * sizeof(sculpt::AdamSettings); }
-"""
 POINTERS = ("grad", "first", "second", "out", "count", "weight", "low", "start")
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not installed")
@@ -50,7 +44,7 @@ Run = Callable[..., None]
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    kernel = library("adam", ENTRY, tmp_path_factory.mktemp("emulated"), launches=2)
+    kernel = library("adam", "adam", tmp_path_factory.mktemp("emulated"))
     assert kernel.size() == ctypes.sizeof(Entry) + 1000 * ctypes.sizeof(Settings)
 
     def call(case: Case, on_host: Sequence[int] = (), lr_on_host: bool = False, maximize: bool = False) -> None:
@@ -70,7 +64,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
         lr = None if lr_on_host else case.lr.data_ptr()
         settings = Settings(lr=lr, lr_double=True, maximize=maximize, **HYPERPARAMETERS)
         settings.lr_value = float(case.lr) if lr_on_host else float("nan")
-        assert kernel.run(entries, ctypes.c_long(len(entries)), ctypes.byref(settings)) == 0
+        assert kernel.adam(entries, ctypes.c_long(len(entries)), ctypes.byref(settings)) == 0, kernel.wrong()
         for i in on_host:
             case.counts[i] += 1
 

@@ -1,4 +1,4 @@
-"""The CUDA kernel that adds steps, compiled for the CPU and run thread by thread: to the bit as tensor by tensor."""
+"""The CUDA kernel that adds steps, on an emulated GPU (tests/cuda/gpu): to the bit as tensor by tensor."""
 
 from __future__ import annotations
 
@@ -10,20 +10,7 @@ import pytest
 import torch
 
 from .add_steps_cases import MODES, Case, a_case, add_, same
-from .emulating import library
-
-ENTRY = """
-struct Given { void* weight; int16_t* low; const float* step; int64_t numel, seed; bool half; };
-extern "C" int run(const Given* given, long n, bool stochastic) {
-  auto* entries = new sculpt::AddEntry[n];
-  for (long i = 0; i < n; ++i)
-    entries[i] = {given[i].weight, given[i].low, given[i].step, given[i].numel, sculpt::Key::of(given[i].seed),
-                  given[i].half};
-  const int error = sculpt::add_steps(entries, n, stochastic, nullptr);
-  delete[] entries;
-  return error;
-}
-"""
+from .emulated_gpu import library
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not installed")
 
@@ -41,7 +28,7 @@ Run = Callable[[Case], None]
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    kernel = library("add_steps", ENTRY, tmp_path_factory.mktemp("emulated"), launches=1)
+    kernel = library("add_steps", "add_steps", tmp_path_factory.mktemp("emulated"))
 
     def call(case: Case) -> None:
         given = (Given * len(case.weights))()
@@ -50,7 +37,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
             entry.low = case.lows[i].data_ptr() if case.lows else None
             entry.seed = case.seeds[i] if case.seeds else 0
             entry.half = weight.dtype is torch.bfloat16
-        assert kernel.run(given, ctypes.c_long(len(given)), ctypes.c_bool(bool(case.seeds))) == 0
+        assert kernel.add_steps(given, ctypes.c_long(len(given)), ctypes.c_bool(bool(case.seeds))) == 0, kernel.wrong()
 
     return call
 

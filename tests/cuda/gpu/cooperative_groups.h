@@ -1,0 +1,3 @@
+// In emulated.h.
+#pragma once
+#include "emulated.h"

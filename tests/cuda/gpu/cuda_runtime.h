@@ -1,0 +1,3 @@
+// CUDA as the kernels see it.
+#pragma once
+#include "emulated.h"
