@@ -75,6 +75,7 @@ MANY = [
     Case(450, 6 * 64 - 3, 7, HALF, keep=True, cluster=8),
     Case(512, 6 * 64, 64, FLOAT, cluster=8),
     Case(449, 6 * 64 - 8, 100, HALF, cluster=8),
+    Case(1000, 6 * 64, 16, FLOAT, cluster=16),
     Case(256, 13 * 64, 16, HALF, cluster=4, clusters=2),
     Case(200, 6 * 64 - 1, 40, FLOAT, keep=True, cluster=4),
     Case(256, 6 * 64, 128, HALF, cluster=4),
@@ -133,9 +134,9 @@ READ = ("      send(there + (read - barrier), 0u, 0u, there);\n", " + 8 * (RANKS
     ("missing", "case"),
     [
         (READ, Case(512, 8 * 64, 16, FLOAT, cluster=8)),
-        (("    if (block.owns()) wait_for(block.parts_barrier, parity);\n",), MANY[6]),
-        (("    wait_for_groups<NEWER>();\n",), MANY[0]),
-        (("at < m && ",), MANY[8]),
+        (("    if (block.owns()) wait_for(block.parts_barrier, parity);\n",), Case(256, 6 * 64, 16, HALF, cluster=4)),
+        (("    wait_for_groups<NEWER>();\n",), Case(128, 6 * 64, 16, HALF, cluster=2)),
+        (("at < m && ",), Case(300, 6 * 64 - 40, 40, HALF, cluster=2)),
     ],
     ids=["word that parts were read", "wait for parts", "wait for copies", "end of the matrix"],
 )

@@ -29,7 +29,7 @@ struct Memory {
 std::map<const char*, Memory> allowed;  // by where it begins
 jmp_buf scheduler, end;
 Launch now;
-// Of this run: how often a thread gives way at an access to memory, and how often a copy is there at once.
+// Of this run: one access to memory in how many lets others run, and one copy in how many is there at once.
 unsigned rest_every, early_every;
 std::vector<bool> held;
 
@@ -215,7 +215,7 @@ void forget() { allowed.clear(); }
 void run(const Launch& launch) {
   wrong.clear();
   if (_setjmp(end)) {
-    current = nullptr;
+    current = nullptr, cluster = nullptr;
     return;
   }
   now = launch, gridDim = launch.grid, blockDim = dim3(launch.threads);
