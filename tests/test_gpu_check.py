@@ -119,6 +119,15 @@ def test_repeatability_sees_a_bit_that_moves(
     assert {name: times for name, times in different.items() if times} == {"orthonormalize": 1}
 
 
+def test_the_beginning_and_the_end_of_a_long_text_are_kept() -> None:
+    assert check.shortened("short") == "short"
+    text = "first error\n" + "x" * 20000 + "\nlast error"
+    kept = check.shortened(text)
+    assert kept.startswith("first error")
+    assert kept.endswith("last error")
+    assert len(kept) < 8000
+
+
 def test_stages_that_fail_run_out_of_time_or_miss_a_program_are_recorded(tmp_path: Path) -> None:
     code = (sys.executable, "-c")
     cases = {

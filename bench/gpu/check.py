@@ -22,7 +22,8 @@ from typing import Any, NamedTuple
 ROOT = Path(__file__).resolve().parents[2]
 LIMIT = 540
 OUT_OF_TIME = 124
-TAIL = 4000
+# Of what a stage prints: a sanitizer says what was wrong at the beginning.
+HEAD, TAIL = 3000, 4000
 PYTHON = sys.executable
 # Tests of the CPU kernels and of pure functions have nothing to find on a GPU.
 GPU_TESTS = (
@@ -84,8 +85,12 @@ def stages(device: str, output: Path, limit: float, scratch: Path) -> list[list[
     ]
 
 
+def shortened(text: str) -> str:
+    return text if len(text) <= HEAD + TAIL else f"{text[:HEAD]}\n[...]\n{text[-TAIL:]}"
+
+
 def run(command: Sequence[str], seconds: float, environment: dict[str, str]) -> tuple[int | None, str]:
-    """Exit status, None if it ran out of time, and the end of what it printed; its children end with it."""
+    """Exit status, None if it ran out of time, and what it printed, shortened; its children end with it."""
     process = subprocess.Popen(
         command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         errors="replace", start_new_session=True,
@@ -95,8 +100,8 @@ def run(command: Sequence[str], seconds: float, environment: dict[str, str]) -> 
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)
         printed, _ = process.communicate()
-        return None, printed[-TAIL:]
-    return process.returncode, printed[-TAIL:]
+        return None, shortened(printed)
+    return process.returncode, shortened(printed)
 
 
 def run_stage(stage: Stage, most: float, environment: dict[str, str]) -> dict[str, Any]:
