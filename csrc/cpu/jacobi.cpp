@@ -17,12 +17,7 @@
 #include "cpu/clones.h"
 
 // The same to the bit in all copies only if no product and sum are fused.
-#if defined(__clang__)
-#pragma clang fp contract(off)
-#else
-#pragma GCC push_options
-#pragma GCC optimize("fp-contract=off")
-#endif
+#include "cpu/unfused.h"
 #include "common/jacobi.h"
 #include "common/jacobi_checks.h"
 

@@ -10,12 +10,7 @@
 #include "cpu/views.h"
 
 // The normals are the same to the bit everywhere only if no product and sum are fused.
-#if defined(__clang__)
-#pragma clang fp contract(off)
-#else
-#pragma GCC push_options
-#pragma GCC optimize("fp-contract=off")
-#endif
+#include "cpu/unfused.h"
 #include "common/bits.h"
 #include "common/philox.h"
 

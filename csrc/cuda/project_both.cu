@@ -167,7 +167,7 @@ __global__ void __launch_bounds__(kPanelThreads, RANK_TILES <= 2 ? 2 : 1)
       correction.template add<RANK_TILES, SPLIT, true>(factors + 2 * kPanel, factors + 3 * kPanel, columns,
                                                        columns + kSlice, row, column, lane);
     const Window window(grad, m, n, static_cast<int64_t>(panel) * kRows, first_column);
-    correction.write(panels + turn * kRows * kColumns, window, kChunks, row, column, false, lane);
+    correction.write(panels + turn * kRows * kColumns, window, kChunks, row, column, lane);
     // The panel after the next overwrites this one.
     __syncthreads();
   }

@@ -1,5 +1,5 @@
-// Panels of rows in shared memory, and the two products in which they meet a basis that lies there too: what the right
-// and the two-sided projections share.
+// Panels of rows in shared memory, and the two products in which they meet a basis that lies there too: what the passes of
+// the two-sided projection share.
 //
 // Rows are stored without gaps, their 16-byte chunks exchanged: eight rows that are read together at the same chunk then
 // lie in different banks, and for rank 64 two blocks fit an SM to the byte, which rows with a gap would not.
@@ -260,8 +260,7 @@ struct Correction {
   }
 
   // Into the panel where it lies, and from there to memory, 16 bytes a lane: no other warp touches these elements.
-  __device__ void write(__nv_bfloat16* panel, const Window& to, int chunks, int row, int column, bool keep,
-                        int lane) const {
+  __device__ void write(__nv_bfloat16* panel, const Window& to, int chunks, int row, int column, int lane) const {
     __nv_bfloat16* first = panel + (row + lane / 4) * chunks * 8 + 2 * (lane % 4);
 #pragma unroll
     for (int t = 0; t < TILES; ++t) {
@@ -277,7 +276,7 @@ struct Correction {
       for (int j = 0; j < 4; ++j) {
         const float2 was = __bfloat1622float2(old[j]);
         const float x = sums[j / 2][t][j % 2 * 2], y = sums[j / 2][t][j % 2 * 2 + 1];
-        *places[j] = keep ? __floats2bfloat162_rn(x, y) : __floats2bfloat162_rn(was.x - x, was.y - y);
+        *places[j] = __floats2bfloat162_rn(was.x - x, was.y - y);
       }
     }
     __syncwarp();
