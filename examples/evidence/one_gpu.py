@@ -18,7 +18,7 @@ ONE_GPU = Protocol(
     entry_rates=(1e-4,),
     dev_order=TWO_CORES.dev_order,
     orders=TWO_CORES.orders,
-    seeds=(0, 1),
+    seeds=(0, 1, 2),
     foremost=("plain", "sculpt", "random", "peft-osf", "lora"),
     # Nothing is kept between tasks: a run is shorter than what writing its state would take.
     common={
