@@ -17,7 +17,7 @@ GPU = Path(__file__).parent / "gpu"
 # Products and sums are not fused: some kernels are the same to the bit as their twins.
 CHECKED = ("-O1", "-fsanitize=thread", "-ffp-contract=off", "-fno-strict-aliasing", "-Wno-unknown-pragmas")
 
-FOUR = r"\{%0, %1, %2, %3\}"
+FOUR, LAST_FOUR = r"\{%0, %1, %2, %3\}", r"\{%1, %2, %3, %4\}"
 # What the PTX of one `asm` must be, and the function of namespace ptx that does it, with the operands in their order.
 INSTRUCTIONS = {
     r"ld\.shared\.b32 %0, \[%1\];": "load",
@@ -26,7 +26,8 @@ INSTRUCTIONS = {
     r"st\.shared\.b32 \[%0\], %1;": "store",
     r"mapa\.shared::cluster\.u32 %0, %1, %2;": "map",
     r"st\.async\.shared::cluster\.mbarrier::complete_tx::bytes\.v2\.[fb]32 \[%0\], \{%1, %2\}, \[%3\];": "store_async",
-    r"mbarrier\.init\.shared::cta\.b64 \[%0\], 1;": "make_barrier",
+    r"mbarrier\.init\.shared::cta\.b64 \[%0\], (1|%1);": "make_barrier",
+    r"mbarrier\.arrive\.shared::cta\.b64 _, \[%0\];": "arrive",
     r"mbarrier\.arrive\.expect_tx\.shared::cta\.b64 _, \[%0\], %1;": "expect",
     r"\{ \.reg \.pred done; wait: mbarrier\.try_wait\.parity\.acquire\.cluster\.shared::cta\.b64 done, \[%0\], %1; "
     r"@!done bra wait; \}": "wait",
@@ -39,6 +40,17 @@ INSTRUCTIONS = {
     r"cp\.async\.wait_group %0;": "wait_for_copies",
     rf"ldmatrix\.sync\.aligned\.m8n8\.x4\.shared\.b16 {FOUR}, \[%4\];": "matrices",
     rf"ldmatrix\.sync\.aligned\.m8n8\.x4\.trans\.shared\.b16 {FOUR}, \[%4\];": "matrices_transposed",
+    rf"stmatrix\.sync\.aligned\.m8n8\.x4\.shared\.b16 \[%0\], {LAST_FOUR};": "store_four",
+    rf"stmatrix\.sync\.aligned\.m8n8\.x4\.trans\.shared\.b16 \[%0\], {LAST_FOUR};": "store_four_transposed",
+    r"cp\.async\.bulk\.tensor\.2d\.shared::cluster\.global\.mbarrier::complete_tx::bytes "
+    r"\[%0\], \[%1, \{%2, %3\}\], \[%4\];": "load_box",
+    r"cp\.async\.bulk\.tensor\.2d\.global\.shared::cta\.bulk_group \[%0, \{%1, %2\}\], \[%3\];": "store_box",
+    r"cp\.async\.bulk\.commit_group;": "close_stores",
+    r"cp\.async\.bulk\.wait_group\.read %0;": "wait_for_reads",
+    r"cp\.async\.bulk\.shared::cluster\.shared::cta\.mbarrier::complete_tx::bytes \[%0\], \[%1\], %2, \[%3\];": (
+        "send_bytes"
+    ),
+    r"bar\.sync %0, %1;": "meet_some",
     rf"mma\.sync\.aligned\.m16n8k16\.row\.col\.f32\.bf16\.bf16\.f32 {FOUR}, "
     rf"\{{%4, %5, %6, %7\}}, \{{%8, %9\}}, {FOUR};": "multiply",
     r"wgmma\.fence\.sync\.aligned;": "fence_products",
@@ -108,10 +120,10 @@ def translated(text: str) -> str:
     return out + text[at:]
 
 
-def library(kernel: str, driver: str, folder: Path, change: Callable[[str], str] = str) -> ctypes.CDLL:
-    """tests/cuda/gpu/`driver`.cpp, which includes csrc/cuda/`kernel`.cu, changed, and the GPU."""
+def library(kernel: str | None, driver: str, folder: Path, change: Callable[[str], str] = str) -> ctypes.CDLL:
+    """tests/cuda/gpu/`driver`.cpp, which may include csrc/cuda/`kernel`.cu, changed, and the GPU."""
     (folder / "cuda").mkdir()
-    for file in (CUDA / f"{kernel}.cu", *CUDA.glob("*.h")):
+    for file in (*((CUDA / f"{kernel}.cu",) if kernel else ()), *CUDA.glob("*.h")):
         name = file.name.replace(".cu", ".inc")
         text = file.read_text()
         (folder / "cuda" / name).write_text(translated(change(text) if file.stem == kernel else text))
@@ -120,7 +132,7 @@ def library(kernel: str, driver: str, folder: Path, change: Callable[[str], str]
     flags = ["-std=c++17", "-fPIC", "-fno-threadsafe-statics", "-fno-gnu-unique", "-U_FORTIFY_SOURCE", *includes]
     objects = []
     # The sanitizer's calls are answered by machine.cpp, so nothing of it is linked.
-    for name, more in ((driver, CHECKED), ("machine", ("-O2",)), ("instructions", ("-O2",))):
+    for name, more in ((driver, CHECKED), *((name, ("-O2",)) for name in ("machine", "instructions", "bulk"))):
         objects.append(folder / f"{name}.o")
         command = ["g++", *flags, *more, "-c", str(GPU / f"{name}.cpp"), "-o", str(objects[-1])]
         built = subprocess.run(command, capture_output=True, text=True)

@@ -46,6 +46,12 @@ struct cudaLaunchAttribute {
     dim3 clusterDim;
   } val;
 };
+enum cudaDriverEntryPointQueryResult {
+  cudaDriverEntryPointSuccess,
+  cudaDriverEntryPointSymbolNotFound,
+  cudaDriverEntryPointVersionNotSufficent
+};
+constexpr unsigned long long cudaEnableDefault = 0;
 struct cudaLaunchConfig_t {
   dim3 gridDim, blockDim;
   size_t dynamicSmemBytes;

@@ -74,14 +74,19 @@ void map(uint32_t& there, uint32_t address, uint32_t rank);
 void store_async(uint32_t address, uint32_t x, uint32_t y, uint32_t barrier);
 void store_async(uint32_t address, float x, float y, uint32_t barrier);
 void make_barrier(uint32_t barrier);
+void make_barrier(uint32_t barrier, uint32_t count);
+void arrive(uint32_t barrier);
 void expect(uint32_t barrier, uint32_t bytes);
 void wait(uint32_t barrier, uint32_t parity);
 void cluster_barrier();
+void meet_some(int id, int threads);
 void copy_async(uint32_t to, const void* from);
 void close_copies();
 void wait_for_copies(int newer);
 void matrices(uint32_t& x, uint32_t& y, uint32_t& z, uint32_t& w, uint32_t row);
 void matrices_transposed(uint32_t& x, uint32_t& y, uint32_t& z, uint32_t& w, uint32_t row);
+void store_four(uint32_t row, uint32_t x, uint32_t y, uint32_t z, uint32_t w);
+void store_four_transposed(uint32_t row, uint32_t x, uint32_t y, uint32_t z, uint32_t w);
 void multiply(float& c0, float& c1, float& c2, float& c3, uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3,
               uint32_t b0, uint32_t b1);
 void fence_products();
@@ -89,6 +94,11 @@ void close_products();
 void wait_for_products();
 void fence_proxy();
 void product(std::initializer_list<float*> d, uint64_t a, uint64_t b, int a_across, int b_across);
+void load_box(uint32_t to, const void* map, int column, int row, uint32_t barrier);
+void store_box(const void* map, int column, int row, uint32_t from);
+void close_stores();
+void wait_for_reads(int newer);
+void send_bytes(uint32_t to, uint32_t from, uint32_t bytes, uint32_t barrier);
 template <typename... X>
 void nothing(X&&...) {}
 
@@ -161,6 +171,8 @@ template <typename Kernel>
 cudaError_t cudaFuncSetAttribute(Kernel*, cudaFuncAttribute, int) { return cudaSuccess; }
 template <typename Kernel>
 cudaError_t cudaFuncGetAttributes(cudaFuncAttributes*, Kernel*) { return cudaSuccess; }
+cudaError_t cudaGetDriverEntryPointByVersion(const char* name, void** found, unsigned version, unsigned long long flags,
+                                             cudaDriverEntryPointQueryResult* result = nullptr);
 inline cudaError_t cudaGetLastError() { return emulated::wrong.empty() ? cudaSuccess : cudaErrorLaunchFailure; }
 template <typename Kernel>
 cudaError_t cudaOccupancyMaxActiveClusters(int* count, Kernel*, const cudaLaunchConfig_t* config) {

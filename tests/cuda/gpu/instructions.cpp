@@ -1,4 +1,5 @@
-// The instructions, as the PTX ISA describes them. What is asynchronous happens at some time before it is waited for.
+// The instructions, as the PTX ISA describes them; bulk copies are in bulk.cpp. What is asynchronous happens at some time
+// before it is waited for.
 #include <cstring>
 
 #include "machine.h"
@@ -36,20 +37,17 @@ struct Operand {
     uint32_t address = start;
     if (across) {
       const int wide = static_cast<int>(row / 2);
-      // The stride over a row's end means nothing to an operand that begins within a row.
-      if (beside >= wide) address += beside / wide * leading;
-      address += beside % wide * 2 + k % 8 * row + k / 8 * stride;
-      if (start % row + beside * 2 >= row) fail("an operand beyond the end of its row");
+      // The next row's width of numbers along M or N; none further if a wide operand is to repeat the same.
+      if (beside >= wide && leading % (8 * row)) fail("an operand that goes on within eight rows");
+      address += beside / wide * leading + beside % wide * 2 + k % 8 * row + k / 8 * stride;
+      if (start % row + beside % wide * 2 >= row) fail("an operand beyond the end of its row");
     } else {
       address += beside % 8 * row + beside / 8 * stride + k * 2;
       if (start % row + k * 2 >= row) fail("an operand beyond the end of its row");
     }
     address ^= (address >> 7 & mask) << 4;
     const unsigned char* from = shared(*fiber.block, address, 2, 2);
-    const Stamp& by = fiber.block->stamps[(address - kBase) / 4];
-    if (by.writer == -1 ? fiber.fenced_at <= by.when
-                        : by.writer >= 0 && cluster->fibers[by.writer].fences <= by.when)
-      fail("a product reads what no proxy fence has shown it");
+    if (!shown(fiber, stamp_of(*fiber.block, address))) fail("a product reads what no proxy fence has shown it");
     return bfloat16_at(from);
   }
 };
@@ -71,6 +69,8 @@ void compute_one(Fiber& fiber, const Product& p) {
     }
 }
 
+}  // namespace
+
 MemoryBarrier& barrier_at(Block& block, uint32_t address) {
   const auto found = block.barriers.find(address & ((1u << kRankShift) - 1));
   if (found == block.barriers.end()) fail("a barrier that was not made");
@@ -84,8 +84,6 @@ void maybe_complete(MemoryBarrier& barrier) {
   wake(barrier.waiting);
 }
 
-}  // namespace
-
 void compute(Fiber& fiber, size_t count) {
   for (; count > 0 && !fiber.products.empty(); --count, fiber.products.pop_front())
     compute_one(fiber, fiber.products.front());
@@ -93,7 +91,7 @@ void compute(Fiber& fiber, size_t count) {
 
 static void write(Block& block, const Store& store) {
   std::memcpy(shared(block, store.at, 8, 8), store.data, 8);
-  stamp(block, store.at, 8, {-1, cluster->clock++});
+  stamp(block, store.at, 8, {kFromAfar, cluster->clock++});
 }
 
 void deliver(int rank) {
@@ -173,10 +171,15 @@ void store_async(uint32_t address, float x, float y, uint32_t barrier) {
   store_async(address, bits[0], bits[1], barrier);
 }
 
-void make_barrier(uint32_t barrier) {
+void make_barrier(uint32_t barrier, uint32_t count) {
+  if (count < 1 || count > 0xfffff) fail("a barrier of more threads than it counts");
   shared(own(), barrier, 8, 8);
-  own().barriers[barrier] = {};
+  own().barriers[barrier] = {count, count, 0, 0, {current->number, current->fences}, {}};
 }
+
+void make_barrier(uint32_t barrier) { make_barrier(barrier, 1); }
+
+void arrive(uint32_t barrier) { expect(barrier, 0); }
 
 void expect(uint32_t address, uint32_t bytes) {
   MemoryBarrier& barrier = barrier_at(own(), address);
@@ -187,10 +190,11 @@ void expect(uint32_t address, uint32_t bytes) {
   if (one_in(4)) give_way();
 }
 
-// A thread waits for each phase in turn; when it is asked for, the phase goes on or is the last that ended.
+// A thread waits for each phase in turn; when it is asked for, the phase goes on or is the last that ended. The first may
+// be the one before the first, which has ended: so does a producer find room.
 void wait(uint32_t address, uint32_t parity) {
   MemoryBarrier& barrier = barrier_at(own(), address);
-  const uint64_t phase = current->waits[address]++;
+  const int64_t phase = current->waits.emplace(address, parity ? -1 : 0).first->second++;
   if ((phase & 1) != parity) fail("a wait for another phase than the next");
   while (barrier.phase <= phase) {
     barrier.waiting.push_back(current);
@@ -201,6 +205,20 @@ void wait(uint32_t address, uint32_t parity) {
 }
 
 void cluster_barrier() { meet(cluster->meeting); }
+
+void meet_some(int id, int threads) {
+  if (id < 1 || id > 15 || threads < 1 || threads % 32) fail("a barrier that cannot be");
+  Meeting& meeting = own().named[id];
+  if (meeting.come == 0) meeting.wanted = threads;
+  if (meeting.wanted != static_cast<size_t>(threads)) fail("threads meet in different numbers");
+  if (meeting.come + 1 == meeting.wanted) {
+    std::map<const Warp*, int> lanes{{&current->warp(), 1}};
+    for (const Fiber* fiber : meeting.waiting) ++lanes[&fiber->warp()];
+    for (const auto& [warp, count] : lanes)
+      if (count != 32) fail("part of a warp meets others");
+  }
+  meet(meeting);
+}
 
 void copy_async(uint32_t to, const void* from) {
   __tsan_read16(const_cast<void*>(from));
@@ -224,6 +242,12 @@ void wait_for_copies(int newer) {
   if (one_in(4)) give_way();
 }
 
+// Eight rows in eight different groups of banks.
+static void look_at_banks(const uint32_t* rows) {
+  for (int i = 0; i < 64; ++i)
+    if (rows[i / 8] != rows[i % 8] && rows[i / 8] % 128 == rows[i % 8] % 128) fail("a bank conflict");
+}
+
 static void load_matrices(uint32_t (&x)[4], uint32_t row, bool transposed) {
   Warp& warp = current->warp();
   const int lane = current->lane();
@@ -239,11 +263,7 @@ static void load_matrices(uint32_t (&x)[4], uint32_t row, bool transposed) {
     }
     x[matrix] = static_cast<uint32_t>(pair[1]) << 16 | pair[0];
   }
-  // Eight rows in eight different groups of banks.
-  for (int i = 0; i < 64; ++i) {
-    const uint32_t one = rows[lane / 8 * 8 + i / 8], other = rows[lane / 8 * 8 + i % 8];
-    if (one != other && one % 128 == other % 128) fail("a bank conflict");
-  }
+  look_at_banks(rows + lane / 8 * 8);
   // Before what was read is written over.
   meet(warp.meeting);
 }
@@ -258,6 +278,32 @@ void matrices_transposed(uint32_t& x, uint32_t& y, uint32_t& z, uint32_t& w, uin
   uint32_t all[4];
   load_matrices(all, row, true);
   x = all[0], y = all[1], z = all[2], w = all[3];
+}
+
+static void store_matrices(uint32_t row, const uint32_t (&x)[4], bool transposed) {
+  Warp& warp = current->warp();
+  const int lane = current->lane();
+  uint32_t(&rows)[32] = warp.rows[warp.round[lane]++ & 1];
+  rows[lane] = row;
+  meet(warp.meeting);
+  look_at_banks(rows + lane / 8 * 8);
+  for (int i = 0; i < 8; ++i) {
+    const int one = lane / 4, other = 2 * (lane % 4) + i % 2;
+    const uint32_t to = rows[8 * (i / 2) + (transposed ? other : one)];
+    const auto number = static_cast<uint16_t>(x[i / 2] >> 16 * (i % 2));
+    const int column = transposed ? one : other;
+    std::memcpy(shared(own(), to, 16, 16) + 2 * column, &number, 2);
+    stamp(own(), to + 2 * column, 2, {current->number, current->fences});
+  }
+  if (one_in(16)) give_way();
+}
+
+void store_four(uint32_t row, uint32_t x, uint32_t y, uint32_t z, uint32_t w) {
+  store_matrices(row, {x, y, z, w}, false);
+}
+
+void store_four_transposed(uint32_t row, uint32_t x, uint32_t y, uint32_t z, uint32_t w) {
+  store_matrices(row, {x, y, z, w}, true);
 }
 
 void multiply(float& c0, float& c1, float& c2, float& c3, uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3,

@@ -40,6 +40,7 @@ void enter() {
     if (!group.empty()) fail("copies never waited for");
   if (!fiber.open_copies.empty() || !fiber.products.empty() || !fiber.open_products.empty())
     fail("copies or products never waited for");
+  if (fiber.groups_read < fiber.groups_wanted) fail("the reads of boxes to store never waited for");
   fiber.done = true;
   --fiber.block->running, --cluster->running;
   _longjmp(scheduler, 1);
@@ -61,6 +62,7 @@ void resume(Fiber& fiber) {
 
 void new_epoch() {
   const unsigned asleep = 1 + chance() % 3;
+  ++cluster->epoch;
   for (Block& block : cluster->blocks) {
     const bool all = one_in(4);
     for (Warp& warp : block.warps) warp.asleep = all || chance() % 4 < asleep;
@@ -90,7 +92,9 @@ bool deliver_some() {
   bool any = false;
   for (Block& block : cluster->blocks) {
     auto& stores = cluster->stores[block.rank];
-    if (held[block.rank] || stores.empty()) continue;
+    if (held[block.rank]) continue;
+    any |= deliver_pieces(block.rank);
+    if (stores.empty()) continue;
     any = true;
     for (size_t i = chance() % 64; i > 0 && !stores.empty(); --i) deliver(block.rank);
   }
@@ -101,18 +105,19 @@ void run_cluster() {
   int64_t left = 0;
   while (cluster->running > 0) {
     if (--left < 0) new_epoch(), left = int64_t{1} << chance() % 14;
-    bool any = cluster->stores_open > 0 && deliver_some();
+    bool any = cluster->stores_open + cluster->pieces_open > 0 && deliver_some();
     any |= run_one();
     if (any) continue;
     left = 0;
     bool ready = false;
     for (Block& block : cluster->blocks)
       for (Warp& warp : block.warps) ready |= !warp.ready.empty();
-    for (const auto& stores : cluster->stores) ready |= !stores.empty();
+    ready |= cluster->stores_open + cluster->pieces_open > 0;
     if (!ready) fail("every thread waits");
   }
   for (const auto& stores : cluster->stores)
     if (!stores.empty()) fail("a store after the end of its block");
+  end_pieces();
 }
 
 }  // namespace
@@ -178,6 +183,15 @@ void stamp(Block& block, uint32_t address, size_t size, Stamp stamp) {
   for (uint32_t i = at / 4; i < (at + size + 3) / 4; ++i) block.stamps[i] = stamp;
 }
 
+Stamp& stamp_of(Block& block, uint32_t address) {
+  return block.stamps[((address & ((1u << kRankShift) - 1)) - kBase) / 4];
+}
+
+bool shown(const Fiber& asks, const Stamp& by) {
+  if (by.writer == kFromAfar) return asks.fenced_at > by.when;
+  return by.writer < 0 || cluster->fibers[by.writer].fences > by.when;
+}
+
 dim3 thread_index() { return dim3(current->thread); }
 dim3 block_index() { return current->block->index; }
 int rank_in_cluster() { return current->block->rank; }
@@ -234,7 +248,8 @@ void run(const Launch& launch) {
       std::memset(memory, 0xff, room * size), std::fill(fixed.begin(), fixed.end(), 0xff);
       Cluster of_now;
       cluster = &of_now;
-      cluster->blocks.resize(size), cluster->stores.resize(size), cluster->fibers.resize(fibers);
+      cluster->blocks.resize(size), cluster->stores.resize(size), cluster->pieces.resize(size);
+      cluster->fibers.resize(fibers);
       held.assign(size, false);
       cluster->meeting.wanted = cluster->running = fibers;
       for (unsigned rank = 0; rank < size; ++rank) {
@@ -258,6 +273,21 @@ void run(const Launch& launch) {
   std::free(memory);
 }
 
+bool is_argument(const void* pointer, size_t size) {
+  const auto *at = static_cast<const char*>(pointer), *given = static_cast<const char*>(now.arguments);
+  return at >= given && at + size <= given + now.arguments_bytes;
+}
+
+void look_at(const void* pointer, size_t size, bool write) {
+  const auto* at = static_cast<const char*>(pointer);
+  const auto next = allowed.upper_bound(at);
+  if (next != allowed.begin()) {
+    const Memory& piece = std::prev(next)->second;
+    if (at + size <= piece.end && (piece.writable || !write)) return;
+  }
+  fail(write ? "a store outside of all arrays" : "a load outside of all arrays");
+}
+
 // What the kernel itself reads or writes through a pointer.
 static void touch(const void* pointer, size_t size, size_t alignment, bool write) {
   if (!current) return;
@@ -277,19 +307,13 @@ static void touch(const void* pointer, size_t size, size_t alignment, bool write
     if (one_in(rest_every)) give_way();
     return;
   }
-  const auto* given = static_cast<const char*>(now.arguments);
-  if (!write && at >= given && at + size <= given + now.arguments_bytes) return;
+  if (!write && is_argument(pointer, size)) return;
   for (const dim3* sizes : {&gridDim, &blockDim}) {
     const auto* begin = reinterpret_cast<const char*>(sizes);
     if (!write && at >= begin && at + size <= begin + sizeof(dim3)) return;
   }
   if (reinterpret_cast<uintptr_t>(pointer) % alignment) fail("an address in global memory that is not aligned");
-  const auto next = allowed.upper_bound(at);
-  if (next != allowed.begin()) {
-    const Memory& piece = std::prev(next)->second;
-    if (at + size <= piece.end && (piece.writable || !write)) return;
-  }
-  fail(write ? "a store outside of all arrays" : "a load outside of all arrays");
+  look_at(pointer, size, write);
 }
 
 bool early() { return one_in(early_every); }

@@ -1,10 +1,11 @@
-// What the emulated GPU keeps of a thread, a warp, a block and its barriers (machine.cpp, instructions.cpp).
+// What the emulated GPU keeps of a thread, a warp, a block and its barriers (machine.cpp, instructions.cpp, bulk.cpp).
 #pragma once
 #include <setjmp.h>
 
 #include <cstdint>
 #include <deque>
 #include <map>
+#include <memory>
 #include <vector>
 
 #include "emulated.h"
@@ -31,17 +32,18 @@ struct Warp {
   uint32_t round[32] = {}, values[2][32], rows[2][32], a[2][32][4], b[2][32][2];
 };
 
-struct MemoryBarrier {
-  int64_t count = 1, pending = 1, bytes = 0;
-  uint64_t phase = 0;
-  std::vector<Fiber*> waiting;
+// Who last wrote four bytes of shared memory: a thread, with how many proxy fences it had then executed, or a store from
+// afar, with the time, or a bulk copy.
+constexpr int kFromAfar = -1, kNobody = -2, kBulkCopy = -3;
+struct Stamp {
+  int writer = kNobody;
+  uint64_t when = 0;
 };
 
-// Who last wrote four bytes of shared memory: a thread, with how many proxy fences it had then executed, or a store from
-// afar (writer -1), with the time.
-struct Stamp {
-  int writer = -2;
-  uint64_t when = 0;
+struct MemoryBarrier {
+  int64_t count = 1, pending = 1, bytes = 0, phase = 0;
+  Stamp made;
+  std::vector<Fiber*> waiting;
 };
 
 struct Product {
@@ -58,7 +60,7 @@ struct Block {
   dim3 index;
   size_t bytes = 0, fixed_bytes = 0;
   unsigned char *memory = nullptr, *fixed = nullptr;  // dynamic, and what the kernel declares by size
-  Meeting meeting;
+  Meeting meeting, named[16];
   std::vector<Warp> warps;
   std::map<uint32_t, MemoryBarrier> barriers;
   std::vector<Stamp> stamps;
@@ -68,6 +70,33 @@ struct Block {
 struct Copy {
   uint32_t to;
   const void* from;
+};
+
+// A matrix in global memory, as the bytes of a CUtensorMap tell of it.
+struct Matrix {
+  uint64_t encoded;
+  unsigned char* begin;
+  int64_t columns, rows, stride;  // of rows, in bytes
+  int box_columns, box_rows, size, span;  // of a number, of the swizzle (0: none), in bytes
+};
+
+// A bulk copy, in units of 16 bytes.
+struct Bulk {
+  enum Kind { kLoad, kSend, kStore } kind;
+  Fiber* by;
+  uint32_t to, from, barrier;
+  Matrix matrix;
+  int column, row;
+  uint64_t group;   // of the thread's stores
+  unsigned begins;  // not before this epoch
+};
+
+// Some units of it, on their way by themselves: read, written, counted.
+struct Piece {
+  std::shared_ptr<const Bulk> of;
+  uint32_t first, units;
+  int steps;
+  std::vector<unsigned char> data;
 };
 
 struct Fiber {
@@ -83,7 +112,9 @@ struct Fiber {
   std::deque<Product> products;  // of closed groups
   size_t products_made = 0;
   uint64_t fences = 0, fenced_at = 0;
-  std::map<uint32_t, uint64_t> waits;
+  // Groups of boxes stored: closed, known to be read, up to the last that has any.
+  uint64_t groups = 0, groups_read = 0, groups_wanted = 0;
+  std::map<uint32_t, int64_t> waits;
   int lane() const { return static_cast<int>(thread % 32); }
   Warp& warp() const { return block->warps[thread / 32]; }
 };
@@ -97,11 +128,13 @@ struct Store {
 struct Cluster {
   std::vector<Block> blocks;
   std::vector<std::vector<Store>> stores;  // to each block
+  std::vector<std::vector<Piece>> pieces;  // to each block, and from it to global memory
   std::vector<Fiber> fibers;
   std::vector<Warp*> warps;
   Meeting meeting;
-  size_t running = 0, stores_open = 0;
+  size_t running = 0, stores_open = 0, pieces_open = 0;
   uint64_t clock = 1;
+  unsigned epoch = 0;
 };
 
 extern Fiber* current;
@@ -126,11 +159,24 @@ void sleep();
 void wake(std::vector<Fiber*>& fibers);
 int meet(Meeting& meeting, int value = 0, int kind = 0);
 void deliver(int rank);
+// False if no piece can go on.
+bool deliver_pieces(int rank);
+// What bulk copies have left to do when all threads have ended.
+void end_pieces();
 void land(Fiber& fiber, const Copy& copy);
 void compute(Fiber& fiber, size_t count);
 // Where `size` bytes lie at an address of the cluster's shared memory; they must be there, be aligned, hold no barrier.
 unsigned char* shared(Block& own, uint32_t address, size_t size, size_t alignment);
 Block& block_of(Block& own, uint32_t address);
 void stamp(Block& block, uint32_t address, size_t size, Stamp stamp);
+Stamp& stamp_of(Block& block, uint32_t address);
+// Whether the async proxy sees what was written, for an instruction of `asks`: the thread that wrote has executed a fence
+// since, or the one that asks if it came from afar.
+bool shown(const Fiber& asks, const Stamp& by);
+MemoryBarrier& barrier_at(Block& block, uint32_t address);
+void maybe_complete(MemoryBarrier& barrier);
+bool is_argument(const void* pointer, size_t size);
+// Fails unless arrays in global memory hold it.
+void look_at(const void* pointer, size_t size, bool write);
 
 }  // namespace emulated
