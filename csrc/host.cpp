@@ -56,7 +56,8 @@ int swizzled(int width, int row, int column) {
 pybind11::object side_panels(int64_t length, int64_t extent, int64_t r, bool split, int64_t multiprocessors) {
   const sculpt::SidePanels plan = sculpt::side_panels(length, extent, r, split, multiprocessors);
   if (!plan.fits) return pybind11::none();
-  return pybind11::make_tuple(plan.cluster, plan.rows, plan.ranks, plan.owned, plan.bytes);
+  return pybind11::make_tuple(plan.cluster, plan.width, plan.rows, plan.ranks, plan.owned, plan.slots, plan.stages,
+                              plan.bytes);
 }
 
 pybind11::dict pass(const sculpt::Pass& pass) {

@@ -13,55 +13,65 @@ constexpr int64_t kMaxSideRank = 128;
 constexpr int64_t kMaxSideRankFloat32 = 64;
 // Beyond 8 blocks a cluster needs cudaFuncAttributeNonPortableClusterSizeAllowed; an H100 has GPCs of 16 or 18 SMs.
 constexpr int64_t kMaxCluster = 16;
-// A panel is this wide, and is held in square tiles: 128 bytes of a row, one full line of memory, and the rows of one
-// tensor-core product.
+// Rows of the basis that are multiplied at a time: those of one tensor-core product.
 constexpr int64_t kTile = 64;
-// Panels in shared memory at a time: one is corrected while the other is multiplied. A third, loaded meanwhile, was no
-// faster on an H200, and needs more blocks a cluster.
-constexpr int64_t kPanelStages = 2;
-// Ranks that a block at least adds up: four float32 are stored at once.
-constexpr int64_t kLeastOwned = 4;
+// Exchanges under way at a time, at most: more were no faster on an H200.
+constexpr int64_t kMostStages = 3;
+// Panels in shared memory at a time, at most.
+constexpr int64_t kMostSlots = 12;
 
 // Left: `length` is m, `extent` n, a panel some columns; right: n, m, some rows.
 //
-// fits: whether the kernel can run. cluster: blocks that share a panel, each with `rows` of its length and those rows of
-// the basis. ranks: the columns of the basis, padded to 16, 32, 64 or 128. owned: ranks whose parts a block adds up;
-// `ranks / owned` of the blocks do. bytes: shared memory of a block.
+// fits: whether the kernel can run. cluster: blocks that share a panel of `width`, each with `rows` of its length and those
+// rows of the basis. ranks: the columns of the basis, padded to 16, 32, 64 or 128. owned: ranks whose parts a block adds
+// up. slots: panels in shared memory. stages: exchanges under way. bytes: shared memory of a block.
 struct SidePanels {
   bool fits = false;
-  int64_t cluster = 0, rows = 0, ranks = 0, owned = 0, bytes = 0;
+  int64_t cluster = 0, width = 0, rows = 0, ranks = 0, owned = 0, slots = 0, stages = 0, bytes = 0;
 };
 
-// `split`: the basis is float32, kept as two bfloat16 parts. The factors of two panels, in two bfloat16 parts each, and
-// one panel's parts of them in float32 lie beside the panels, with three barriers and a word.
+// `split`: the basis is float32, kept as two bfloat16 parts. A stage has the factors and the parts of what the block owns,
+// each four bytes a coefficient. Then three barriers for every slot and stage.
 inline int64_t side_panel_bytes(const SidePanels& plan, bool split) {
   const int64_t basis = plan.rows * plan.ranks * 2 * (split ? 2 : 1);
-  const int64_t panels = kPanelStages * plan.rows * kTile * 2;
-  const int64_t factors = 2 * plan.ranks * kTile * 4, parts = plan.cluster * plan.owned * kTile * 4;
-  return basis + panels + factors + parts + 4 * 8;
+  const int64_t slot = plan.rows * plan.width * 2, stage = 2 * plan.ranks * plan.width * 4;
+  return basis + plan.slots * (slot + 3 * 8) + plan.stages * (stage + 3 * 8);
 }
 
-// The fewest blocks a cluster into whose shared memory all fits, more while the GPU would otherwise have multiprocessors
-// with nothing to do. Few, since what a panel waits for the others costs as much for a small part of it: on an H200 two
-// blocks of 512 rows took 8 us where four of 256 took 12.
+// With so many blocks and so wide: as many stages as fit beside one slot more, then as many slots as fit. Without two of
+// both, or with a block that has no row (but for the second), it does not fit.
+inline SidePanels side_panels_of(int64_t cluster, int64_t width, int64_t length, int64_t r, bool split) {
+  SidePanels plan;
+  plan.cluster = cluster, plan.width = width, plan.ranks = 16;
+  while (plan.ranks < r) plan.ranks *= 2;
+  plan.rows = ((length + cluster - 1) / cluster + kTile - 1) / kTile * kTile;
+  plan.owned = plan.ranks / cluster;
+  const auto bytes = [&](int64_t stages, int64_t slots) {
+    plan.stages = stages, plan.slots = slots;
+    return plan.bytes = side_panel_bytes(plan, split);
+  };
+  int64_t stages = kMostStages, slots = 2;
+  while (stages > 2 && bytes(stages, stages + 1) > kSharedBytes) --stages;
+  while (slots < kMostSlots && bytes(stages, slots + 1) <= kSharedBytes) ++slots;
+  plan.fits = bytes(stages, slots) <= kSharedBytes && (cluster == 2 || (cluster - 1) * plan.rows < length);
+  return plan;
+}
+
+// The fewest blocks a cluster with two slots more than stages, so that neither waits for the other, else those that have
+// most slots; more while the GPU would otherwise have multiprocessors with nothing to do. Two at least: compute-sanitizer
+// takes what a block alone sends to itself for a fault.
 inline SidePanels side_panels(int64_t length, int64_t extent, int64_t r, bool split, int64_t multiprocessors) {
   SidePanels best;
-  const int64_t most = split ? kMaxSideRankFloat32 : kMaxSideRank;
-  if (length < 1 || extent < 1 || r < 1 || r > std::min(length, most)) return best;
-  SidePanels plan;
-  plan.ranks = 16;
-  while (plan.ranks < r) plan.ranks *= 2;
-  const int64_t panels = (extent + kTile - 1) / kTile;
-  for (plan.cluster = 1; plan.cluster <= kMaxCluster; plan.cluster *= 2) {
-    plan.rows = ((length + plan.cluster - 1) / plan.cluster + kTile - 1) / kTile * kTile;
-    plan.owned = std::max(kLeastOwned, plan.ranks / plan.cluster);
-    plan.bytes = side_panel_bytes(plan, split);
-    if (best.fits && panels * best.cluster >= multiprocessors) break;
-    // No block without a row.
-    if (plan.bytes > kSharedBytes || (plan.cluster - 1) * plan.rows >= length) continue;
-    best = plan;
-    best.fits = true;
-  }
+  const int64_t most = split ? kMaxSideRankFloat32 : kMaxSideRank, largest = int64_t(1) << 31;
+  if (length < 1 || extent < 1 || length >= largest || extent >= largest || r < 1 || r > std::min(length, most))
+    return best;
+  for (int64_t width = 32; width >= 16 && !best.fits; width /= 2)
+    for (int64_t cluster = 2; cluster <= kMaxCluster; cluster *= 2) {
+      const bool enough = best.fits && best.slots >= best.stages + 2;
+      if (enough && (extent + width - 1) / width * best.cluster >= multiprocessors) break;
+      const SidePanels plan = side_panels_of(cluster, width, length, r, split);
+      if (plan.fits && (!best.fits || plan.slots > best.slots || enough)) best = plan;
+    }
   return best;
 }
 

@@ -1,5 +1,5 @@
-// `_cuda_project_`, private: the CUDA C++ kernels by themselves. SCULPT_BACKEND=cuda reaches them, dispatch where it
-// is faster. What they cannot do is refused with the reason, before anything is written.
+// Private: the CUDA C++ projections by themselves. SCULPT_BACKEND=cuda reaches them, dispatch where they are faster. What
+// they cannot do is refused with the reason, before anything is written.
 #include <cuda_runtime_api.h>
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
@@ -10,6 +10,7 @@
 #include <algorithm>
 #include <optional>
 #include <string>
+#include <vector>
 
 #include "common/check.h"
 #include "common/side_panels.h"
@@ -20,6 +21,8 @@ namespace sculpt::cuda {
 namespace {
 
 constexpr const char* kOp = "_cuda_project_";
+constexpr const char* kEntriesOp = "_cuda_side_entries";
+constexpr const char* kSidesOp = "_cuda_project_sides_";
 
 bool aligned(const Tensor& t) {
   return t.is_contiguous() && reinterpret_cast<uintptr_t>(t.const_data_ptr()) % 16 == 0;
@@ -79,6 +82,7 @@ void project_(Tensor grad, std::optional<Tensor> left, std::optional<Tensor> rig
     const Tensor& basis = right ? *right : *left;
     const int64_t r = basis.size(1);
     const bool split = left_float || right_float;
+    STD_TORCH_CHECK(n % 8 == 0, kOp, ": grad: wanted rows of a multiple of 8 numbers, given shape ", shapes);
     const SidePanels plan = side_panels(right ? n : m, right ? m : n, r, split, device.multiprocessors);
     STD_TORCH_CHECK(plan.fits, kOp, ": ", name, ": wanted a rank of 1 to ", split ? kMaxSideRankFloat32 : kMaxSideRank,
                     " whose rows fit the shared memory of ", kMaxCluster, " blocks, given grad ", shapes);
@@ -88,6 +92,51 @@ void project_(Tensor grad, std::optional<Tensor> left, std::optional<Tensor> rig
   STD_TORCH_CHECK(error == cudaSuccess, kOp, ": grad ", shapes, ": ", cudaGetErrorString(error));
 }
 
+// The division of all matrices of a list, the longest of which is `length`: as if there were panels for all
+// multiprocessors.
+SidePanels plan_of_list(const char* op, const Tensor& on, int64_t length, int64_t r, bool split) {
+  const torch::stable::accelerator::DeviceGuard guard(on.get_device_index());
+  BothDevice device;
+  const cudaError_t error = both_device(&device);
+  STD_TORCH_CHECK(error == cudaSuccess, op, ": device: ", cudaGetErrorString(error));
+  const SidePanels plan = side_panels(length, int64_t(1) << 30, r, split, device.multiprocessors);
+  STD_TORCH_CHECK(plan.fits, op, ": length, r: given ", length, " and ", r, ", which do not fit");
+  return plan;
+}
+
+// Into `out`, on the CPU, what `_cuda_project_sides_` takes, on the device. Matrices and bases are checked by the caller.
+void side_entries(std::vector<Tensor> grads, std::vector<Tensor> bases, std::vector<int64_t> keep, bool right,
+                  int64_t length, int64_t r, Tensor out) {
+  const size_t count = grads.size();
+  STD_TORCH_CHECK(count > 0 && bases.size() == count && keep.size() == count, kEntriesOp,
+                  ": grads, bases, keep: wanted lists of one length");
+  STD_TORCH_CHECK(out.scalar_type() == ScalarType::Byte && out.is_contiguous() &&
+                      out.numel() == static_cast<int64_t>(count * sizeof(SideEntry)),
+                  kEntriesOp, ": out: wanted ", sizeof(SideEntry), " bytes a matrix");
+  const SidePanels plan =
+      plan_of_list(kEntriesOp, grads[0], length, r, bases[0].scalar_type() == ScalarType::Float);
+  auto* const entries = static_cast<SideEntry*>(out.mutable_data_ptr());
+  int64_t panels = 0;
+  for (size_t i = 0; i < count; ++i) {
+    const Tensor& grad = grads[i];
+    const cudaError_t error =
+        side_entry(const_cast<void*>(grad.const_data_ptr()), bases[i].const_data_ptr(), grad.size(0), grad.size(1),
+                   bases[i].size(1), right, keep[i] != 0, plan, panels, entries[i]);
+    STD_TORCH_CHECK(error == cudaSuccess, kEntriesOp, ": grads[", i, "] ", shape(grad), ": ", cudaGetErrorString(error));
+    panels += entries[i].panels;
+  }
+}
+
+void project_sides_(Tensor entries, int64_t panels, bool right, bool split, int64_t length, int64_t r) {
+  const SidePanels plan = plan_of_list(kSidesOp, entries, length, r, split);
+  const torch::stable::accelerator::DeviceGuard guard(entries.get_device_index());
+  void* stream = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(entries.get_device_index(), &stream));
+  const cudaError_t error = project_sides_sm90a(static_cast<const SideEntry*>(entries.const_data_ptr()), panels, right,
+                                                split, plan, static_cast<cudaStream_t>(stream));
+  STD_TORCH_CHECK(error == cudaSuccess, kSidesOp, ": length ", length, ", rank ", r, ": ", cudaGetErrorString(error));
+}
+
 }  // namespace
 }  // namespace sculpt::cuda
 
@@ -95,6 +144,13 @@ STABLE_TORCH_LIBRARY_FRAGMENT(sculpt, m) {
   m.def(
       "_cuda_project_(Tensor(a!) grad, Tensor? left=None, Tensor? right=None, *, bool keep_left=False, "
       "bool keep_right=False, bool block=False) -> ()");
+  m.def("_cuda_side_entries(Tensor[] grads, Tensor[] bases, int[] keep, bool right, int length, int r, Tensor(a!) out) -> ()");
+  // What it writes, the entries point to.
+  m.def("_cuda_project_sides_(Tensor entries, int panels, bool right, bool split, int length, int r) -> ()");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(sculpt, CUDA, m) { m.impl("_cuda_project_", TORCH_BOX(&sculpt::cuda::project_)); }
+STABLE_TORCH_LIBRARY_IMPL(sculpt, CUDA, m) {
+  m.impl("_cuda_project_", TORCH_BOX(&sculpt::cuda::project_));
+  m.impl("_cuda_side_entries", TORCH_BOX(&sculpt::cuda::side_entries));
+  m.impl("_cuda_project_sides_", TORCH_BOX(&sculpt::cuda::project_sides_));
+}

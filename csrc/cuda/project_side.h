@@ -1,5 +1,6 @@
-// The launcher of the projection of one side.
+// The launchers of the projection of one side.
 #pragma once
+#include <cuda.h>
 #include <cuda_runtime_api.h>
 
 #include <cstdint>
@@ -8,10 +9,30 @@
 
 namespace sculpt {
 
+// A matrix of a list: what its boxes are, and where its panels stand among those of all.
+struct SideEntry {
+  CUtensorMap map;
+  const void* basis;
+  int64_t m, n, first_panel, panels;
+  int r;
+  bool keep;
+};
+// `sculpt_ops/ops/side_lists.py` makes room for these.
+static_assert(sizeof(SideEntry) == 192);
+
 // G -= U (Uᵀ G), with `right` G -= (G U) Uᵀ, with `keep` what is subtracted there: G bfloat16 (m x n), U (m x r or n x r)
-// bfloat16, or float32 if `split`; both contiguous, aligned to 16 bytes. `plan` is `side_panels` of these.
-// cudaErrorInvalidValue where it does not fit; G is then as it was.
+// bfloat16, or float32 if `split`; both contiguous, aligned to 16 bytes, n a multiple of 8. `plan` is `side_panels` of
+// these. cudaErrorInvalidValue where it does not fit; G is then as it was.
 cudaError_t project_side_sm90a(void* grad, const void* basis, int64_t m, int64_t n, int64_t r, bool right, bool split,
                                bool keep, const SidePanels& plan, cudaStream_t stream);
+
+// The entry of such a matrix in a list whose entries before have `first_panel` panels.
+cudaError_t side_entry(void* grad, const void* basis, int64_t m, int64_t n, int64_t r, bool right, bool keep,
+                       const SidePanels& plan, int64_t first_panel, SideEntry& entry);
+
+// A list in the device's memory, of matrices that have the same `plan` but for their sizes (`rows` as large as the largest
+// wants), in one launch; `panels` are those of all.
+cudaError_t project_sides_sm90a(const SideEntry* list, int64_t panels, bool right, bool split, const SidePanels& plan,
+                                cudaStream_t stream);
 
 }  // namespace sculpt

@@ -1,20 +1,22 @@
 // Projection of one side in one pass, for Hopper: G -= U (Uᵀ G) or G -= (G U) Uᵀ, or what is subtracted there itself, G
-// bfloat16 (m x n), U (m x r) or (n x r).
+// bfloat16 (m x n), U (m x r) or (n x r); of one matrix, or of a list of them in one launch.
 //
 // Moves: G read once and written once, 4 m n bytes; U once per cluster. Computes 6 m n r operations on tensor cores (with
 // a float32 U, kept as two bfloat16 parts, 10 m n r).
 //
-// A cluster of blocks takes a panel of 64 columns (right: rows) at a time. Each block holds some of the panel, in tiles of
-// 64 x 64, and the rows of U that go with it, in shared memory. Its part of Gᵀ U (of G U) goes straight from registers to
-// the blocks that own those ranks, which add the parts in the order of the blocks and send the sum, as two bfloat16
-// factors (to 2^-16), to all. Nothing depends on how many clusters run: results are the same to the bit every time.
+// A cluster of blocks takes panels of some columns (right: rows), one after the other. Each block holds some of a panel's
+// length, in tiles of 64, and the rows of U that go with it, in shared memory, and has warps for each step:
+//   load      boxes of the panel to a slot of shared memory,
+//   multiply  this block's part of Uᵀ G (of (G U)ᵀ), which goes from registers to the blocks that own its ranks,
+//   add       the parts of the ranks that this block owns, in the order of the blocks; the sum goes to all, as two bfloat16
+//             factors (to 2^-16),
+//   correct   the panel where it lies,
+//   store     its boxes; the slot is free again.
+// Several panels are under way, each in another step, so that what the blocks wait for each other costs latency only.
+// Nothing depends on how many clusters run: results are the same to the bit every time.
 //
-// Both waits for the other blocks have work in them: while the parts travel, the panel before this one is corrected,
-// written and replaced; while the factors travel, the panel after this one is multiplied.
-//
-// Tests passed on an H200; memcheck does not (docs/kernels.md). An H200 takes 2 to 5 times the floor: an exchange costs a
-// panel about 4 us. Dispatch chooses it for float32 bases of rank 16. Not for float16, whose coefficients can overflow,
-// for ranks above 128 (64 with a float32 basis, whose 128 spill registers), or panels too long for the shared memory of 16 blocks (`side_panels`).
+// Not for float16, whose coefficients can overflow, for ranks above 128 (64 with a float32 basis), rows of G that do not
+// begin at multiples of 16 bytes, or panels too long for the shared memory of 16 blocks (`side_panels`).
 #include "cuda/project_side.h"
 
 #include <cuda_bf16.h>
@@ -26,41 +28,18 @@
 #include <tuple>
 
 #include "common/side_panels.h"
-#include "cuda/cluster.h"
-#include "cuda/mma.h"
+#include "cuda/bulk.h"
 #include "cuda/wgmma.h"
 
 namespace sculpt {
 namespace {
 
-// Groups of four warps, which multiply together. Four, since two warps a scheduler had an instruction ready a quarter of
-// the time.
-constexpr int kGroups = 4;
-constexpr int kWarps = 4 * kGroups, kThreads = 32 * kWarps;
-constexpr int kWide = kTile, kStages = kPanelStages;
-
-__device__ uint32_t load_shared(uint32_t address) {
-  uint32_t x;
-  asm volatile("ld.shared.b32 %0, [%1];" : "=r"(x) : "r"(address) : "memory");
-  return x;
-}
-
-__device__ uint4 load_piece(uint32_t address) {
-  uint4 x;
-  asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
-               : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
-               : "r"(address)
-               : "memory");
-  return x;
-}
-
-__device__ void store_shared(uint32_t address, uint32_t x) {
-  asm volatile("st.shared.b32 [%0], %1;" ::"r"(address), "r"(x) : "memory");
-}
-
-__device__ uint32_t packed(__nv_bfloat16 x, __nv_bfloat16 y) {
-  return static_cast<uint32_t>(__bfloat16_as_ushort(y)) << 16 | __bfloat16_as_ushort(x);
-}
+constexpr int kGroup = 128;     // threads of a warpgroup
+constexpr int kCorrectors = 2;  // warpgroups, which share a panel's tiles
+// Warpgroups: load and store, multiply, add, correct.
+constexpr int kThreads = (3 + kCorrectors) * kGroup;
+// Barriers of threads: of those that add, and of all that use the basis.
+constexpr int kAddBarrier = 1, kBasisBarrier = 2;
 
 __device__ uint32_t packed(float x, float y) {
   const __nv_bfloat162 both = __floats2bfloat162_rn(x, y);
@@ -70,343 +49,350 @@ __device__ uint32_t packed(float x, float y) {
 // What rounding to bfloat16 took from x.
 __device__ float rest_of(float x) { return x - __bfloat162float(__float2bfloat16_rn(x)); }
 
-// RANKS: padded. SPLIT: U is float32.
-template <int RANKS, bool SPLIT, bool RIGHT>
-struct Block {
-  // Groups that multiply the panel, for some of the ranks each. Each reads all of it, so two; at 128 ranks two would
-  // spill registers.
-  static constexpr int kMultipliers = RANKS == 128 ? 4 : 2;
-  // Columns of U and of the factors lie in arrays of up to 64 beside each other.
-  static constexpr int kWidth = RANKS < 64 ? RANKS : 64, kGroupRanks = RANKS / kMultipliers;
-  using Sums = float[kGroupRanks / 2];
+// How a block's shared memory is divided.
+struct Sizes {
+  int rows, blocks, owned, slots, stages;
+};
 
-  __nv_bfloat16* grad;
-  int64_t m, n, first;  // of the panel's length, what this block holds from there on
-  int rows, blocks, own, owned, lane, warp, group;
-  bool keep;
-  __nv_bfloat16 *high, *low, *panels, *factors;
-  float* parts;
-  // Of the parts, and of the factors of each parity: addresses in shared memory. read: eight bytes that owners write when
-  // they have read all parts.
-  uint32_t parts_barrier, factor_barriers, read;
-
-  __device__ uint32_t factor_barrier(int parity) const { return factor_barriers + 8 * parity; }
-  __device__ __nv_bfloat16* tile_of(int slot, int tile) const { return panels + (slot * rows + kWide * tile) * kWide; }
-  // High parts, then low ones; a row for each column (right: row) of the panel.
-  __device__ __nv_bfloat16* factor(int parity) const { return factors + parity * 2 * RANKS * kWide; }
-  // Of an array of `length` rows of RANKS numbers.
-  __device__ static int place(int length, int row, int column) {
-    return column / kWidth * length * kWidth + swizzled<kWidth>(row, column % kWidth);
+// A ring of barriers, used one after the other: which one, and in which phase it is.
+struct Turn {
+  int at = 0;
+  uint32_t phase = 0;
+  __device__ void next(int size) {
+    if (++at == size) at = 0, phase ^= 1;
   }
+};
 
-  // This block's rows of U, eight columns at a time, zeros where there are none. bfloat16 ones are copied
-  // asynchronously: with the panel whose group they are in they are there.
-  __device__ void load_basis(const void* basis, int r) const {
-    const int64_t length = RIGHT ? n : m;
-#pragma unroll 4
-    for (int i = threadIdx.x; i < rows * (RANKS / 8); i += kThreads) {
-      const int row = i / (RANKS / 8), column = i % (RANKS / 8) * 8, to = place(rows, row, column);
+// RANKS: padded. SPLIT: U is float32. WIDE: columns (right: rows) of a panel.
+template <int RANKS, bool SPLIT, bool RIGHT, int WIDE>
+struct Side {
+  // Columns of U lie in arrays of up to 64 beside each other.
+  static constexpr int kWidth = RANKS < 64 ? RANKS : 64, kHalves = RANKS / kWidth;
+  static constexpr int kSlotRow = WIDE * 2;  // bytes of a panel's slot for each row of its length
+  static constexpr int kCoefficients = RANKS * WIDE;
+  using Sums = float[kHalves][WIDE / 2];
+
+  const SideEntry& entry;
+  const Sizes& size;
+  unsigned char* memory;
+  uint32_t base;  // its address; all others are addresses in it
+  int own, tiles;  // of this block; tiles: that lie in G, at least in part
+  int64_t first;   // of the panel's length, what this block holds from there on
+
+  __device__ uint32_t slot(int at) const { return base + at * size.rows * kSlotRow; }
+  __device__ uint32_t high() const { return slot(size.slots); }
+  __device__ uint32_t low() const { return high() + size.rows * RANKS * 2; }
+  // Of a stage: factors, high and then low, a row for each rank; all blocks' parts of what this one owns.
+  __device__ uint32_t factors(int stage) const {
+    return high() + size.rows * RANKS * (SPLIT ? 4 : 2) + stage * 8 * kCoefficients;
+  }
+  __device__ uint32_t parts(int stage) const { return factors(stage) + 4 * kCoefficients; }
+  // Barriers of slots: the panel is there, is corrected, has been stored. Of stages: all parts are there; all factors are;
+  // they have been used.
+  __device__ uint32_t barrier(int slots_before, int stages_before, int at) const {
+    return factors(size.stages) + 8 * (slots_before * size.slots + stages_before * size.stages + at);
+  }
+  __device__ uint32_t full(int at) const { return barrier(0, 0, at); }
+  __device__ uint32_t corrected(int at) const { return barrier(1, 0, at); }
+  __device__ uint32_t empty(int at) const { return barrier(2, 0, at); }
+  __device__ uint32_t parts_full(int stage) const { return barrier(3, 0, stage); }
+  __device__ uint32_t factors_full(int stage) const { return barrier(3, 1, stage); }
+  __device__ uint32_t used(int stage) const { return barrier(3, 2, stage); }
+  template <class T>
+  __device__ T& in(uint32_t address) const {
+    return *reinterpret_cast<T*>(memory + (address - base));
+  }
+  // Where a tile lies in its slot: left, 64 size.rows of 32 columns; right, 32 size.rows of 64 columns.
+  __device__ uint32_t tile(int at, int i) const { return slot(at) + kTile * i * kSlotRow; }
+
+  // This block's size.rows of U, eight columns at a time, zeros where there are none.
+  __device__ void load_basis(int thread, int threads) const {
+    const int64_t length = RIGHT ? entry.n : entry.m;
+    const int r = entry.r;
+    for (int i = thread; i < size.rows * (RANKS / 8); i += threads) {
+      const int row = i / (RANKS / 8), column = i % (RANKS / 8) * 8;
+      const int to = 2 * (column / kWidth * size.rows * kWidth + swizzled<kWidth>(row, column % kWidth));
       const int64_t at = (first + row) * r + column;
-      const bool whole = r % 8 == 0 && column < r && first + row < length;
+      const bool inside = first + row < length, whole = inside && r % 8 == 0 && column < r;
+      float x[8];
+      uint32_t pairs[4];
       if constexpr (SPLIT) {
-        const auto* from = static_cast<const float*>(basis) + at;
-        float x[8];
+        const auto* from = static_cast<const float*>(entry.basis) + at;
         if (whole) {
           *reinterpret_cast<float4*>(x) = *reinterpret_cast<const float4*>(from);
           *reinterpret_cast<float4*>(x + 4) = *reinterpret_cast<const float4*>(from + 4);
         } else {
-          for (int k = 0; k < 8; ++k) x[k] = first + row < length && column + k < r ? from[k] : 0.0f;
+          for (int k = 0; k < 8; ++k) x[k] = inside && column + k < r ? from[k] : 0.0f;
         }
-        for (int k = 0; k < 8; k += 2) {
-          *reinterpret_cast<uint32_t*>(high + to + k) = packed(x[k], x[k + 1]);
-          *reinterpret_cast<uint32_t*>(low + to + k) = packed(rest_of(x[k]), rest_of(x[k + 1]));
-        }
+        for (int k = 0; k < 4; ++k) pairs[k] = packed(rest_of(x[2 * k]), rest_of(x[2 * k + 1]));
+        in<uint4>(low() + to) = make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]);
       } else {
-        const auto* from = static_cast<const __nv_bfloat16*>(basis) + at;
-        if (whole)
-          copy_async(high + to, from);
-        else
-          for (int k = 0; k < 8; ++k)
-            high[to + k] = first + row < length && column + k < r ? from[k] : __float2bfloat16_rn(0.0f);
+        const auto* from = static_cast<const __nv_bfloat16*>(entry.basis) + at;
+        for (int k = 0; k < 8; ++k) x[k] = whole || (inside && column + k < r) ? __bfloat162float(from[k]) : 0.0f;
       }
+      for (int k = 0; k < 4; ++k) pairs[k] = packed(x[2 * k], x[2 * k + 1]);
+      in<uint4>(high() + to) = make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]);
+    }
+    show_to_products();
+  }
+
+  __device__ void load(int at, int64_t i) const {
+    const uint32_t barrier = full(at);
+    expect(barrier, tiles * kTile * kSlotRow);
+    for (int t = 0; t < tiles; ++t) {
+      const int along = static_cast<int>(first) + kTile * t, across = static_cast<int>(i) * WIDE;
+      load_box(tile(at, t), &entry.map, RIGHT ? along : across, RIGHT ? across : along, barrier);
     }
   }
 
-  // Tiles are dealt out to the groups, and 16 rows of each to a warp, which loads, corrects and stores them: no other
-  // waits for it. A lane copies the same piece of rows lane / 8 and 4, 8, 12 further; eight rows further pieces change
-  // places alike.
-  static constexpr int kSteps = 4, kRowsApart = 16 / kSteps;
-
-  __device__ int64_t row_in(int tile, int64_t across) const {
-    return 16 * (warp % 4) + lane / 8 + (RIGHT ? across : first + kWide * tile);
-  }
-  __device__ int64_t column_in(int tile, int64_t across) const {
-    return lane % 8 * 8 + (RIGHT ? first + kWide * tile : across);
-  }
-  __device__ uint32_t piece_in(int slot, int tile, int step) const {
-    const int row = 16 * (warp % 4) + lane / 8, turn = lane / 8 ^ step % 2 * 4;
-    return shared_address(tile_of(slot, tile)) + 128 * (row + kRowsApart * step) + 16 * (lane % 8 ^ turn);
-  }
-  // Whether all of a tile lies in G, in rows that start at multiples of 16 bytes.
-  __device__ bool whole(int tile, int64_t across) const {
-    const int64_t along = first + kWide * (tile + 1), beside = across + kWide;
-    return n % 8 == 0 && (RIGHT ? beside : along) <= m && (RIGHT ? along : beside) <= n;
-  }
-
-  // What is beyond m and n is zero: an Inf there times a zero of U would be NaN.
-  __device__ void load_tile(int slot, int tile, int64_t across) const {
-    const int64_t row = row_in(tile, across), column = column_in(tile, across);
-    const __nv_bfloat16* from = grad + row * n + column;
-    if (whole(tile, across)) {
-#pragma unroll
-      for (int j = 0; j < kSteps; ++j) copy_async(piece_in(slot, tile, j), from + j * kRowsApart * n);
-      return;
+  __device__ void store(int at, int64_t i) const {
+    for (int t = 0; t < tiles; ++t) {
+      const int along = static_cast<int>(first) + kTile * t, across = static_cast<int>(i) * WIDE;
+      store_box(&entry.map, RIGHT ? along : across, RIGHT ? across : along, tile(at, t));
     }
-    for (int j = 0; j < kSteps; ++j)
-      for (int k = 0; k < 8; k += 2) {
-        const int64_t at = row + j * kRowsApart;
-        const auto element = [&](int64_t c) { return at < m && c < n ? grad[at * n + c] : __float2bfloat16_rn(0.0f); };
-        store_shared(piece_in(slot, tile, j) + 2 * k, packed(element(column + k), element(column + k + 1)));
-      }
+    close_stores();
   }
 
-  __device__ void store_tile(int slot, int tile, int64_t across) const {
-    const int64_t row = row_in(tile, across), column = column_in(tile, across);
-    __nv_bfloat16* to = grad + row * n + column;
-    if (whole(tile, across)) {
-      uint4 piece[kSteps];
+  // This block's part of the coefficients: size.rows are ranks. Of fewer than 64 ranks the product has each more than once.
+  __device__ void multiply(int at, Sums& sums) const {
+    const uint64_t g = operand<RIGHT ? kTile : WIDE>(slot(at));
 #pragma unroll
-      for (int j = 0; j < kSteps; ++j) piece[j] = load_piece(piece_in(slot, tile, j));
-#pragma unroll
-      for (int j = 0; j < kSteps; ++j) *reinterpret_cast<uint4*>(to + j * kRowsApart * n) = piece[j];
-      return;
-    }
-    for (int j = 0; j < kSteps; ++j)
-      for (int k = 0; k < 8; ++k)
-        if (row + j * kRowsApart < m && column + k < n) {
-          const uint32_t two = load_shared(piece_in(slot, tile, j) + 4 * (k / 2));
-          to[j * kRowsApart * n + k] = __ushort_as_bfloat16(static_cast<uint16_t>(k % 2 ? two >> 16 : two));
-        }
-  }
-
-  // This group's ranks of this block's part of Gᵀ U (of G U). K is the row of U, and of the tile (its column).
-  __device__ void multiply(int slot, Sums& sums) const {
-    const int first_rank = group * kGroupRanks, in_half = first_rank % kWidth;
-    const int half = first_rank / kWidth * rows * kWidth;
-    const uint64_t g = operand<kWide>(shared_address(tile_of(slot, 0)));
-    const uint64_t u = further(operand<kWidth>(shared_address(high + half)), 2 * in_half);
-    const uint64_t rest = further(operand<kWidth>(shared_address(low + half)), 2 * in_half);
-    begin_products(sums);
-    int tile = 0;
-    // There is a tile, and each is a group of products: the compiler waits for each product of a loop that might not run.
+    for (int half = 0; half < kHalves; ++half) {
+      const uint32_t beside = 2 * half * size.rows * kWidth;
+      const uint64_t u = operand<kWidth>(high() + beside), rest = operand<kWidth>(low() + beside);
+      begin_products(sums[half]);
+      int t = 0;
+      // There is a tile, and each is a group of products: the compiler waits for each product of a loop that might not run.
 #pragma unroll 1
-    do {
-      go_on_with_products();
+      do {
+        go_on_with_products();
 #pragma unroll
-      for (int step = 0; step < kWide; step += 16) {
-        const int k = kWide * tile + step;
-        const uint64_t from = further(g, 2 * kWide * (RIGHT ? kWide * tile : k) + (RIGHT ? 2 * step : 0));
-        multiply_add<RIGHT, false>(sums, from, further(u, 2 * k * kWidth));
-        if constexpr (SPLIT) multiply_add<RIGHT, false>(sums, from, further(rest, 2 * k * kWidth));
+        for (int k = 0; k < kTile; k += 16) {
+          const uint64_t from = further(g, kTile * t * kSlotRow + (RIGHT ? 2 * k : k * kSlotRow));
+          multiply_add<false, RIGHT>(sums[half], further(u, 2 * (kTile * t + k) * kWidth), from);
+          if constexpr (SPLIT) multiply_add<false, RIGHT>(sums[half], further(rest, 2 * (kTile * t + k) * kWidth), from);
+        }
+        end_products();
+      } while (++t < tiles);
+      wait_for_products(sums[half]);
+    }
+  }
+
+  // The part goes to the owners of its ranks, eight bytes at a time.
+  __device__ void send_part(int stage, const Sums& sums, int thread) const {
+    // Of fewer than 64 ranks each is in several warps, for some of the columns each.
+    constexpr int kCopies = RANKS < 64 ? 64 / RANKS : 1;
+    const int row = 16 * (thread / 32) + thread % 32 / 4, column = 2 * (thread % 4), share = row / RANKS % kCopies;
+    const int shift = __ffs(size.owned) - 1;
+    const uint32_t here = parts(stage) + own * size.owned * WIDE * 4 + 4 * column;
+#pragma unroll
+    for (int half = 0; half < kHalves; ++half)
+#pragma unroll
+      for (int below = 0; below < 2; ++below) {
+        const int rank = 64 * half + (row + 8 * below) % RANKS;
+        const uint32_t barrier = address_in(parts_full(stage), rank >> shift);
+        const uint32_t to = barrier + (here - parts_full(stage)) + 4 * WIDE * (rank & (size.owned - 1));
+#pragma unroll
+        for (int j = 0; j < WIDE / 8; ++j)
+          if (j % kCopies == share % (WIDE / 8) && (kCopies <= WIDE / 8 || share < WIDE / 8))
+            send(to + 32 * j, sums[half][4 * j + 2 * below], sums[half][4 * j + 2 * below + 1], barrier);
       }
-      end_products();
-    } while (kWide * ++tile < rows);
-    wait_for_products(sums);
   }
 
-  // The part goes to the blocks that own its ranks; they have room for every block's, by column (row) of the panel.
-  __device__ void send_part(const Sums& sums) const {
-    const int shift = __ffs(owned) - 1;
-    const uint32_t here = shared_address(parts + own * owned * kWide) + 4 * owned * (16 * (warp % 4) + lane / 4);
-#pragma unroll
-    for (int j = 0; j < kGroupRanks / 8; ++j) {
-      const int rank = group * kGroupRanks + 8 * j + 2 * (lane % 4);
-      const uint32_t barrier = address_in(parts_barrier, rank >> shift);
-      const uint32_t to = barrier + (here - parts_barrier) + 4 * (rank & (owned - 1));
-      send(to, sums[4 * j], sums[4 * j + 1], barrier);
-      send(to + 32 * owned, sums[4 * j + 2], sums[4 * j + 3], barrier);
-    }
-  }
-
-  __device__ bool owns() const { return own * owned < RANKS; }
-
-  // The parts of the ranks that this block owns are added, one number a thread, and sent to every block, four ranks of a
-  // column at a time: four lanes have the same four, for a fourth of the blocks each. What is to be taken away is sent
-  // with its sign changed. A thread sends to some blocks only, so a block that has all factors may not send its next part
-  // before it is told that all threads have read this one: without that, ranks of 16 came out wrong on an H200.
-  __device__ void send_factors(int parity) const {
-    if (!owns()) return;
-    const int numbers = owned * kWide, shares = max(1, kThreads / numbers);
-    for (int item = threadIdx.x; item < numbers * shares; item += kThreads) {
-      const int number = item % numbers, column = number / owned, rank = own * owned + number % owned / 4 * 4;
-      float sum = 0.0f;
-#pragma unroll 4
-      for (int other = 0; other < blocks; ++other) sum += parts[other * numbers + number];
-      if (!keep) sum = -sum;
-      const __nv_bfloat16 high_part = __float2bfloat16_rn(sum);
-      const uint32_t mine = packed(high_part, __float2bfloat16_rn(sum - __bfloat162float(high_part)));
-      uint32_t four[4];
-#pragma unroll
-      for (int i = 0; i < 4; ++i) four[i] = __shfl_sync(0xffffffffu, mine, i, 4);
-      const uint32_t to = shared_address(factor(parity)) + 2 * place(kWide, column, rank), barrier = factor_barrier(parity);
-      for (int other = lane % 4 + item / numbers * 4; other < blocks; other += 4 * shares) {
-        const uint32_t there = address_in(barrier, other), at = there + (to - barrier);
-        send(at, __byte_perm(four[0], four[1], 0x5410), __byte_perm(four[2], four[3], 0x5410), there);
-        send(at + RANKS * kWide * 2, __byte_perm(four[0], four[1], 0x7632), __byte_perm(four[2], four[3], 0x7632), there);
+  // The parts of the ranks that this block owns are added, four columns a thread, and sent to every block; where there are
+  // more threads, some have the same four, for some of the blocks each. What is to be taken away is sent with its sign
+  // changed. Nothing is sent before all threads have read their parts: a block that has all factors may send its next part.
+  __device__ void send_factors(int stage, int thread) const {
+    const int pieces = size.owned * WIDE / 4, shares = max(1, kGroup / pieces);
+    const uint32_t bytes = size.owned * WIDE * 4;
+    for (int item = thread; item < pieces * shares; item += kGroup) {
+      const int piece = item % pieces, rank = own * size.owned + piece / (WIDE / 4), column = piece % (WIDE / 4) * 4;
+      float4 sum = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+#pragma unroll 8
+      for (int other = 0; other < size.blocks; ++other) {
+        const float4 x = in<float4>(parts(stage) + other * bytes + 16 * piece);
+        sum.x += x.x, sum.y += x.y, sum.z += x.z, sum.w += x.w;
+      }
+      if (!entry.keep) sum.x = -sum.x, sum.y = -sum.y, sum.z = -sum.z, sum.w = -sum.w;
+      const uint32_t low_parts[] = {packed(rest_of(sum.x), rest_of(sum.y)), packed(rest_of(sum.z), rest_of(sum.w))};
+      const uint32_t to = factors(stage) + 2 * swizzled<WIDE>(rank, column);
+      meet(kAddBarrier, kGroup);
+      for (int other = item / pieces; other < size.blocks; other += shares) {
+        const uint32_t barrier = address_in(factors_full(stage), other), there = barrier + (to - factors_full(stage));
+        send(there, packed(sum.x, sum.y), packed(sum.z, sum.w), barrier);
+        send(there + 2 * kCoefficients, low_parts[0], low_parts[1], barrier);
       }
     }
-    __syncthreads();
-    if (threadIdx.x < blocks) {
-      const uint32_t barrier = factor_barrier(parity), there = address_in(barrier, threadIdx.x);
-      send(there + (read - barrier), 0u, 0u, there);
-    }
   }
 
-  // U times the factors (the factors times Uᵀ) is added to a tile where it lies: the products begin from it.
-  __device__ void correct_tile(int parity, int tile) const {
-    float sums[kWide / 2];
-    // Of row lane / 4 piece 0 lies at the lane's number of pieces; of the others the bits of their number change that.
-    const uint32_t at = shared_address(tile_of(parity, tile)) + 128 * (16 * (warp % 4) + lane / 4) + 16 * (lane / 4) +
-                        4 * (lane % 4);
-    const uint32_t mask = keep ? 0u : 0xffffffffu;
-    uint32_t old[kWide / 4];
-#pragma unroll
-    for (int i = 0; i < kWide / 4; ++i) old[i] = load_shared((at ^ i / 2 * 16) + i % 2 * 1024) & mask;
-#pragma unroll
-    for (int i = 0; i < kWide / 4; ++i) {
-      sums[2 * i] = __uint_as_float(old[i] << 16);
-      sums[2 * i + 1] = __uint_as_float(old[i] & 0xffff0000u);
-    }
-    const auto add = [&](uint64_t u, uint64_t c) {
-      if constexpr (RIGHT)
-        multiply_add<true, true>(sums, c, u);
-      else
-        multiply_add<true, true>(sums, u, c);
+  // U times the factors (the factors times Uᵀ, transposed) is added to a tile where it lies: the products begin from it.
+  __device__ void correct(int at, int i, int stage, int thread) const {
+    const int warp = thread / 32, lane = thread % 32;
+    // Four 8 x 8 size.blocks: of size.rows 16 warp and eight below, columns 8 j and eight further. A lane has the address of a row of
+    // one; of a tile that lies transposed, of a column.
+    const int below = lane / 8 % 2, beside = lane / 16, line = lane % 8;
+    const auto address = [&](int j) {
+      const int row = RIGHT ? 8 * (j + beside) + line : 16 * warp + 8 * below + line;
+      const int column = RIGHT ? 16 * warp + 8 * below : 8 * (j + beside);
+      return tile(at, i) + 2 * (RIGHT ? swizzled<kTile>(row, column) : swizzled<WIDE>(row, column));
     };
+    float sums[WIDE / 2];
+#pragma unroll
+    for (int j = 0; j < WIDE / 8; j += 2) {
+      uint32_t old[4] = {};
+      if (!entry.keep) {
+        if constexpr (RIGHT)
+          load_four_transposed(old, address(j));
+        else
+          load_four(old, address(j));
+      }
+#pragma unroll
+      for (int k = 0; k < 4; ++k) {
+        sums[4 * j + 2 * k] = __uint_as_float(old[k] << 16);
+        sums[4 * j + 2 * k + 1] = __uint_as_float(old[k] & 0xffff0000u);
+      }
+    }
     hold(sums);
     go_on_with_products();
-    const __nv_bfloat16 *factor_high = factor(parity), *factor_low = factor_high + RANKS * kWide;
+    const uint64_t c = operand<WIDE>(factors(stage)), c_low = operand<WIDE>(factors(stage) + 2 * kCoefficients);
 #pragma unroll
     for (int k = 0; k < RANKS; k += 16) {
-      const int half = k / kWidth, along = 2 * (k % kWidth), rows_at = (half * rows + kWide * tile) * kWidth;
-      const uint64_t u = further(operand<kWidth>(shared_address(high + rows_at)), along);
-      const uint64_t c = further(operand<kWidth>(shared_address(factor_high + half * kWide * kWidth)), along);
-      add(u, c);
-      add(u, further(operand<kWidth>(shared_address(factor_low + half * kWide * kWidth)), along));
-      if constexpr (SPLIT) add(further(operand<kWidth>(shared_address(low + rows_at)), along), c);
+      const uint32_t at_rows = 2 * (k / kWidth * size.rows + kTile * i) * kWidth, along = 2 * (k % kWidth);
+      const uint64_t u = further(operand<kWidth>(high() + at_rows), along);
+      multiply_add<true, false>(sums, u, further(c, 2 * k * WIDE));
+      multiply_add<true, false>(sums, u, further(c_low, 2 * k * WIDE));
+      if constexpr (SPLIT)
+        multiply_add<true, false>(sums, further(operand<kWidth>(low() + at_rows), along), further(c, 2 * k * WIDE));
     }
     end_products();
     wait_for_products(sums);
 #pragma unroll
-    for (int i = 0; i < kWide / 4; ++i)
-      store_shared((at ^ i / 2 * 16) + i % 2 * 1024, packed(sums[2 * i], sums[2 * i + 1]));
-    __syncwarp();
-  }
-
-  // All panels but the newest, which may still be on their way, are there, for every warp.
-  template <int NEWER>
-  __device__ void wait_for_panel() const {
-    wait_for_groups<NEWER>();
-    show_to_products();
-    __syncthreads();
+    for (int j = 0; j < WIDE / 8; j += 2) {
+      uint32_t out[4];
+#pragma unroll
+      for (int k = 0; k < 4; ++k) out[k] = packed(sums[4 * j + 2 * k], sums[4 * j + 2 * k + 1]);
+      if constexpr (RIGHT)
+        store_four_transposed(address(j), out);
+      else
+        store_four(address(j), out);
+    }
   }
 };
 
-template <int RANKS, bool SPLIT, bool RIGHT>
-__global__ void __launch_bounds__(kThreads, 1) project_side(__nv_bfloat16* grad, const void* basis, int64_t m, int64_t n,
-                                                            int r, int rows, int blocks, int owned, bool keep) {
+// `list`: of `entries`, or null, and `one` is meant. `panels`: of all; a cluster takes some in a row, one entry after the
+// other.
+template <int RANKS, bool SPLIT, bool RIGHT, int WIDE>
+__global__ void __launch_bounds__(kThreads, 1)
+    project_side(const __grid_constant__ SideEntry one, const SideEntry* list, int64_t panels,
+                 const __grid_constant__ Sizes size) {
   // Rows of 128 bytes change their pieces by the address, so arrays begin at multiples of 1024.
   extern __shared__ __align__(1024) unsigned char memory[];
-  Block<RANKS, SPLIT, RIGHT> block;
-  block.own = cluster_rank();
-  block.grad = grad, block.m = m, block.n = n, block.first = static_cast<int64_t>(block.own) * rows;
-  block.rows = rows, block.blocks = blocks, block.owned = owned, block.keep = keep;
-  block.lane = threadIdx.x % 32;
-  block.warp = threadIdx.x / 32;
-  // The same in all lanes, so that addresses of operands are worked out once for a warp.
-  block.warp = __shfl_sync(0xffffffffu, block.warp, 0), block.group = block.warp / 4;
-  block.panels = reinterpret_cast<__nv_bfloat16*>(memory);
-  block.high = block.panels + kStages * rows * kWide;
-  block.low = block.high + rows * RANKS;
-  block.factors = SPLIT ? block.low + rows * RANKS : block.low;
-  block.parts = reinterpret_cast<float*>(block.factors + 4 * RANKS * kWide);
-  block.parts_barrier = shared_address(block.parts + blocks * owned * kWide);
-  block.factor_barriers = block.parts_barrier + 8, block.read = block.factor_barriers + 16;
-
-  const int64_t clusters = gridDim.x / blocks, cluster = blockIdx.x / blocks;
-  const int64_t panels = ((RIGHT ? m : n) + kWide - 1) / kWide;
-  const int64_t count = (panels - cluster + clusters - 1) / clusters;  // no more clusters than panels
-  const int tiles = rows / kWide;
-  const auto across_of = [&](int64_t i) { return (cluster + i * clusters) * kWide; };
-
-  for (int i = 0; i < kStages; ++i) {
-    if (i < count)
-      for (int tile = block.group; tile < tiles; tile += kGroups) block.load_tile(i, tile, across_of(i));
-    if (i == 0) block.load_basis(basis, r);
-    close_group();
+  using Of = Side<RANKS, SPLIT, RIGHT, WIDE>;
+  const int own = cluster_rank(), thread = threadIdx.x % kGroup;
+  // The same in all lanes, so that a warp has one role and addresses of operands are worked out once for it.
+  const int role = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x / kGroup), 0);
+  const int64_t clusters = gridDim.x / size.blocks, cluster = blockIdx.x / size.blocks;
+  const int64_t begin = panels * cluster / clusters, end = panels * (cluster + 1) / clusters;
+  constexpr uint32_t kExchanged = RANKS * WIDE * 4;
+  const Of any{one, size, memory, shared_address(memory), own, 0, 0};
+  if (threadIdx.x == 0) {
+    for (int i = 0; i < size.slots; ++i) {
+      make_barrier(any.full(i), 1);
+      make_barrier(any.corrected(i), kCorrectors * kGroup);
+      make_barrier(any.empty(i), 1);
+    }
+    for (int i = 0; i < size.stages; ++i) {
+      make_barrier(any.parts_full(i), 1), expect(any.parts_full(i), kExchanged);
+      make_barrier(any.factors_full(i), 1), expect(any.factors_full(i), kExchanged);
+      make_barrier(any.used(i), kCorrectors * kGroup);
+    }
+    show_to_async();
   }
-  const auto expect_parts = [&] {
-    if (threadIdx.x == 0 && block.owns()) expect(block.parts_barrier, 4 * blocks * owned * kWide);
-  };
-  const auto expect_factors = [&](int parity) {
-    if (threadIdx.x == 0) expect(block.factor_barrier(parity), 4 * RANKS * kWide + 8 * (RANKS / owned));
-  };
-  if (threadIdx.x == 0)
-    for (int i = 0; i < 3; ++i) make_barrier(block.parts_barrier + 8 * i);
   // Every block of the cluster runs and has its barriers: from here on the others' memory may be written.
   cluster_barrier();
 
-  typename Block<RANKS, SPLIT, RIGHT>::Sums sums;
-  block.template wait_for_panel<1>();
-  if (block.group < block.kMultipliers) block.multiply(0, sums);
-  // A part is sent when the factors of the panel before are there: their owners have read the parts by then. Factors are
-  // sent when all parts are there: no block corrects the panel before the last any more, and a block's threads meet before
-  // its next part.
-  for (int64_t i = 0; i < count; ++i) {
-    const int parity = static_cast<int>(i % 2), phase = static_cast<int>(i / 2 % 2);
-    expect_parts();
-    expect_factors(parity);
-    if (block.group < block.kMultipliers) block.send_part(sums);
-    if (i > 0) {
-      for (int tile = block.group; tile < tiles; tile += kGroups) {
-        block.correct_tile(parity ^ 1, tile);
-        block.store_tile(parity ^ 1, tile, across_of(i - 1));
-        __syncwarp();
-        if (i + 1 < count) block.load_tile(parity ^ 1, tile, across_of(i + 1));
+  Turn slot, stage;
+  int64_t seen = 0;  // panels before
+  const SideEntry* entry = list ? list : &one;
+  while (list && entry->first_panel + entry->panels <= begin) ++entry;
+  for (int64_t at = begin; at < end; ++entry) {
+    const int64_t from = at - entry->first_panel, to = min(end - entry->first_panel, entry->panels);
+    at = entry->first_panel + to;
+    const int64_t length = RIGHT ? entry->n : entry->m, first = static_cast<int64_t>(own) * size.rows;
+    const int64_t held = min(max(length - first, static_cast<int64_t>(1)), static_cast<int64_t>(size.rows));
+    const Of side{*entry, size, memory, any.base, own, static_cast<int>((held + kTile - 1) / kTile), first};
+    if (role != 0) {
+      // All have done with the basis before.
+      meet(kBasisBarrier, kThreads - kGroup);
+      side.load_basis(threadIdx.x - kGroup, kThreads - kGroup);
+      meet(kBasisBarrier, kThreads - kGroup);
+    }
+    if (role == 0 && thread == 0) {
+      for (int64_t i = from; i < to; ++i, slot.next(size.slots)) {
+        if (seen++ >= size.slots) wait_for(side.empty(slot.at), slot.phase ^ 1);
+        side.load(slot.at, i);
       }
-      close_group();
+    } else if (role == 0 && thread == 32) {
+      for (int64_t i = from; i < to; ++i, slot.next(size.slots)) {
+        wait_for(side.corrected(slot.at), slot.phase);
+        side.store(slot.at, i);
+        wait_for_reads<0>();
+        arrive(side.empty(slot.at));
+      }
+    } else if (role == 1) {
+      typename Of::Sums sums;
+      for (int64_t i = from; i < to; ++i, slot.next(size.slots), stage.next(size.stages)) {
+        wait_for(side.full(slot.at), slot.phase);
+        side.multiply(slot.at, sums);
+        // What this stage had before has been used: so all its factors had come, and all owners had read their parts.
+        if (seen++ >= size.stages) wait_for(side.used(stage.at), stage.phase ^ 1);
+        side.send_part(stage.at, sums, thread);
+      }
+    } else if (role == 2) {
+      // A block sends its part when it has used what the stage had before, so with all parts there all blocks have.
+      for (int64_t i = from; i < to; ++i, stage.next(size.stages)) {
+        wait_for(side.parts_full(stage.at), stage.phase);
+        if (thread == 0) expect(side.parts_full(stage.at), kExchanged);
+        side.send_factors(stage.at, thread);
+      }
+    } else if (role > 2) {
+      for (int64_t i = from; i < to; ++i, slot.next(size.slots), stage.next(size.stages)) {
+        wait_for(side.full(slot.at), slot.phase);
+        wait_for(side.factors_full(stage.at), stage.phase);
+        show_to_products();
+        if (threadIdx.x == 3 * kGroup) expect(side.factors_full(stage.at), kExchanged);
+        for (int t = role - 3; t < side.tiles; t += kCorrectors) side.correct(slot.at, t, stage.at, thread);
+        arrive(side.used(stage.at));
+        show_to_async();
+        arrive(side.corrected(slot.at));
+      }
     }
-    if (block.owns()) wait_for(block.parts_barrier, parity);
-    block.send_factors(parity);
-    if (i + 1 < count) {
-      block.template wait_for_panel<0>();
-      if (block.group < block.kMultipliers) block.multiply(parity ^ 1, sums);
-    }
-    wait_for(block.factor_barrier(parity), phase);
-    show_to_products();
+    __syncwarp();
   }
-  for (int tile = block.group; tile < tiles; tile += kGroups) {
-    const int parity = static_cast<int>((count - 1) % 2);
-    block.correct_tile(parity, tile);
-    block.store_tile(parity, tile, across_of(count - 1));
-  }
+  // No block ends while others may write its memory.
+  cluster_barrier();
 }
 
-using Kernel = void (*)(__nv_bfloat16*, const void*, int64_t, int64_t, int, int, int, int, bool);
+using Kernel = decltype(&project_side<16, false, false, 32>);
 
-template <bool SPLIT, bool RIGHT>
+template <bool SPLIT, bool RIGHT, int WIDE>
 Kernel kernel_of(int64_t ranks) {
   switch (ranks) {
-    case 16: return project_side<16, SPLIT, RIGHT>;
-    case 32: return project_side<32, SPLIT, RIGHT>;
-    case 64: return project_side<64, SPLIT, RIGHT>;
-    default: return SPLIT ? nullptr : project_side<128, false, RIGHT>;
+    case 16: return project_side<16, SPLIT, RIGHT, WIDE>;
+    case 32: return project_side<32, SPLIT, RIGHT, WIDE>;
+    case 64: return project_side<64, SPLIT, RIGHT, WIDE>;
+    default: return SPLIT ? nullptr : project_side<128, false, RIGHT, WIDE>;
   }
 }
 
-Kernel kernel_of(int64_t ranks, bool split, bool right) {
-  if (right) return split ? kernel_of<true, true>(ranks) : kernel_of<false, true>(ranks);
-  return split ? kernel_of<true, false>(ranks) : kernel_of<false, false>(ranks);
+template <bool SPLIT, bool RIGHT>
+Kernel kernel_of(const SidePanels& plan) {
+  return plan.width == 16 ? kernel_of<SPLIT, RIGHT, 16>(plan.ranks) : kernel_of<SPLIT, RIGHT, 32>(plan.ranks);
+}
+
+Kernel kernel_of(const SidePanels& plan, bool split, bool right) {
+  if (right) return split ? kernel_of<true, true>(plan) : kernel_of<false, true>(plan);
+  return split ? kernel_of<true, false>(plan) : kernel_of<false, false>(plan);
 }
 
 // Clusters that fit the device at a time; asked once for each kernel, size and device: the question takes longer than a
@@ -428,18 +414,41 @@ cudaError_t active_clusters(Kernel kernel, const SidePanels& plan, int device, c
   return cudaSuccess;
 }
 
-}  // namespace
+// The driver's function, found without linking its library.
+cudaError_t boxes_of(void* grad, int64_t m, int64_t n, bool right, int64_t width, CUtensorMap& map) {
+  using Encode = CUresult (*)(CUtensorMap*, CUtensorMapDataType, cuuint32_t, void*, const cuuint64_t*, const cuuint64_t*,
+                              const cuuint32_t*, const cuuint32_t*, CUtensorMapInterleave, CUtensorMapSwizzle,
+                              CUtensorMapL2promotion, CUtensorMapFloatOOBfill);
+  static void* found = nullptr;
+  if (found == nullptr) {
+    cudaDriverEntryPointQueryResult result{};
+    const cudaError_t error =
+        cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &found, 12000, cudaEnableDefault, &result);
+    if (error != cudaSuccess) return error;
+    if (result != cudaDriverEntryPointSuccess) return cudaErrorNotSupported;
+  }
+  const cuuint64_t sizes[] = {static_cast<cuuint64_t>(n), static_cast<cuuint64_t>(m)};
+  const cuuint64_t strides[] = {static_cast<cuuint64_t>(n) * 2};
+  const cuuint32_t wide = static_cast<cuuint32_t>(width), tile = static_cast<cuuint32_t>(kTile);
+  const cuuint32_t box[] = {right ? tile : wide, right ? wide : tile}, steps[] = {1, 1};
+  const CUtensorMapSwizzle swizzle = right ? CU_TENSOR_MAP_SWIZZLE_128B
+                                     : width == 32 ? CU_TENSOR_MAP_SWIZZLE_64B : CU_TENSOR_MAP_SWIZZLE_32B;
+  // Lines of 128 bytes are fetched whole, of which a panel on the left has a half or a quarter and the next ones the rest:
+  // without that copying in such panels took 1.3 times as long on an H200.
+  const CUresult error = reinterpret_cast<Encode>(found)(
+      &map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2, grad, sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle,
+      CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  return error == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
+}
 
-cudaError_t project_side_sm90a(void* grad, const void* basis, int64_t m, int64_t n, int64_t r, bool right, bool split,
-                               bool keep, const SidePanels& plan, cudaStream_t stream) {
-  if (!plan.fits) return cudaErrorInvalidValue;
-  const Kernel kernel = kernel_of(plan.ranks, split, right);
+cudaError_t launch(const SideEntry& one, const SideEntry* list, int64_t panels, bool right, bool split,
+                   const SidePanels& plan, cudaStream_t stream) {
+  const Kernel kernel = plan.fits ? kernel_of(plan, split, right) : nullptr;
   if (kernel == nullptr) return cudaErrorInvalidValue;
   cudaLaunchAttribute attribute{};
   attribute.id = cudaLaunchAttributeClusterDimension;
   attribute.val.clusterDim.x = static_cast<unsigned>(plan.cluster);
   attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
-  const int64_t panels = ((right ? m : n) + kTile - 1) / kTile;
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(static_cast<unsigned>(plan.cluster * std::min<int64_t>(panels, 1024)));
   config.blockDim = dim3(kThreads);
@@ -454,8 +463,31 @@ cudaError_t project_side_sm90a(void* grad, const void* basis, int64_t m, int64_t
   // A GPU whose GPCs are cut smaller than the cluster.
   if (clusters < 1) return cudaErrorInvalidConfiguration;
   config.gridDim = dim3(static_cast<unsigned>(plan.cluster * std::min<int64_t>(panels, clusters)));
-  return cudaLaunchKernelEx(&config, kernel, static_cast<__nv_bfloat16*>(grad), basis, m, n, static_cast<int>(r),
-                            static_cast<int>(plan.rows), static_cast<int>(plan.cluster), static_cast<int>(plan.owned), keep);
+  const Sizes size{static_cast<int>(plan.rows), static_cast<int>(plan.cluster), static_cast<int>(plan.owned),
+                   static_cast<int>(plan.slots), static_cast<int>(plan.stages)};
+  return cudaLaunchKernelEx(&config, kernel, one, list, panels, size);
+}
+
+}  // namespace
+
+cudaError_t side_entry(void* grad, const void* basis, int64_t m, int64_t n, int64_t r, bool right, bool keep,
+                       const SidePanels& plan, int64_t first_panel, SideEntry& entry) {
+  entry.basis = basis, entry.m = m, entry.n = n, entry.r = static_cast<int>(r), entry.keep = keep;
+  entry.first_panel = first_panel, entry.panels = ((right ? m : n) + plan.width - 1) / plan.width;
+  return boxes_of(grad, m, n, right, plan.width, entry.map);
+}
+
+cudaError_t project_side_sm90a(void* grad, const void* basis, int64_t m, int64_t n, int64_t r, bool right, bool split,
+                               bool keep, const SidePanels& plan, cudaStream_t stream) {
+  if (!plan.fits) return cudaErrorInvalidValue;
+  SideEntry one;
+  const cudaError_t error = side_entry(grad, basis, m, n, r, right, keep, plan, 0, one);
+  return error == cudaSuccess ? launch(one, nullptr, one.panels, right, split, plan, stream) : error;
+}
+
+cudaError_t project_sides_sm90a(const SideEntry* list, int64_t panels, bool right, bool split, const SidePanels& plan,
+                                cudaStream_t stream) {
+  return launch(SideEntry{}, list, panels, right, split, plan, stream);
 }
 
 }  // namespace sculpt

@@ -9,11 +9,12 @@ namespace sculpt {
 
 // An operand stored by rows of W numbers (16, 32 or 64), `swizzled<W>`, from a multiple of 1024 bytes on; eight rows
 // after eight rows. Whether the rows run along K or along the other dimension is said with the product. The two low bits
-// of the layout are 1, 2, 3 for rows of 128, 64, 32 bytes. The other stride is for operands wider than a row: unused.
+// of the layout are 1, 2, 3 for rows of 128, 64, 32 bytes. The other stride, for operands wider than a row, is 0: one of 64
+// columns whose rows have 16 or 32 has them more than once.
 template <int W>
 __device__ inline uint64_t operand(uint32_t address) {
   constexpr uint64_t kLayout = W == 64 ? 1 : W == 32 ? 2 : 3, kEightRows = 8 * W * 2;
-  return uint64_t((address >> 4) & 0x3fff) | uint64_t(1) << 16 | (kEightRows >> 4) << 32 | kLayout << 62;
+  return uint64_t((address >> 4) & 0x3fff) | (kEightRows >> 4) << 32 | kLayout << 62;
 }
 
 // The same operand `bytes` further: along a row, or whole groups of eight rows.

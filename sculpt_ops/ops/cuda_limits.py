@@ -16,6 +16,8 @@ __all__ = ["CudaFacts", "cuda_facts", "why_not_cuda"]
 _MAX_RANK = 128
 _MAX_SIDE_RANK_FLOAT32 = 64
 _ALIGNMENT = 16
+# Of 16 bytes of bfloat16.
+_NUMBERS = 8
 
 
 class CudaFacts(NamedTuple):
@@ -112,6 +114,8 @@ def why_not_cuda(
         return None
     if facts.capability != 90:
         return "wanted a GPU of capability 9.0 for one side"
+    if n % _NUMBERS:
+        return f"grad: wanted rows of a multiple of {_NUMBERS} numbers for one side, given shape {tuple(grad.shape)}"
     name, basis, length, extent = ("left", left, m, n) if left is not None else ("right", right, n, m)
     assert basis is not None
     if not _side_fits(length, extent, basis.shape[1], split, facts):

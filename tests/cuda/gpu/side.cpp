@@ -1,23 +1,58 @@
-// The launcher of the one-sided projection, run on an emulated GPU.
+// The launchers of the one-sided projection, run on an emulated GPU.
+#include <vector>
+
 #include "emulated.h"
 
 #include "cuda/project_side_sm90a.inc"
 
-// cluster: 0, or blocks of a cluster other than the plan has. clusters: at a time.
-extern "C" int side(void* grad, const void* basis, int64_t m, int64_t n, int64_t r, int right, int split, int keep,
-                    int cluster, int clusters, unsigned seed) {
-  emulated::device.clusters = clusters, emulated::device.seed = seed;
-  const int64_t length = right ? n : m;
-  sculpt::SidePanels plan = sculpt::side_panels(length, right ? m : n, r, split != 0, emulated::device.multiprocessors);
-  if (cluster) {
-    plan.cluster = cluster;
-    plan.rows = ((length + cluster - 1) / cluster + sculpt::kTile - 1) / sculpt::kTile * sculpt::kTile;
-    plan.owned = std::max(sculpt::kLeastOwned, plan.ranks / cluster);
-    plan.bytes = sculpt::side_panel_bytes(plan, split != 0);
-    if ((plan.cluster - 1) * plan.rows >= length || plan.bytes > sculpt::kSharedBytes) return -1;
-  }
-  emulated::forget();
+namespace {
+
+sculpt::SidePanels planned(int64_t length, int64_t extent, int64_t r, bool split, int cluster, int width) {
+  if (cluster) return sculpt::side_panels_of(cluster, width, length, r, split);
+  return sculpt::side_panels(length, extent, r, split, emulated::device.multiprocessors);
+}
+
+void allow(void* grad, const void* basis, int64_t m, int64_t n, int64_t r, bool right, bool split) {
   emulated::allow(grad, static_cast<size_t>(m * n * 2), true);
-  emulated::allow(basis, static_cast<size_t>(length * r * (split ? 4 : 2)), false);
+  emulated::allow(basis, static_cast<size_t>((right ? n : m) * r * (split ? 4 : 2)), false);
+}
+
+}  // namespace
+
+// cluster: 0, or blocks of a cluster other than the plan has, with panels of `width`. clusters: at a time.
+extern "C" int side(void* grad, const void* basis, int64_t m, int64_t n, int64_t r, int right, int split, int keep,
+                    int cluster, int width, int clusters, unsigned seed) {
+  emulated::device.clusters = clusters, emulated::device.seed = seed;
+  const sculpt::SidePanels plan = planned(right ? n : m, right ? m : n, r, split != 0, cluster, width);
+  if (!plan.fits) return -1;
+  emulated::forget();
+  allow(grad, basis, m, n, r, right != 0, split != 0);
   return sculpt::project_side_sm90a(grad, basis, m, n, r, right != 0, split != 0, keep != 0, plan, nullptr);
+}
+
+struct Given {
+  void* grad;
+  const void* basis;
+  int64_t m, n, r, keep;
+};
+
+extern "C" int sides(const Given* given, int64_t count, int right, int split, int cluster, int width, int clusters,
+                     unsigned seed) {
+  emulated::device.clusters = clusters, emulated::device.seed = seed;
+  emulated::forget();
+  std::vector<sculpt::SideEntry> list(static_cast<size_t>(count));
+  int64_t length = 1, r = 1, panels = 0;
+  for (int64_t i = 0; i < count; ++i)
+    length = std::max(length, right ? given[i].n : given[i].m), r = std::max(r, given[i].r);
+  const sculpt::SidePanels plan = planned(length, 1, r, split != 0, cluster, width);
+  if (!plan.fits) return -1;
+  for (int64_t i = 0; i < count; ++i) {
+    const Given& g = given[i];
+    allow(g.grad, g.basis, g.m, g.n, g.r, right != 0, split != 0);
+    if (sculpt::side_entry(const_cast<void*>(g.grad), g.basis, g.m, g.n, g.r, right != 0, g.keep != 0, plan, panels, list[i]))
+      return -2;
+    panels += list[i].panels;
+  }
+  emulated::allow(list.data(), list.size() * sizeof(sculpt::SideEntry), false);
+  return sculpt::project_sides_sm90a(list.data(), panels, right != 0, split != 0, plan, nullptr);
 }
