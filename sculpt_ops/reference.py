@@ -17,6 +17,7 @@ from .philox import rademacher as signs
 __all__ = [
     "adam_",
     "add_split_",
+    "corrected_parts",
     "foreach_project_",
     "jacobi_svd",
     "join_halves",
@@ -28,6 +29,7 @@ __all__ = [
     "rsvd",
     "sketch",
     "split_",
+    "split_parts",
     "test_matrix",
 ]
 
@@ -240,6 +242,28 @@ def _wrap_int16(bits: Tensor) -> Tensor:
 def add_split_(high: Tensor, low: Tensor, step: Tensor) -> None:
     """Add ``step`` to the number of two halves; see :func:`sculpt_ops.ops.rounding.add_split_`."""
     split_(join_halves(high, low) + step, high, low)
+
+
+def split_parts(out: Tensor, source: Tensor, low: int, second: tuple[Tensor, Tensor] | None = None) -> None:
+    """Write bfloat16 parts of thin factors; see :func:`sculpt_ops.triton_kernels.split_parts.split_parts`."""
+    pairs = [(out, source)] if second is None else [(out, source), second]
+    for parts, x in pairs:
+        rank = parts.shape[1] // 3
+        x = x.to(torch.promote_types(x.dtype, torch.float32))
+        if x.shape[1] != rank:
+            x = x[:, :rank] + x[:, rank:]
+        thirds = [parts[:, third * rank : (third + 1) * rank] for third in (0, 3 - low, low)]
+        high = thirds[0].copy_(x)
+        thirds[1].copy_(high)
+        thirds[2].copy_((x - high).nan_to_num_(0, 0, 0))
+
+
+def corrected_parts(out: Tensor, source: Tensor | None, basis: Tensor, core: Tensor) -> None:
+    """Write parts of C - X K; see :func:`sculpt_ops.triton_kernels.split_parts.corrected_parts`."""
+    rank, depth = out.shape[1] // 3, basis.shape[1]
+    inside = core[:depth, :rank] + (core[depth:, :rank] + core[:depth, rank:])
+    x = basis.to(core.dtype) @ inside
+    split_parts(out, x if source is None else source[:, :rank] + source[:, rank:] - x, 2)
 
 
 def round_stochastic_(out: Tensor, value: Tensor, *, seed: int, offset: int = 0) -> Tensor:

@@ -30,6 +30,7 @@ GPU_TESTS = (
     "tests/on_device_checks.py",
     "tests/triton/kernel_checks.py",
     "tests/triton/grouped_checks.py",
+    "tests/triton/parts_checks.py",
     "tests/cuda/side_checks.py",
     "tests/cuda/both_checks.py",
     "tests/cuda/adam_checks.py",

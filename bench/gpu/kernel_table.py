@@ -35,6 +35,7 @@ from triton_binaries import (
     number,
     plan,
     plan_grouped,
+    plan_parts,
     recording,
 )
 
@@ -96,7 +97,7 @@ def launches(target: str) -> Iterator[tuple[str, Launch]]:
         high, low, value = (torch.empty(M, N, dtype=dtype, device="meta") for dtype in (BF16, torch.int16, F32))
         rounding.add_split(high, low, value)
         rounding.round_stochastic(high, value, 0, 0)
-    for entry in recorded:
+    for entry in (*recorded, *plan_parts(M, N, 64, target)):
         yield "", entry
 
 

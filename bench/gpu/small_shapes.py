@@ -20,11 +20,11 @@ def close(out: torch.Tensor, exact: torch.Tensor) -> None:
     assert float((out.double() - exact).norm()) <= 2e-2 * float(exact.norm()) + 1e-6
 
 
-def projections(variant: str) -> None:
+def projections(variant: str, dtype: torch.dtype) -> None:
     with backend(variant):
         for m, n, r, s in ((96, 160, 16, 32), (70, 45, 7, 5)):
             grad = torch.randn(m, n, device=DEVICE).bfloat16()
-            left, right = basis(m, r, grad.dtype, DEVICE), basis(n, s, grad.dtype, DEVICE)
+            left, right = basis(m, r, dtype, DEVICE), basis(n, s, dtype, DEVICE)
             for flags in FLAGS:
                 exact = reference.project(grad.double(), left.double(), right.double(), **flags)
                 close(sculpt_ops.project(grad, left, right, **flags), exact)
@@ -64,8 +64,8 @@ def cuda_kernels() -> None:
 
 def main() -> None:
     torch.manual_seed(0)
-    for variant in ("triton", "cublas"):
-        projections(variant)
+    for variant, dtype in (("triton", torch.bfloat16), ("cublas", torch.bfloat16), ("cublas", torch.float32)):
+        projections(variant, dtype)
     if DEVICE.type == "cuda" and cuda_missing() is None:
         cuda_kernels()
     matrix = torch.randn(96, 64, device=DEVICE)

@@ -20,6 +20,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from sculpt_ops.ops import split_products
 from sculpt_ops.triton_kernels import (
     grouped,
     launch,
@@ -30,6 +31,7 @@ from sculpt_ops.triton_kernels import (
     project_right,
     rank_update,
     rounding,
+    split_parts,
     thin_products,
 )
 from sculpt_ops.triton_kernels.grouped_launch import Member, prepare
@@ -48,6 +50,7 @@ SIDES = ("left", "right")
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 KERNELS = (project_left.project_one_side_kernel, thin_products.thin_products_kernel, rank_update.rank_update_kernel)
 ELEMENTWISE = (philox.test_matrix_kernel, rounding.add_split_kernel, rounding.round_stochastic_kernel)
+PARTS = (split_parts.split_parts_kernel, split_parts.corrected_parts_kernel)
 GROUPED = tuple(getattr(grouped, name) for name in grouped.__all__)
 
 
@@ -105,7 +108,8 @@ def recording(device: Device) -> Iterator[list[Launch]]:
         stack.enter_context(patch.object(launch, "device_of", lambda index: device))
         for module in (project_left, project_right, project_both, project_block):
             stack.enter_context(patch.object(module, "check_operands", lambda *args, **kwargs: None))
-        for kernel in (*KERNELS, *ELEMENTWISE, *GROUPED):
+        stack.enter_context(patch.object(split_parts, "why_not_parts", lambda out, source: None))
+        for kernel in (*KERNELS, *ELEMENTWISE, *PARTS, *GROUPED):
 
             def record(*args: Any, kernel: Any = kernel, grid: Any, warmup: bool, **options: Any) -> None:
                 launches.append(specialise(kernel, args, options))
@@ -148,6 +152,22 @@ def plan_grouped(m: int, n: int, rank: int, dtype: torch.dtype, basis: torch.dty
             lists = ([member.grad for member in members], *([getattr(m, side) for m in members] for side in SIDES))
             for group in prepare(members, range(len(members))):
                 group.locate(*lists).launch()
+    return distinct(launches)
+
+
+def plan_parts(m: int, n: int, rank: int, target: str) -> list[Launch]:
+    """What stands between library products of a bfloat16 matrix with float32 bases: each side, both, kept, block."""
+    grad = torch.empty(m, n, dtype=torch.bfloat16, device="meta")
+    left, right = (torch.empty(size, rank, device="meta") for size in (m, n))
+    with (
+        recording(TARGETS[target].device) as launches,
+        patch.object(split_products, "_kernels", lambda tensor: split_parts),
+        patch.object(split_products, "_corrects", lambda *args: True),
+    ):
+        for bases in ((left, None), (None, right), (left, right)):
+            split_products.project_split(grad, *bases, grad, False, False, False)
+        for keep_left, block in ((True, False), (False, True)):
+            split_products.project_split(grad, left, right, grad, keep_left, False, block)
     return distinct(launches)
 
 

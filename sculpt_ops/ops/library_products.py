@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .heuristics import stacked
+from .heuristics import left_first, stacked
 from .split_products import can_split, project_split
 
 __all__ = ["Room", "project_cublas", "room_for", "stacked_into"]
@@ -66,12 +66,6 @@ def stacked_into(grad: Tensor, left: Tensor, right: Tensor, out: Tensor, room: R
     _subtract(grad, room.tall, room.flat, out)
 
 
-def _left_first(m: int, n: int, r: int, s: int) -> bool:
-    """Whether Lᵀ G, with the right side applied to it, takes fewer operations than G R with the left side applied, or a
-    few more: the library's products of the first kind are faster (5 % of the whole on an H200, 4096 x 11008)."""
-    return n * r * (m + s) <= 1.1 * m * s * (n + r)
-
-
 def _through_thin(
     grad: Tensor, left: Tensor | None, right: Tensor | None, out: Tensor, keep_left: bool, keep_right: bool, block: bool
 ) -> None:
@@ -82,7 +76,7 @@ def _through_thin(
         assert left is not None
         assert right is not None
         m, n = grad.shape[-2:]
-        keep_left = _left_first(m, n, left.shape[-1], right.shape[-1])
+        keep_left = left_first(m, n, left.shape[-1], right.shape[-1])
         keep_right = True
     if keep_left:
         assert left is not None

@@ -1,27 +1,40 @@
 """A bfloat16 matrix with float32 bases in library products on bfloat16 tensor cores.
 
-The matrix is exact in bfloat16. A thin factor x is two parts, its rounding and what that took: x = h + l to 2^-17. A
-basis L lies as [h, l, h]: the first two thirds give Lᵀ G in one product, whose result C lies as [h; h; l], and the
-whole L C = h h + l h + h l in one more. 2 + 3 products of rank r, where a float32 copy of the matrix takes 2 without
-tensor cores and three more passes over memory: on an H200 at rank 64 that copy took five times as long as a bfloat16
-basis (208 us and 38 us, 4096 x 4096).
+The matrix is exact in bfloat16. A thin factor x is two parts, its rounding and what that took: x = h + l to 2^-17.
+Those of a basis lie beside each other as [h, l, h]: the first two thirds give Lᵀ G in one product, as two halves whose
+sum is the coefficients C. Their parts lie as [h, h, l], and L C = h h + l h + h l is one product more. That is 2 + 3
+products of rank r, where a float32 copy of the matrix takes 2 without tensor cores and three more passes over memory:
+on an H200 at rank 64 that copy took five times as long as a bfloat16 basis (208 us and 38 us, 4096 x 4096).
+
+Between products stands one launch of a Triton kernel (`triton_kernels/split_parts.py`): four launches a side, with
+the parts of the basis first and those of the coefficients after the first product; seven for two sides, at once or one
+after the other; six for two bases of which one is kept, or in the block form, while ranks are small.
 
 The bfloat16 rounding of the coefficient, which the plain expression with a bfloat16 basis makes, would leave 6e-4 of
 the protected part; with two parts less than 2e-5 of the matrix is left before the result itself is rounded.
+
+In the code below the near basis meets the matrix first, and turned says that it is the right one: everything is that of
+a left basis and the transposed matrix. Thin factors are (length, rank), whichever way they lie in memory.
 """
 
 from __future__ import annotations
 
+from functools import cache
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from .heuristics import stacked
+from .. import reference
+from .heuristics import left_first, stacked, triton_missing
 
 __all__ = ["can_split", "project_split"]
 
 # Most r + s of two sides at once. On an H200, 4096 x 11008 and 11008 x 4096, that took 0.94 to 0.97 of the sides' own
 # times at 128, and 1.08 to 1.10 at 256 (bench/results/nvidia-h200-2026-11-26.json).
 AT_ONCE = 128
+# Largest rank of a correction in one kernel, which reads the core and the basis again for every tile; not measured.
+CORRECTED = 128
 
 
 def can_split(grad: Tensor, left: Tensor | None, right: Tensor | None) -> bool:
@@ -34,6 +47,26 @@ def can_split(grad: Tensor, left: Tensor | None, right: Tensor | None) -> bool:
     )
 
 
+@cache
+def _triton_parts() -> Any:
+    """The module of the kernels; None where there is no Triton."""
+    if triton_missing():
+        return None
+    from ..triton_kernels import split_parts
+
+    return split_parts
+
+
+def _kernels(tensor: Tensor) -> Any:
+    """What has `split_parts` and `corrected_parts` for this tensor's device: the kernels or their twins."""
+    return (_triton_parts() if tensor.is_cuda else None) or reference
+
+
+def _corrects(grad: Tensor, r: int, s: int) -> bool:
+    """Whether a correction of coefficients is one kernel: its twin's product may be TF32 on a GPU."""
+    return max(r, s) <= CORRECTED and not (grad.is_cuda and _triton_parts() is None)
+
+
 def _wide_mm(a: Tensor, b: Tensor) -> Tensor:
     """a b of bfloat16 in float32."""
     if a.is_cuda and torch.version.hip is None:
@@ -41,100 +74,113 @@ def _wide_mm(a: Tensor, b: Tensor) -> Tensor:
     return a.float() @ b.float()
 
 
-def _tall(x: Tensor) -> Tensor:
-    """[h, l, h] beside each other."""
-    r = x.shape[1]
-    parts = x.new_empty(x.shape[0], 3 * r, dtype=torch.bfloat16)
-    high = parts[:, :r].copy_(x)
-    parts[:, r : 2 * r].copy_(x - high)
-    parts[:, 2 * r :].copy_(high)
+def _bases(near: Tensor, far: Tensor | None = None) -> list[Tensor]:
+    """[h, l, h] of each, in one launch."""
+    bases = [near] if far is None else [near, far]
+    parts = [basis.new_empty(basis.shape[0], 3 * basis.shape[1], dtype=torch.bfloat16) for basis in bases]
+    _kernels(near).split_parts(parts[0], near, 1, None if far is None else (parts[1], far))
     return parts
 
 
-def _flat(x: Tensor) -> Tensor:
-    """[h; h; l] below each other."""
-    r = x.shape[0]
-    parts = x.new_empty(3 * r, x.shape[1], dtype=torch.bfloat16)
-    high = parts[:r].copy_(x)
-    parts[r : 2 * r].copy_(high)
-    parts[2 * r :].copy_(x - high)
-    return parts
+def _room(grad: Tensor, rank: int, turned: bool) -> Tensor:
+    """For the parts of rank / 3 coefficients of a near basis: (n, rank), (m, rank) of a turned one."""
+    m, n = grad.shape
+    return grad.new_empty(m, rank) if turned else grad.new_empty(rank, n).mT
 
 
-class _Basis:
-    """A basis and its parts."""
+def _coefficients(grad: Tensor, basis: Tensor, rank: int, turned: bool) -> Tensor:
+    """Two halves, whose sum is Gᵀ X, of [h, l] of a basis: (n, 2 rank) float32, (m, 2 rank) of a turned one."""
+    pair = basis[:, : 2 * rank]
+    return _wide_mm(grad, pair) if turned else _wide_mm(pair.mT, grad).mT
 
-    def __init__(self, basis: Tensor) -> None:
-        self.rank = basis.shape[1]
-        self.tall = _tall(basis)
 
-    @property
-    def across(self) -> Tensor:
-        """Its transpose as [h; h; l]: what comes before has [h, l, h]."""
-        r = self.rank
-        return torch.cat([self.tall[:, :r], self.tall[:, :r], self.tall[:, r : 2 * r]], 1).mT
+def _write(grad: Tensor, near: Tensor, coefficients: Tensor, out: Tensor, turned: bool, keeps: bool) -> None:
+    """out = grad - X Cᵀ, or X Cᵀ alone where it keeps."""
+    tall, wide = (coefficients, near.mT) if turned else (near, coefficients.mT)
+    if not keeps:
+        torch.addmm(grad, tall, wide, alpha=-1, out=out)
+    elif out.is_contiguous():
+        torch.mm(tall, wide, out=out)
+    else:
+        out.copy_(torch.mm(tall, wide))
 
-    def of_left(self, grad: Tensor) -> Tensor:
-        """Lᵀ G of a bfloat16 G, float32."""
-        both = _wide_mm(self.tall[:, : 2 * self.rank].mT, grad)
-        return both[: self.rank] + both[self.rank :]
 
-    def of_right(self, grad: Tensor) -> Tensor:
-        """G R of a bfloat16 G, float32."""
-        both = _wide_mm(grad, self.tall[:, : 2 * self.rank])
-        return both[:, : self.rank] + both[:, self.rank :]
+def _one_side(grad: Tensor, basis: Tensor, out: Tensor, turned: bool, keeps: bool) -> None:
+    """One side, of a basis in parts."""
+    rank = basis.shape[1] // 3
+    halves = _coefficients(grad, basis, rank, turned)
+    coefficients = _room(grad, 3 * rank, turned)
+    _kernels(grad).split_parts(coefficients, halves, 2)
+    _write(grad, basis, coefficients, out, turned, keeps)
 
-    def clear_left(self, x: Tensor) -> Tensor:
-        """x - L (Lᵀ x) of a float32 x."""
-        return x - _wide_mm(self.tall, _flat(self.span_left(x)))
 
-    def span_left(self, x: Tensor) -> Tensor:
-        """Lᵀ x of a float32 x: (h + l)ᵀ (h + l) but for l l."""
-        r = self.rank
-        first = torch.cat([self.tall[:, :r], self.tall[:, r : 2 * r], self.tall[:, :r]], 0)
-        return _wide_mm(first.mT, _flat(x))
+def _at_once(grad: Tensor, near: Tensor, far: Tensor, out: Tensor, turned: bool) -> None:
+    """Both sides removed: G - [X, B - X (Xᵀ B)] [Xᵀ G; Yᵀ] with B = G Y.
 
-    def keep_right(self, x: Tensor) -> Tensor:
-        """(x R) Rᵀ of a float32 x."""
-        r = self.rank
-        second = torch.cat([self.tall[:, :r], self.tall[:, :r], self.tall[:, r : 2 * r]], 0)
-        return _wide_mm(_tall(_wide_mm(_tall(x), second)), self.across)
+    X is the shorter basis and B as short, the thin factor that is cleared of what both contain.
+    """
+    r, s = near.shape[1], far.shape[1]
+    kernels = _kernels(grad)
+    tall = grad.new_empty(near.shape[0], 3 * (r + s))
+    wide = _room(grad, 3 * (r + s), turned)
+    of_near, of_far = wide[:, : 3 * r], wide[:, 3 * r :]
+    kernels.split_parts(tall[:, : 3 * r], near, 1, (of_far, far))
+    kernels.split_parts(of_near, _coefficients(grad, tall, r, turned), 2)
+    halves = _coefficients(grad, of_far, s, not turned)
+    core = _wide_mm(of_near[:, r:].mT, of_far[:, : 2 * s])
+    kernels.corrected_parts(tall[:, 3 * r :], halves, near, core)
+    _write(grad, tall, wide, out, turned, False)
+
+
+def _through_thin(
+    grad: Tensor, near: Tensor, far: Tensor, out: Tensor, turned: bool, spanned: bool, keeps: bool
+) -> None:
+    """The near side and, applied to its coefficients alone, the far one.
+
+    spanned: what the far basis spans of the coefficients, not the rest. keeps: that and not what it leaves of grad.
+    """
+    r, s = near.shape[1], far.shape[1]
+    kernels = _kernels(grad)
+    X, Y = _bases(near, far)
+    halves = _coefficients(grad, X, r, turned)
+    coefficients = _room(grad, 3 * r, turned)
+    kernels.split_parts(coefficients, halves, 2)
+    pair = coefficients[:, r:]
+    if _corrects(grad, r, s):
+        core = _wide_mm(Y[:, : 2 * s].mT, pair)
+        kernels.corrected_parts(coefficients, None if spanned else halves, far, core)
+    else:
+        # h h + h l and l h of the core: l l would be a fourth product.
+        core = _wide_mm(pair.mT, Y[:, :s])
+        core = core[:r] + core[r:] + _wide_mm(coefficients[:, :r].mT, Y[:, s : 2 * s])
+        kernels.split_parts(parts := grad.new_empty(r, 3 * s), core, 2)
+        inside = _wide_mm(Y, parts.mT) if turned else _wide_mm(parts, Y.mT).mT
+        kernels.split_parts(coefficients, inside if spanned else halves[:, :r] + halves[:, r:] - inside, 2)
+    _write(grad, X, coefficients, out, turned, keeps)
 
 
 def project_split(
     grad: Tensor, left: Tensor | None, right: Tensor | None, out: Tensor, keep_left: bool, keep_right: bool, block: bool
 ) -> None:
     """Write the projection of what `can_split` takes into out, which may be grad itself."""
-    L, R = (None if basis is None else _Basis(basis) for basis in (left, right))
     m, n = grad.shape
-    if L is not None and R is not None and not (keep_left or keep_right or block):
-        if L.rank + R.rank > AT_ONCE or not stacked(m, n, 3 * L.rank, 3 * R.rank, grad.dtype):
-            project_split(grad, left, None, out, False, False, False)
-            project_split(out, None, right, out, False, False, False)
-            return
-        wide, tall = L.of_left(grad), R.of_right(grad)
-        # One of the thin factors is cleared of what both contain: the shorter one.
-        if m <= n:
-            tall = L.clear_left(tall)
-        else:
-            wide = wide - R.keep_right(wide)
-        factors = torch.cat([L.tall, _tall(tall)], 1), torch.cat([_flat(wide), R.across], 0)
-    elif L is not None and (R is None or keep_left or block):
-        wide = L.of_left(grad)
-        if R is not None:
-            spanned = R.keep_right(wide)
-            wide = spanned if keep_right or block else wide - spanned
-        factors = L.tall, _flat(wide)
+    if left is None or right is None:
+        basis, keep = (right, keep_right) if left is None else (left, keep_left)
+        assert basis is not None
+        (parts,) = _bases(basis)
+        _one_side(grad, parts, out, left is None, keep and not block)
+        return
+    r, s = left.shape[1], right.shape[1]
+    if keep_left or keep_right or block:
+        both = block or (keep_left and keep_right)
+        turned = not (left_first(m, n, r, s) if both else keep_left)
+        near, far = (right, left) if turned else (left, right)
+        _through_thin(grad, near, far, out, turned, spanned=both, keeps=not block)
+    elif r + s <= AT_ONCE and _corrects(grad, r, s) and stacked(m, n, 3 * r, 3 * s, grad.dtype):
+        turned = m > n
+        near, far = (right, left) if turned else (left, right)
+        _at_once(grad, near, far, out, turned)
     else:
-        assert R is not None
-        tall = R.of_right(grad)
-        if L is not None:
-            tall = L.clear_left(tall)
-        factors = _tall(tall), R.across
-    keeps = not block and ((keep_left and L is not None) or (keep_right and R is not None))
-    if not keeps:
-        torch.addmm(grad, *factors, alpha=-1, out=out)
-    elif out.is_contiguous():
-        torch.mm(*factors, out=out)
-    else:
-        out.copy_(torch.mm(*factors))
+        L, R = _bases(left, right)
+        _one_side(grad, L, out, False, False)
+        _one_side(out, R, out, True, False)

@@ -5,13 +5,17 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils.flop_counter import FlopCounterMode
 
 from sculpt_ops import reference
-from sculpt_ops.ops import cuda_limits, foreach_cuda, variants
+from sculpt_ops.ops import cuda_limits, foreach_cuda, split_products, variants
 from sculpt_ops.ops.heuristics import forced_backend
 from sculpt_ops.ops.library_products import project_cublas, stacked_into
 from sculpt_ops.ops.split_products import can_split, project_split
@@ -45,7 +49,7 @@ def test_library_products_of_a_half_matrix_with_a_float32_basis_and_of_one_side(
 
 @pytest.mark.parametrize("flags", REMOVE_AND_KEEP, ids=lambda f: "+".join(f) or "remove")
 @pytest.mark.parametrize("dtypes", [(torch.float32, torch.float32), (torch.float32, torch.bfloat16)], ids=str)
-@pytest.mark.parametrize(("m", "n", "r", "s"), [(31, 45, 6, 9), (45, 31, 20, 25), (200, 300, 8, 8)])
+@pytest.mark.parametrize(("m", "n", "r", "s"), [(31, 45, 6, 9), (45, 31, 20, 25), (200, 300, 8, 8), (300, 200, 140, 9)])
 def test_parts_of_float32_bases(
     m: int, n: int, r: int, s: int, dtypes: tuple[torch.dtype, torch.dtype], flags: dict[str, bool]
 ) -> None:
@@ -67,6 +71,60 @@ def test_parts_of_float32_bases(
             in_place = grad.clone()
             project_split(in_place, a, b, in_place, **full)
             assert torch.equal(in_place, out)
+
+
+class Launches(TorchDispatchMode):
+    """Names of what a GPU would launch: all but views and allocations, and what `named` takes for one launch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        if not func.is_view and name not in ("empty", "new_empty"):
+            self.names.append(name)
+        return func(*args, **(kwargs or {}))
+
+    def named(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*args: Any) -> Any:
+            self.names.append(name)
+            with _disable_current_modes():
+                return function(*args)
+
+        return run
+
+
+@pytest.mark.parametrize(("m", "n"), [(200, 300), (300, 200)])
+@pytest.mark.parametrize(
+    ("r", "s", "flags", "wanted"),
+    [
+        (8, None, {}, "split_parts product split_parts addmm"),
+        (None, 8, {}, "split_parts product split_parts addmm"),
+        (8, None, {"keep_left": True}, "split_parts product split_parts mm"),
+        (8, 16, {}, "split_parts product split_parts product product corrected_parts addmm"),
+        (80, 60, {}, "split_parts product split_parts addmm product split_parts addmm"),
+        (8, 16, {"block": True}, "split_parts product split_parts product corrected_parts addmm"),
+        (8, 16, {"keep_left": True}, "split_parts product split_parts product corrected_parts mm"),
+        (8, 16, {"keep_right": True}, "split_parts product split_parts product corrected_parts mm"),
+        (8, 16, {"keep_left": True, "keep_right": True}, "split_parts product split_parts product corrected_parts mm"),
+    ],
+)
+def test_the_launches_of_parts(
+    m: int, n: int, r: int | None, s: int | None, flags: dict[str, bool], wanted: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where there is Triton; its kernels' twins stand for them."""
+    launches = Launches()
+    kernels = {name: launches.named(name, getattr(reference, name)) for name in ("split_parts", "corrected_parts")}
+    monkeypatch.setattr(split_products, "_kernels", lambda tensor: SimpleNamespace(**kernels))
+    monkeypatch.setattr(split_products, "_wide_mm", launches.named("product", split_products._wide_mm))
+    grad = gaussian(m, n, dtype=torch.bfloat16)
+    left = None if r is None else orthonormal(m, r, torch.float32)
+    right = None if s is None else orthonormal(n, s, torch.float32)
+    full = {"keep_left": False, "keep_right": False, "block": False, **flags}
+    with launches:
+        project_split(grad, left, right, grad, **full)
+    assert launches.names == wanted.split()
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -217,7 +275,7 @@ def test_a_list_without_triton_goes_one_by_one(monkeypatch: pytest.MonkeyPatch) 
 _INTERPRETED = """
 import torch
 from sculpt_ops import reference
-from sculpt_ops.ops import cuda_limits, foreach_cuda, variants
+from sculpt_ops.ops import cuda_limits, foreach_cuda, split_products, variants
 torch.manual_seed(0)
 def basis(*shape): return torch.linalg.qr(torch.randn(*shape))[0]
 for batch in ((), (3,), (2, 2)):

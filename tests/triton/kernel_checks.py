@@ -53,12 +53,15 @@ def from_bfloat16_bits(bits: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
 
 @pytest.fixture(autouse=True, scope="module")
 def _bfloat16_interpreter() -> Iterator[None]:
-    """The interpreter multiplies the bits of bfloat16 as integers and truncates where a GPU rounds to nearest even."""
+    """The interpreter multiplies the bits of bfloat16 as integers, truncates where a GPU rounds to nearest even, and
+    takes subnormals for zeros."""
     convert = interpreter._convert_float
 
     def rounded(values: Any, source: Any, target: Any, mode: Any) -> Any:
         if source == interpreter.tl.float32 and target == interpreter.tl.bfloat16:
             return bfloat16_bits(values)
+        if source == interpreter.tl.bfloat16 and target == interpreter.tl.float32:
+            return from_bfloat16_bits(values).view(np.uint32)
         return convert(values, source, target, mode)
 
     def dot(self: Any, a: Any, b: Any, d: Any, input_precision: Any, max_num_imprecise_acc: Any) -> Any:

@@ -19,16 +19,18 @@ from triton_binaries import (
     ELEMENTWISE,
     GROUPED,
     KERNELS,
+    PARTS,
     TARGETS,
     Binary,
     Launch,
     compiled,
     plan,
     plan_grouped,
+    plan_parts,
     recording,
 )
 
-from sculpt_ops.triton_kernels import launch, philox, rounding
+from sculpt_ops.triton_kernels import launch, philox, rounding, split_parts
 from sculpt_ops.triton_kernels.panels import max_rank
 
 pytestmark = pytest.mark.skipif(launch.INTERPRET, reason="TRITON_INTERPRET is set: nothing is compiled")
@@ -126,6 +128,22 @@ def test_rounding_compiles(target: str, n: int) -> None:
         assert not re.findall(r"tt\.addptr.*(?:xi32>|, i32) loc", assert_fits(entry, target, spill_bytes=0).ir)
 
 
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize(("m", "n", "rank"), [(4096, 11008, 64), (11008, 4096, 16), (199, 1127, 33)])
+def test_parts_compile_without_spills(m: int, n: int, rank: int, target: str) -> None:
+    launches = plan_parts(m, n, rank, target)
+    assert {entry.kernel for entry in launches} == set(PARTS)
+    for entry in launches:
+        binary = assert_fits(entry, target, spill_bytes=0)
+        assert not re.findall(r"tt\.addptr.*(?:xi32>|, i32) loc", binary.ir), entry
+        # The twin keeps subnormal numbers.
+        assert ".ftz" not in binary.assembly
+        if target.startswith("sm") and rank % 16 == 0:
+            assert "v4" in binary.assembly, entry
+        if target == "sm_90" and entry.kernel is split_parts.corrected_parts_kernel:
+            assert re.search(r"(?:wgmma\.mma_async|mma\.sync)\S*bf16", binary.assembly)
+
+
 @pytest.mark.parametrize(("target", "dtype", "basis"), [*PAIRS, ("sm_80", BF16, F32), ("sm_80", F16, F16)])
 def test_grouped_launches_of_the_largest_rank_compile_without_spills(
     target: str, dtype: torch.dtype, basis: torch.dtype
@@ -157,5 +175,5 @@ def test_the_documented_table_names_every_kernel() -> None:
     text = (Path(__file__).parents[2] / "docs" / "kernels.md").read_text()
     table = text.partition("<!-- kernel table")[2].partition("<!-- end")[0]
     assert all(target in table for target in TARGETS)
-    for kernel in (*KERNELS, *GROUPED, *ELEMENTWISE):
+    for kernel in (*KERNELS, *GROUPED, *ELEMENTWISE, *PARTS):
         assert f"| `{kernel.__name__.removesuffix('_kernel')}` |" in table

@@ -13,7 +13,7 @@ import torch
 
 pytest.importorskip("triton")
 
-CHECKS = ("kernel_checks.py", "grouped_checks.py")
+CHECKS = ("kernel_checks.py", "grouped_checks.py", "parts_checks.py")
 
 
 def release(distribution: str) -> tuple[int, int]:
