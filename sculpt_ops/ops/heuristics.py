@@ -11,9 +11,21 @@ from typing import Literal, NamedTuple
 import torch
 
 from .._host import choose as _choose
+from .._host import left_first
 from .._host import stacked as _stacked
 
-__all__ = ["BACKENDS", "H100", "Backend", "Gpu", "choose", "forced_backend", "gpu_of", "stacked", "triton_missing"]
+__all__ = [
+    "BACKENDS",
+    "H100",
+    "Backend",
+    "Gpu",
+    "choose",
+    "forced_backend",
+    "gpu_of",
+    "left_first",
+    "stacked",
+    "triton_missing",
+]
 
 Backend = Literal["cublas", "triton", "cuda"]
 BACKENDS: tuple[Backend, ...] = ("cublas", "triton", "cuda")
