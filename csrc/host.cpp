@@ -127,6 +127,8 @@ PYBIND11_MODULE(_host, m) {
         "The variant, cublas, triton or cuda, for batch matrices m x n with bases of ranks r and s (0: no basis).");
   m.def("stacked", &stacked, arg("m"), arg("n"), arg("r"), arg("s"), arg("dtype"),
         "Whether library products take both sides at once and not one after the other.");
+  m.def("left_first", &sculpt::left_first, arg("m"), arg("n"), arg("r"), arg("s"),
+        "Whether the left basis meets the matrix, and the right one their thin product, where one of them is enough.");
   m.def("swizzled", &swizzled, arg("width"), arg("row"), arg("column"),
         "Where an element of rows of 16-bit numbers lies in shared memory for a product of a warpgroup.");
   m.def("side_panels", &side_panels, arg("length"), arg("extent"), arg("r"), arg("split"), arg("multiprocessors"),

@@ -13,6 +13,11 @@ STABLE_TORCH_LIBRARY(sculpt, m) {
   m.def(
       "foreach_project_(Tensor(a!)[] grads, Tensor?[] lefts, Tensor?[] rights, *, bool[] keep_lefts=[], "
       "bool[] keep_rights=[], bool block=False) -> ()");
+  // Private: library products of single matrices, each with bases of its own dtype; one dimension stands for no basis,
+  // forms for its flags (csrc/linalg/project_products.cpp). Checks nothing.
+  m.def(
+      "_foreach_project_products_(Tensor[] grads, Tensor[] lefts, Tensor[] rights, Tensor(a!)[] outs, int[] forms) "
+      "-> ()");
   m.def(
       "restore_(Tensor(a!) weight, Tensor? left, Tensor? left_image, Tensor? right, Tensor? right_image, *, "
       "Tensor? core=None, Tensor? reference=None, bool keep_left=False, bool keep_right=False, bool block=False) "

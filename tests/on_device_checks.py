@@ -99,6 +99,28 @@ def test_foreach_project_of_remove_and_keep(dtype: torch.dtype, backend: str) ->
         assert_close(out, grad, left, None)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
+@pytest.mark.parametrize("flags", FLAGS.values(), ids=FLAGS)
+def test_library_products_of_a_list_have_the_bits_of_each_alone(
+    dtype: torch.dtype, flags: dict[str, bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SCULPT_BACKEND", "cublas")
+    sizes = [(128, 320, 16, 32), (320, 128, 48, 16), (512, 384, 200, 100), (70, 45, 7, 5), (512, 1024, 0, 64)]
+    grads = [gaussian(m, n, dtype=dtype, seed=i) for i, (m, n, _, _) in enumerate(sizes)]
+    grads[1] = grads[1].mT.contiguous().mT
+    lefts: list[Tensor | None] = [orthonormal(m, r, dtype) for m, _, r, _ in sizes]
+    rights: list[Tensor | None] = [orthonormal(n, s, dtype, 2) for _, n, _, s in sizes]
+    if not flags:
+        grads, lefts, rights = grads * 3, [*lefts, *lefts, *[None] * 5], [*rights, *[None] * 5, *rights]
+    keeps = {f"{name}s": [True] * len(grads) for name in flags if name != "block"}
+    outs = [torch.empty_strided(g.shape, g.stride(), dtype=dtype, device=DEVICE).copy_(g) for g in grads]
+    sculpt_ops.foreach_project_(outs, lefts, rights, **keeps, block="block" in flags)
+    for out, grad, left, right in zip(outs, grads, lefts, rights, strict=True):
+        alone = torch.empty_strided(grad.shape, grad.stride(), dtype=dtype, device=DEVICE).copy_(grad)
+        assert torch.equal(out, sculpt_ops.project_(alone, left, right, **flags))
+        assert_close(out, grad, left, right, **flags)
+
+
 def test_float32_bases_views_and_batches(backend: str) -> None:
     grad = gaussian(2, 130, 400, dtype=torch.bfloat16)[:, :, 40:360]
     left, right = orthonormal(130, 16), orthonormal(320, 32, seed=2)

@@ -27,15 +27,15 @@ def held(key: Hashable, make: Callable[[], T], device: torch.device) -> T:
     capturing = is_capturing(device)
     # The copy to the device is ordered on its stream alone.
     key = (key, device, torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0)
-    value: T | None = _tables.get(key)
+    # Taken out and put in again, as the latest: comparing the key of a model's list takes longer than all else here.
+    value: T | None = _tables.pop(key, None)
+    made = value is None
     if value is None:
         value = make()
-        if not capturing:
-            _tables[key] = value
-            while len(_tables) > TABLES:
-                _tables.popitem(last=False)
-    else:
-        _tables.move_to_end(key)
+    if not (made and capturing):
+        _tables[key] = value
+        while len(_tables) > TABLES:
+            _tables.popitem(last=False)
     if capturing:
         _captured[id(value)] = value
     return value

@@ -1,4 +1,5 @@
-"""``foreach_project_`` on a GPU: what suits the grouped Triton kernels in at most four launches, the rest one by one.
+"""``foreach_project_`` on a GPU: what suits the grouped Triton kernels in at most four launches, library products of
+single matrices in one call, the rest one by one.
 
 A list of the same shapes, ranks and flags is checked and planned once, its addresses each time they move: at 224
 matrices the checks alone take longer than the launches.
@@ -7,7 +8,7 @@ matrices the checks alone take longer than the launches.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,19 +17,20 @@ from torch import Tensor
 from ..triton_kernels.tables import held
 from .checks import check_foreach, check_foreach_apart, check_written
 from .heuristics import Backend, choose, forced_backend, gpu_of, triton_missing
-from .library_products import Room, project_cublas
+from .library_products import form_of, is_product, project_cublas, project_products
 from .variants import backend_of, project_into
 
-__all__ = ["Call", "check_apart_quickly", "foreach_into", "plan_call"]
+__all__ = ["Call", "foreach_into", "meet", "plan_call"]
 
 OP = "foreach_project_"
 
 
 class Call(NamedTuple):
-    """groups: of the grouped kernels. single: positions that they do not take, and what takes them. lengths: bytes that
-    each grad, then each basis, spans."""
+    """groups: of the grouped kernels. products: positions of library products, and their forms. single: positions of
+    what neither takes, and what takes them. lengths: bytes that each grad, then each basis, spans."""
 
     groups: tuple[Any, ...]
+    products: tuple[Sequence[int], Sequence[int]]
     single: tuple[tuple[int, Backend], ...]
     lengths: np.ndarray[Any, Any]
 
@@ -54,27 +56,35 @@ def plan_call(
     for i, grad in enumerate(grads):
         check_written(OP, f"grads[{i}]", grad)
 
-    def one_by_one(positions: Iterable[int]) -> tuple[tuple[int, Backend], ...]:
-        """Without those that have nothing to do. What is chosen is found once: it takes as long as two launches."""
-        return tuple(
+    def flags(i: int) -> tuple[bool, bool, bool]:
+        return bool(keep_lefts) and keep_lefts[i], bool(keep_rights) and keep_rights[i], block
+
+    def finish(groups: Sequence[Any], grouped: set[int]) -> Call:
+        """With what is left beside groups and has anything to do. What is chosen is found once: it takes as long as two
+        launches."""
+        rest = [
             (i, forced or backend_of(grads[i], lefts[i], rights[i]))
-            for i in positions
-            if grads[i].numel() and not (lefts[i] is None and rights[i] is None)
+            for i in range(len(grads))
+            if i not in grouped and grads[i].numel() and not (lefts[i] is None and rights[i] is None)
+        ]
+        products = [i for i, backend in rest if backend == "cublas" and is_product(grads[i], lefts[i], rights[i])]
+        listed = set(products)
+        return Call(
+            tuple(groups),
+            (products, [form_of(*flags(i)) for i in products]),
+            tuple((i, backend) for i, backend in rest if i not in listed),
+            np.array(
+                [_length(tensor) for tensors in (grads, lefts, rights) for tensor in tensors if tensor is not None]
+            ),
         )
 
-    everything = range(len(grads))
-    lengths = np.array(
-        [_length(tensor) for tensors in (grads, lefts, rights) for tensor in tensors if tensor is not None]
-    )
     if forced not in (None, "triton") or triton_missing():
-        return Call((), one_by_one(everything), lengths)
+        return finish((), set())
     from ..triton_kernels.grouped_launch import Member, prepare, why_not_group
 
     alike: defaultdict[Any, list[tuple[int, Member]]] = defaultdict(list)
     for i, (grad, left, right) in enumerate(zip(grads, lefts, rights, strict=True)):
-        keep_left = bool(keep_lefts) and keep_lefts[i]
-        keep_right = bool(keep_rights) and keep_rights[i]
-        member = Member(grad, left, right, keep_left, keep_right, block)
+        member = Member(grad, left, right, *flags(i))
         if why_not_group(member) is None:
             alike[grad.device, grad.dtype, member.basis_dtype()].append((i, member))
     groups, grouped = [], set()
@@ -97,24 +107,23 @@ def plan_call(
         if len(taken) > 1:
             groups += prepare([member for _, member in taken], [i for i, _ in taken])
             grouped |= {i for i, _ in taken}
-    return Call(tuple(groups), one_by_one(i for i in everything if i not in grouped), lengths)
+    return finish(groups, grouped)
 
 
-def check_apart_quickly(
-    grads: Sequence[Tensor],
-    lefts: Sequence[Tensor | None],
-    rights: Sequence[Tensor | None],
-    lengths: np.ndarray[Any, Any],
-) -> None:
-    """`check_foreach_apart`, asked only where spans of memory meet at all; bases may be shared."""
-    addresses = [t.data_ptr() for tensors in (grads, lefts, rights) for t in tensors if t is not None]
+def meet(written: int, addresses: Sequence[int], lengths: np.ndarray[Any, Any]) -> bool:
+    """Whether spans of memory meet of which one is among the first, `written` ones."""
     begins = np.array(addresses, np.int64)
-    spans = np.stack([begins, begins + lengths], 1)
-    spans = np.concatenate([spans[: len(grads)], np.unique(spans[len(grads) :], axis=0)])
-    spans = spans[spans[:, 1] > spans[:, 0]]
-    spans = spans[np.argsort(spans[:, 0], kind="stable")]
-    if (spans[:-1, 1] > spans[1:, 0]).any():
-        check_foreach_apart(OP, grads, lefts, rights)
+    ends = begins + lengths
+    some = lengths > 0
+    order = begins[:written].argsort(kind="stable")
+    order = order[some[order]]
+    first, last = begins[order], ends[order]
+    if (last[:-1] > first[1:]).any():
+        return True
+    bases = written + some[written:].nonzero()[0]
+    # The last of the written spans that begin before a basis ends is also the one that ends last.
+    before = first.searchsorted(ends[bases])
+    return bool((np.concatenate([[0], last])[before] > begins[bases]).any())
 
 
 def foreach_into(
@@ -138,23 +147,28 @@ def foreach_into(
         tuple([t.get_device() for t in given]),
         (tuple(keep_lefts), tuple(keep_rights), block, forced),
     )
+    addresses = tuple([t.data_ptr() for t in given])
     device = grads[0].device
 
     def locate() -> Call:
         call: Call = held(
             layout, lambda: plan_call(grads, lefts, rights, keep_lefts, keep_rights, block, forced), device
         )
-        check_apart_quickly(grads, lefts, rights, call.lengths)
+        if meet(len(grads), addresses, call.lengths):
+            check_foreach_apart(OP, grads, lefts, rights)
         return call._replace(groups=tuple(group.locate(grads, lefts, rights) for group in call.groups))
 
-    call: Call = held((layout, tuple([t.data_ptr() for t in given])), locate, device)
+    call: Call = held((layout, addresses), locate, device)
     for group in call.groups:
         group.launch()
-    rooms: dict[Any, Room] = {}
+    places, forms = call.products
+    if places:
+        listed = [grads[i] for i in places]
+        project_products(listed, [lefts[i] for i in places], [rights[i] for i in places], listed, forms)
     for i, backend in call.single:
         keep_left = bool(keep_lefts) and keep_lefts[i]
         keep_right = bool(keep_rights) and keep_rights[i]
         if backend == "cublas":
-            project_cublas(grads[i], lefts[i], rights[i], grads[i], keep_left, keep_right, block, rooms)
+            project_cublas(grads[i], lefts[i], rights[i], grads[i], keep_left, keep_right, block)
         else:
             project_into(grads[i], lefts[i], rights[i], grads[i], keep_left, keep_right, block, OP)

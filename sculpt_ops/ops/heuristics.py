@@ -11,6 +11,7 @@ from typing import Literal, NamedTuple
 import torch
 
 from .._host import choose as _choose
+from .._host import left_first
 from .._host import stacked as _stacked
 
 __all__ = [
@@ -96,12 +97,6 @@ def choose(
 def stacked(m: int, n: int, r: int, s: int, dtype: torch.dtype) -> bool:
     """Whether library products remove both sides at once and not one after the other."""
     return _stacked(m, n, r, s, str(dtype).removeprefix("torch."))
-
-
-def left_first(m: int, n: int, r: int, s: int) -> bool:
-    """Whether Lᵀ G, with the right side applied to it, takes fewer operations than G R with the left side applied, or a
-    few more: the library's products of the first kind are faster (5 % of the whole on an H200, 4096 x 11008)."""
-    return n * r * (m + s) <= 1.1 * m * s * (n + r)
 
 
 def forced_backend() -> Backend | None:

@@ -1,69 +1,55 @@
 """The projections in library products: the path of a GPU where arithmetic is the limit, and of what no kernel takes.
 
-A kept side goes first, so that the other one is applied to its thin factor and not to the matrix. Two sides that are
-removed go together (:func:`stacked_into`) where that is calculated to be faster.
+Single matrices with bases of their own dtype go through the C++ op, a list of them in one call
+(csrc/linalg/project_products.cpp). Here are batches, which take the two sides one after the other, and bases of another
+dtype. A kept side goes first, so that the other one is applied to its thin factor and not to the matrix.
 
 Tested on the CPU too, where the formulas are the same.
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from .heuristics import left_first, stacked
+from .heuristics import left_first
+from .library import LIBRARY  # noqa: F401  (the op exists once the library is loaded)
 from .split_products import can_split, project_split
 
-__all__ = ["Room", "project_cublas", "room_for", "stacked_into"]
+__all__ = ["form_of", "is_product", "project_cublas", "project_products"]
+
+_PRODUCTS = torch.ops.sculpt._foreach_project_products_.default
+_NO_BASIS = torch.empty(0, device="cpu")
+
+
+def is_product(grad: Tensor, left: Tensor | None, right: Tensor | None) -> bool:
+    """Whether :func:`project_products` takes it: one matrix, bases of its dtype."""
+    dtype = grad.dtype
+    return grad.dim() == 2 and (left is None or left.dtype is dtype) and (right is None or right.dtype is dtype)
+
+
+def form_of(keep_left: bool, keep_right: bool, block: bool) -> int:
+    """The flags of one matrix as :func:`project_products` takes them."""
+    return keep_left + 2 * keep_right + 4 * block
+
+
+def project_products(
+    grads: Sequence[Tensor],
+    lefts: Sequence[Tensor | None],
+    rights: Sequence[Tensor | None],
+    outs: Sequence[Tensor],
+    forms: Sequence[int],
+) -> None:
+    """Write the projections of matrices, checked, that `is_product` takes into outs, which may be grads."""
+    bases = [[_NO_BASIS if basis is None else basis for basis in side] for side in (lefts, rights)]
+    _PRODUCTS(grads, *bases, outs, forms)
 
 
 def _subtract(source: Tensor, thin: Tensor, wide: Tensor, out: Tensor) -> None:
-    """out = source - thin wide; one read and one write of a matrix."""
-    if out.dim() == 2:
-        torch.addmm(source, thin, wide, alpha=-1, out=out)
-    else:
-        torch.sub(source, thin @ wide, out=out)
-
-
-class Room(NamedTuple):
-    """The stacked factors [L, X] and [Y; Rᵀ] and views of their parts."""
-
-    tall: Tensor
-    left: Tensor
-    of_right: Tensor
-    flat: Tensor
-    of_left: Tensor
-    right: Tensor
-
-
-def room_for(grad: Tensor, r: int, s: int) -> Room:
-    m, n = grad.shape
-    tall, flat = grad.new_empty(m, r + s), grad.new_empty(r + s, n)
-    return Room(tall, tall[:, :r], tall[:, r:], flat, flat[:r], flat[r:])
-
-
-def stacked_into(grad: Tensor, left: Tensor, right: Tensor, out: Tensor, room: Room | None = None) -> None:
-    """Both sides removed from one (m, n) matrix: G - [L, B - L (Lᵀ B)] [Lᵀ G; Rᵀ] with B = G R.
-
-    Reads G for each thin product, the second time from L2 as far as G fits (the 33 MB of a 4096 x 4096 in bf16 do in an
-    H100's 50 MB), and reads and writes it once: 4 m n elements instead of the 6 m n of one side after the other, for
-    4 min(m, n) r s operations more. room: `room_for` a matrix and ranks like these, for more than one; else made.
-    """
-    m, n = grad.shape
-    room = room or room_for(grad, left.shape[-1], right.shape[-1])
-    left_t, right_t = left.mT, right.mT
-    torch.mm(left_t, grad, out=room.of_left)
-    torch.mm(grad, right, out=room.of_right)
-    # One of the thin factors is cleared of what both contain: the shorter one.
-    if m <= n:
-        _subtract(room.of_right, left, left_t @ room.of_right, room.of_right)
-    else:
-        _subtract(room.of_left, room.of_left @ right, right_t, room.of_left)
-    room.left.copy_(left)
-    room.right.copy_(right_t)
-    _subtract(grad, room.tall, room.flat, out)
+    """out = source - thin wide."""
+    torch.sub(source, thin @ wide, out=out)
 
 
 def _through_thin(
@@ -97,20 +83,16 @@ def _through_thin(
 
 
 def project_cublas(
-    grad: Tensor,
-    left: Tensor | None,
-    right: Tensor | None,
-    out: Tensor,
-    keep_left: bool,
-    keep_right: bool,
-    block: bool,
-    rooms: dict[Any, Room] | None = None,
+    grad: Tensor, left: Tensor | None, right: Tensor | None, out: Tensor, keep_left: bool, keep_right: bool, block: bool
 ) -> None:
     """Write the projection of grad into out, which may be grad itself.
 
     A bfloat16 matrix with float32 bases goes through bfloat16 parts of them, another half-precision one through a
-    float32 copy. rooms: those of other matrices of the same call; filled.
+    float32 copy.
     """
+    if is_product(grad, left, right):
+        project_products([grad], [left], [right], [out], [form_of(keep_left, keep_right, block)])
+        return
     if can_split(grad, left, right):
         project_split(grad, left, right, out, keep_left, keep_right, block)
         return
@@ -123,18 +105,6 @@ def project_cublas(
     if keep_left or keep_right or block:
         _through_thin(grad, left, right, out, keep_left, keep_right, block)
         return
-    if left is not None and right is not None and grad.dim() == left.dim() == right.dim() == 2:
-        m, n = grad.shape
-        if stacked(m, n, left.shape[-1], right.shape[-1], grad.dtype):
-            r, s = left.shape[-1], right.shape[-1]
-            key = (m, n, r, s, grad.dtype, grad.device)
-            room = None if rooms is None else rooms.get(key)
-            if room is None:
-                room = room_for(grad, r, s)
-                if rooms is not None:
-                    rooms[key] = room
-            stacked_into(grad, left, right, out, room)
-            return
     source = grad
     if left is not None:
         _subtract(source, left, left.mT @ source, out)

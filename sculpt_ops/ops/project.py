@@ -234,7 +234,8 @@ def _foreach_autograd_(
     if not (grads and grads[0].is_cuda):  # The CUDA kernel checks by itself, once a list and not once a call.
         check_foreach("foreach_project_", grads, lefts, rights, keep_lefts, keep_rights, block)
     refuse_forward_mode("foreach_project_", *grads, *lefts, *rights)
-    if torch.is_grad_enabled():
+    # Asked of all at once first: a name for each takes several times as long.
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for ts in (grads, lefts, rights) for t in ts):
         for i, (grad, left, right) in enumerate(zip(grads, lefts, rights, strict=True)):
             _refuse_basis_grad("foreach_project_", **{f"lefts[{i}]": left, f"rights[{i}]": right})
             if grad.requires_grad:
