@@ -17,8 +17,8 @@ struct SideEntry {
   int r;
   bool keep;
 };
-// `sculpt_ops/ops/side_lists.py` makes room for these.
-static_assert(sizeof(SideEntry) == 192);
+// As much as `sculpt_ops/ops/side_lists.py` makes room for; CUDA 12 and 13 align the boxes differently.
+static_assert(sizeof(SideEntry) <= 256);
 
 // G -= U (Uᵀ G), with `right` G -= (G U) Uᵀ, with `keep` what is subtracted there: G bfloat16 (m x n), U (m x r or n x r)
 // bfloat16, or float32 if `split`; both contiguous, aligned to 16 bytes, n a multiple of 8. `plan` is `side_panels` of

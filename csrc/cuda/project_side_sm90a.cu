@@ -34,8 +34,9 @@
 namespace sculpt {
 namespace {
 
-constexpr int kGroup = 128;     // threads of a warpgroup
-constexpr int kCorrectors = 2;  // warpgroups, which share a panel's tiles
+constexpr int kGroup = 128;  // threads of a warpgroup
+// Warpgroups that share a panel's tiles: with two of them correcting took longest of all steps on an H200.
+constexpr int kCorrectors = 4, kCorrectorWarps = 4 * kCorrectors;
 // Warpgroups: load and store, multiply, add, correct.
 constexpr int kThreads = (3 + kCorrectors) * kGroup;
 // Barriers of threads: of those that add, and of all that use the basis.
@@ -49,9 +50,9 @@ __device__ uint32_t packed(float x, float y) {
 // What rounding to bfloat16 took from x.
 __device__ float rest_of(float x) { return x - __bfloat162float(__float2bfloat16_rn(x)); }
 
-// How a block's shared memory is divided.
+// How a block's shared memory is divided. box: rows of a panel's length that are copied at a time.
 struct Sizes {
-  int rows, blocks, owned, slots, stages;
+  int rows, blocks, owned, slots, stages, box;
 };
 
 // A ring of barriers, used one after the other: which one, and in which phase it is.
@@ -75,37 +76,40 @@ struct Side {
   const SideEntry& entry;
   const Sizes& size;
   unsigned char* memory;
-  uint32_t base;  // its address; all others are addresses in it
+  // Addresses in shared memory: of it, of U's parts, of the stages, of the barriers.
+  uint32_t base, high, low, stage_at, barriers;
   int own, tiles;  // of this block; tiles: that lie in G, at least in part
   int64_t first;   // of the panel's length, what this block holds from there on
 
-  __device__ uint32_t slot(int at) const { return base + at * size.rows * kSlotRow; }
-  __device__ uint32_t high() const { return slot(size.slots); }
-  __device__ uint32_t low() const { return high() + size.rows * RANKS * 2; }
-  // Of a stage: factors, high and then low, a row for each rank; all blocks' parts of what this one owns.
-  __device__ uint32_t factors(int stage) const {
-    return high() + size.rows * RANKS * (SPLIT ? 4 : 2) + stage * 8 * kCoefficients;
+  __device__ Side(const SideEntry& entry, const Sizes& size, unsigned char* memory, int own)
+      : entry(entry), size(size), memory(memory), own(own), first(static_cast<int64_t>(own) * size.rows) {
+    base = shared_address(memory);
+    high = base + size.slots * size.rows * kSlotRow, low = high + size.rows * RANKS * 2;
+    stage_at = SPLIT ? low + size.rows * RANKS * 2 : low, barriers = stage_at + size.stages * 8 * kCoefficients;
+    const int64_t left = (RIGHT ? entry.n : entry.m) - first;
+    tiles = static_cast<int>((min(max(left, int64_t(1)), static_cast<int64_t>(size.rows)) + kTile - 1) / kTile);
   }
+
+  __device__ uint32_t slot(int at) const { return base + at * size.rows * kSlotRow; }
+  // Of a stage: factors, high and then low, a row for each rank; all blocks' parts of what this one owns.
+  __device__ uint32_t factors(int stage) const { return stage_at + stage * 8 * kCoefficients; }
   __device__ uint32_t parts(int stage) const { return factors(stage) + 4 * kCoefficients; }
   // Barriers of slots: the panel is there, is corrected, has been stored. Of stages: all parts are there; all factors are;
   // they have been used.
-  __device__ uint32_t barrier(int slots_before, int stages_before, int at) const {
-    return factors(size.stages) + 8 * (slots_before * size.slots + stages_before * size.stages + at);
-  }
-  __device__ uint32_t full(int at) const { return barrier(0, 0, at); }
-  __device__ uint32_t corrected(int at) const { return barrier(1, 0, at); }
-  __device__ uint32_t empty(int at) const { return barrier(2, 0, at); }
-  __device__ uint32_t parts_full(int stage) const { return barrier(3, 0, stage); }
-  __device__ uint32_t factors_full(int stage) const { return barrier(3, 1, stage); }
-  __device__ uint32_t used(int stage) const { return barrier(3, 2, stage); }
+  __device__ uint32_t full(int at) const { return barriers + 8 * at; }
+  __device__ uint32_t corrected(int at) const { return full(kMostSlots + at); }
+  __device__ uint32_t empty(int at) const { return full(2 * kMostSlots + at); }
+  __device__ uint32_t parts_full(int stage) const { return full(3 * kMostSlots + stage); }
+  __device__ uint32_t factors_full(int stage) const { return parts_full(kMostStages + stage); }
+  __device__ uint32_t used(int stage) const { return parts_full(2 * kMostStages + stage); }
   template <class T>
   __device__ T& in(uint32_t address) const {
     return *reinterpret_cast<T*>(memory + (address - base));
   }
-  // Where a tile lies in its slot: left, 64 size.rows of 32 columns; right, 32 size.rows of 64 columns.
+  // Where a tile lies in its slot: left, 64 rows of WIDE columns; right, WIDE rows of 64 columns.
   __device__ uint32_t tile(int at, int i) const { return slot(at) + kTile * i * kSlotRow; }
 
-  // This block's size.rows of U, eight columns at a time, zeros where there are none.
+  // This block's rows of U, eight columns at a time, zeros where there are none.
   __device__ void load_basis(int thread, int threads) const {
     const int64_t length = RIGHT ? entry.n : entry.m;
     const int r = entry.r;
@@ -125,41 +129,42 @@ struct Side {
           for (int k = 0; k < 8; ++k) x[k] = inside && column + k < r ? from[k] : 0.0f;
         }
         for (int k = 0; k < 4; ++k) pairs[k] = packed(rest_of(x[2 * k]), rest_of(x[2 * k + 1]));
-        in<uint4>(low() + to) = make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]);
+        in<uint4>(low + to) = make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]);
       } else {
         const auto* from = static_cast<const __nv_bfloat16*>(entry.basis) + at;
         for (int k = 0; k < 8; ++k) x[k] = whole || (inside && column + k < r) ? __bfloat162float(from[k]) : 0.0f;
       }
       for (int k = 0; k < 4; ++k) pairs[k] = packed(x[2 * k], x[2 * k + 1]);
-      in<uint4>(high() + to) = make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]);
+      in<uint4>(high + to) = make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]);
     }
     show_to_products();
   }
 
-  __device__ void load(int at, int64_t i) const {
-    const uint32_t barrier = full(at);
-    expect(barrier, tiles * kTile * kSlotRow);
-    for (int t = 0; t < tiles; ++t) {
-      const int along = static_cast<int>(first) + kTile * t, across = static_cast<int>(i) * WIDE;
-      load_box(tile(at, t), &entry.map, RIGHT ? along : across, RIGHT ? across : along, barrier);
+  __device__ void load(int at, int i) const {
+    const uint32_t barrier = full(at), to = slot(at);
+    expect(barrier, size.rows * kSlotRow);
+    for (int row = 0; row < size.rows; row += size.box) {
+      const int along = static_cast<int>(first) + row, across = i * WIDE;
+      load_box(to + row * kSlotRow, &entry.map, RIGHT ? along : across, RIGHT ? across : along, barrier);
     }
   }
 
-  __device__ void store(int at, int64_t i) const {
-    for (int t = 0; t < tiles; ++t) {
-      const int along = static_cast<int>(first) + kTile * t, across = static_cast<int>(i) * WIDE;
-      store_box(&entry.map, RIGHT ? along : across, RIGHT ? across : along, tile(at, t));
+  __device__ void store(int at, int i) const {
+    const uint32_t from = slot(at);
+    for (int row = 0; row < size.rows; row += size.box) {
+      const int along = static_cast<int>(first) + row, across = i * WIDE;
+      store_box(&entry.map, RIGHT ? along : across, RIGHT ? across : along, from + row * kSlotRow);
     }
     close_stores();
   }
 
-  // This block's part of the coefficients: size.rows are ranks. Of fewer than 64 ranks the product has each more than once.
+  // This block's part of the coefficients: rows are ranks. Of fewer than 64 ranks the product has each more than once.
   __device__ void multiply(int at, Sums& sums) const {
     const uint64_t g = operand<RIGHT ? kTile : WIDE>(slot(at));
 #pragma unroll
     for (int half = 0; half < kHalves; ++half) {
       const uint32_t beside = 2 * half * size.rows * kWidth;
-      const uint64_t u = operand<kWidth>(high() + beside), rest = operand<kWidth>(low() + beside);
+      const uint64_t u = operand<kWidth>(high + beside), rest = operand<kWidth>(low + beside);
       begin_products(sums[half]);
       int t = 0;
       // There is a tile, and each is a group of products: the compiler waits for each product of a loop that might not run.
@@ -202,22 +207,23 @@ struct Side {
   // The parts of the ranks that this block owns are added, four columns a thread, and sent to every block; where there are
   // more threads, some have the same four, for some of the blocks each. What is to be taken away is sent with its sign
   // changed. Nothing is sent before all threads have read their parts: a block that has all factors may send its next part.
+  // Sizes are powers of two, and nothing is divided.
   __device__ void send_factors(int stage, int thread) const {
-    const int pieces = size.owned * WIDE / 4, shares = max(1, kGroup / pieces);
-    const uint32_t bytes = size.owned * WIDE * 4;
+    const int pieces = size.owned * WIDE / 4, shift = __ffs(pieces) - 1, shares = max(1, kGroup >> shift);
     for (int item = thread; item < pieces * shares; item += kGroup) {
-      const int piece = item % pieces, rank = own * size.owned + piece / (WIDE / 4), column = piece % (WIDE / 4) * 4;
+      const int piece = item & (pieces - 1), rank = own * size.owned + piece / (WIDE / 4), column = piece % (WIDE / 4) * 4;
+      const auto* from = &in<const float4>(parts(stage) + 16 * piece);
       float4 sum = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
 #pragma unroll 8
       for (int other = 0; other < size.blocks; ++other) {
-        const float4 x = in<float4>(parts(stage) + other * bytes + 16 * piece);
+        const float4 x = from[other * pieces];
         sum.x += x.x, sum.y += x.y, sum.z += x.z, sum.w += x.w;
       }
       if (!entry.keep) sum.x = -sum.x, sum.y = -sum.y, sum.z = -sum.z, sum.w = -sum.w;
       const uint32_t low_parts[] = {packed(rest_of(sum.x), rest_of(sum.y)), packed(rest_of(sum.z), rest_of(sum.w))};
       const uint32_t to = factors(stage) + 2 * swizzled<WIDE>(rank, column);
       meet(kAddBarrier, kGroup);
-      for (int other = item / pieces; other < size.blocks; other += shares) {
+      for (int other = item >> shift; other < size.blocks; other += shares) {
         const uint32_t barrier = address_in(factors_full(stage), other), there = barrier + (to - factors_full(stage));
         send(there, packed(sum.x, sum.y), packed(sum.z, sum.w), barrier);
         send(there + 2 * kCoefficients, low_parts[0], low_parts[1], barrier);
@@ -226,25 +232,31 @@ struct Side {
   }
 
   // U times the factors (the factors times Uᵀ, transposed) is added to a tile where it lies: the products begin from it.
-  __device__ void correct(int at, int i, int stage, int thread) const {
-    const int warp = thread / 32, lane = thread % 32;
-    // Four 8 x 8 size.blocks: of size.rows 16 warp and eight below, columns 8 j and eight further. A lane has the address of a row of
-    // one; of a tile that lies transposed, of a column.
-    const int below = lane / 8 % 2, beside = lane / 16, line = lane % 8;
-    const auto address = [&](int j) {
+  //
+  // Four 8 x 8 blocks at a time: of rows 16 warp and eight below, columns 8 j and eight further. A lane has the address of a
+  // row of one; of a tile that lies transposed, of a column.
+  using Lines = uint32_t[WIDE / 16];
+  __device__ static void find_lines(int thread, Lines& lines) {
+    const int warp = thread / 32, lane = thread % 32, below = lane / 8 % 2, beside = lane / 16, line = lane % 8;
+#pragma unroll
+    for (int j = 0; j < WIDE / 8; j += 2) {
       const int row = RIGHT ? 8 * (j + beside) + line : 16 * warp + 8 * below + line;
       const int column = RIGHT ? 16 * warp + 8 * below : 8 * (j + beside);
-      return tile(at, i) + 2 * (RIGHT ? swizzled<kTile>(row, column) : swizzled<WIDE>(row, column));
-    };
+      lines[j / 2] = 2 * (RIGHT ? swizzled<kTile>(row, column) : swizzled<WIDE>(row, column));
+    }
+  }
+
+  __device__ void correct(int at, int i, int stage, const Lines& lines) const {
+    const uint32_t begin = tile(at, i);
     float sums[WIDE / 2];
 #pragma unroll
     for (int j = 0; j < WIDE / 8; j += 2) {
       uint32_t old[4] = {};
       if (!entry.keep) {
         if constexpr (RIGHT)
-          load_four_transposed(old, address(j));
+          load_four_transposed(old, begin + lines[j / 2]);
         else
-          load_four(old, address(j));
+          load_four(old, begin + lines[j / 2]);
       }
 #pragma unroll
       for (int k = 0; k < 4; ++k) {
@@ -258,11 +270,11 @@ struct Side {
 #pragma unroll
     for (int k = 0; k < RANKS; k += 16) {
       const uint32_t at_rows = 2 * (k / kWidth * size.rows + kTile * i) * kWidth, along = 2 * (k % kWidth);
-      const uint64_t u = further(operand<kWidth>(high() + at_rows), along);
+      const uint64_t u = further(operand<kWidth>(high + at_rows), along);
       multiply_add<true, false>(sums, u, further(c, 2 * k * WIDE));
       multiply_add<true, false>(sums, u, further(c_low, 2 * k * WIDE));
       if constexpr (SPLIT)
-        multiply_add<true, false>(sums, further(operand<kWidth>(low() + at_rows), along), further(c, 2 * k * WIDE));
+        multiply_add<true, false>(sums, further(operand<kWidth>(low + at_rows), along), further(c, 2 * k * WIDE));
     }
     end_products();
     wait_for_products(sums);
@@ -272,9 +284,9 @@ struct Side {
 #pragma unroll
       for (int k = 0; k < 4; ++k) out[k] = packed(sums[4 * j + 2 * k], sums[4 * j + 2 * k + 1]);
       if constexpr (RIGHT)
-        store_four_transposed(address(j), out);
+        store_four_transposed(begin + lines[j / 2], out);
       else
-        store_four(address(j), out);
+        store_four(begin + lines[j / 2], out);
     }
   }
 };
@@ -294,17 +306,17 @@ __global__ void __launch_bounds__(kThreads, 1)
   const int64_t clusters = gridDim.x / size.blocks, cluster = blockIdx.x / size.blocks;
   const int64_t begin = panels * cluster / clusters, end = panels * (cluster + 1) / clusters;
   constexpr uint32_t kExchanged = RANKS * WIDE * 4;
-  const Of any{one, size, memory, shared_address(memory), own, 0, 0};
+  const Of any(one, size, memory, own);
   if (threadIdx.x == 0) {
     for (int i = 0; i < size.slots; ++i) {
       make_barrier(any.full(i), 1);
-      make_barrier(any.corrected(i), kCorrectors * kGroup);
+      make_barrier(any.corrected(i), kCorrectorWarps);
       make_barrier(any.empty(i), 1);
     }
     for (int i = 0; i < size.stages; ++i) {
       make_barrier(any.parts_full(i), 1), expect(any.parts_full(i), kExchanged);
       make_barrier(any.factors_full(i), 1), expect(any.factors_full(i), kExchanged);
-      make_barrier(any.used(i), kCorrectors * kGroup);
+      make_barrier(any.used(i), kCorrectorWarps);
     }
     show_to_async();
   }
@@ -312,15 +324,14 @@ __global__ void __launch_bounds__(kThreads, 1)
   cluster_barrier();
 
   Turn slot, stage;
-  int64_t seen = 0;  // panels before
+  int seen = 0;  // panels before, as far as slots and stages go
   const SideEntry* entry = list ? list : &one;
   while (list && entry->first_panel + entry->panels <= begin) ++entry;
   for (int64_t at = begin; at < end; ++entry) {
-    const int64_t from = at - entry->first_panel, to = min(end - entry->first_panel, entry->panels);
+    const int from = static_cast<int>(at - entry->first_panel);
+    const int to = static_cast<int>(min(end - entry->first_panel, entry->panels));
     at = entry->first_panel + to;
-    const int64_t length = RIGHT ? entry->n : entry->m, first = static_cast<int64_t>(own) * size.rows;
-    const int64_t held = min(max(length - first, static_cast<int64_t>(1)), static_cast<int64_t>(size.rows));
-    const Of side{*entry, size, memory, any.base, own, static_cast<int>((held + kTile - 1) / kTile), first};
+    const Of side(*entry, size, memory, own);
     if (role != 0) {
       // All have done with the basis before.
       meet(kBasisBarrier, kThreads - kGroup);
@@ -328,12 +339,12 @@ __global__ void __launch_bounds__(kThreads, 1)
       meet(kBasisBarrier, kThreads - kGroup);
     }
     if (role == 0 && thread == 0) {
-      for (int64_t i = from; i < to; ++i, slot.next(size.slots)) {
+      for (int i = from; i < to; ++i, slot.next(size.slots)) {
         if (seen++ >= size.slots) wait_for(side.empty(slot.at), slot.phase ^ 1);
         side.load(slot.at, i);
       }
     } else if (role == 0 && thread == 32) {
-      for (int64_t i = from; i < to; ++i, slot.next(size.slots)) {
+      for (int i = from; i < to; ++i, slot.next(size.slots)) {
         wait_for(side.corrected(slot.at), slot.phase);
         side.store(slot.at, i);
         wait_for_reads<0>();
@@ -341,7 +352,7 @@ __global__ void __launch_bounds__(kThreads, 1)
       }
     } else if (role == 1) {
       typename Of::Sums sums;
-      for (int64_t i = from; i < to; ++i, slot.next(size.slots), stage.next(size.stages)) {
+      for (int i = from; i < to; ++i, slot.next(size.slots), stage.next(size.stages)) {
         wait_for(side.full(slot.at), slot.phase);
         side.multiply(slot.at, sums);
         // What this stage had before has been used: so all its factors had come, and all owners had read their parts.
@@ -350,21 +361,23 @@ __global__ void __launch_bounds__(kThreads, 1)
       }
     } else if (role == 2) {
       // A block sends its part when it has used what the stage had before, so with all parts there all blocks have.
-      for (int64_t i = from; i < to; ++i, stage.next(size.stages)) {
+      for (int i = from; i < to; ++i, stage.next(size.stages)) {
         wait_for(side.parts_full(stage.at), stage.phase);
         if (thread == 0) expect(side.parts_full(stage.at), kExchanged);
         side.send_factors(stage.at, thread);
       }
     } else if (role > 2) {
-      for (int64_t i = from; i < to; ++i, slot.next(size.slots), stage.next(size.stages)) {
+      typename Of::Lines lines;
+      Of::find_lines(thread, lines);
+      for (int i = from; i < to; ++i, slot.next(size.slots), stage.next(size.stages)) {
         wait_for(side.full(slot.at), slot.phase);
         wait_for(side.factors_full(stage.at), stage.phase);
         show_to_products();
         if (threadIdx.x == 3 * kGroup) expect(side.factors_full(stage.at), kExchanged);
-        for (int t = role - 3; t < side.tiles; t += kCorrectors) side.correct(slot.at, t, stage.at, thread);
-        arrive(side.used(stage.at));
+        for (int t = role - 3; t < side.tiles; t += kCorrectors) side.correct(slot.at, t, stage.at, lines);
         show_to_async();
-        arrive(side.corrected(slot.at));
+        __syncwarp();
+        if (thread % 32 == 0) arrive(side.used(stage.at)), arrive(side.corrected(slot.at));
       }
     }
     __syncwarp();
@@ -414,8 +427,15 @@ cudaError_t active_clusters(Kernel kernel, const SidePanels& plan, int device, c
   return cudaSuccess;
 }
 
+// Of a panel's length: right, as many columns as the hardware's rows of 128 bytes have; left, up to 256 rows.
+int64_t box_rows(const SidePanels& plan, bool right) {
+  int64_t tiles = right ? 1 : 4;
+  while (plan.rows / kTile % tiles) --tiles;
+  return kTile * tiles;
+}
+
 // The driver's function, found without linking its library.
-cudaError_t boxes_of(void* grad, int64_t m, int64_t n, bool right, int64_t width, CUtensorMap& map) {
+cudaError_t boxes_of(void* grad, int64_t m, int64_t n, bool right, const SidePanels& plan, CUtensorMap& map) {
   using Encode = CUresult (*)(CUtensorMap*, CUtensorMapDataType, cuuint32_t, void*, const cuuint64_t*, const cuuint64_t*,
                               const cuuint32_t*, const cuuint32_t*, CUtensorMapInterleave, CUtensorMapSwizzle,
                               CUtensorMapL2promotion, CUtensorMapFloatOOBfill);
@@ -429,10 +449,10 @@ cudaError_t boxes_of(void* grad, int64_t m, int64_t n, bool right, int64_t width
   }
   const cuuint64_t sizes[] = {static_cast<cuuint64_t>(n), static_cast<cuuint64_t>(m)};
   const cuuint64_t strides[] = {static_cast<cuuint64_t>(n) * 2};
-  const cuuint32_t wide = static_cast<cuuint32_t>(width), tile = static_cast<cuuint32_t>(kTile);
-  const cuuint32_t box[] = {right ? tile : wide, right ? wide : tile}, steps[] = {1, 1};
+  const cuuint32_t wide = static_cast<cuuint32_t>(plan.width), along = static_cast<cuuint32_t>(box_rows(plan, right));
+  const cuuint32_t box[] = {right ? along : wide, right ? wide : along}, steps[] = {1, 1};
   const CUtensorMapSwizzle swizzle = right ? CU_TENSOR_MAP_SWIZZLE_128B
-                                     : width == 32 ? CU_TENSOR_MAP_SWIZZLE_64B : CU_TENSOR_MAP_SWIZZLE_32B;
+                                     : plan.width == 32 ? CU_TENSOR_MAP_SWIZZLE_64B : CU_TENSOR_MAP_SWIZZLE_32B;
   // Lines of 128 bytes are fetched whole, of which a panel on the left has a half or a quarter and the next ones the rest:
   // without that copying in such panels took 1.3 times as long on an H200.
   const CUresult error = reinterpret_cast<Encode>(found)(
@@ -464,7 +484,8 @@ cudaError_t launch(const SideEntry& one, const SideEntry* list, int64_t panels, 
   if (clusters < 1) return cudaErrorInvalidConfiguration;
   config.gridDim = dim3(static_cast<unsigned>(plan.cluster * std::min<int64_t>(panels, clusters)));
   const Sizes size{static_cast<int>(plan.rows), static_cast<int>(plan.cluster), static_cast<int>(plan.owned),
-                   static_cast<int>(plan.slots), static_cast<int>(plan.stages)};
+                   static_cast<int>(plan.slots), static_cast<int>(plan.stages),
+                   static_cast<int>(box_rows(plan, right))};
   return cudaLaunchKernelEx(&config, kernel, one, list, panels, size);
 }
 
@@ -474,7 +495,7 @@ cudaError_t side_entry(void* grad, const void* basis, int64_t m, int64_t n, int6
                        const SidePanels& plan, int64_t first_panel, SideEntry& entry) {
   entry.basis = basis, entry.m = m, entry.n = n, entry.r = static_cast<int>(r), entry.keep = keep;
   entry.first_panel = first_panel, entry.panels = ((right ? m : n) + plan.width - 1) / plan.width;
-  return boxes_of(grad, m, n, right, plan.width, entry.map);
+  return boxes_of(grad, m, n, right, plan, entry.map);
 }
 
 cudaError_t project_side_sm90a(void* grad, const void* basis, int64_t m, int64_t n, int64_t r, bool right, bool split,
