@@ -34,8 +34,8 @@ sculpt::Type type_of(const std::string& name) {
 
 const char* choose(int64_t m, int64_t n, int64_t r, int64_t s, int64_t batch, const std::string& dtype,
                    const std::string& basis, int capability, bool hip, int64_t multiprocessors, int64_t l2_bytes,
-                   bool triton, bool cuda) {
-  const sculpt::Work work{m, n, r, s, batch, type_of(dtype), type_of(basis)};
+                   bool triton, bool cuda, bool block) {
+  const sculpt::Work work{m, n, r, s, batch, type_of(dtype), type_of(basis), block};
   switch (sculpt::choose(work, {capability, hip, multiprocessors, l2_bytes}, {triton, cuda})) {
     case sculpt::Variant::kTriton:
       return "triton";
@@ -124,7 +124,7 @@ PYBIND11_MODULE(_host, m) {
         "The four words that Philox4x32-10 makes of a counter of four.");
   m.def("choose", &choose, arg("m"), arg("n"), arg("r"), arg("s"), arg("batch"), arg("dtype"), arg("basis"),
         arg("capability"), arg("hip"), arg("multiprocessors"), arg("l2_bytes"), arg("triton"), arg("cuda"),
-        "The variant, cublas, triton or cuda, for batch matrices m x n with bases of ranks r and s (0: no basis).");
+        arg("block"), "The variant, cublas, triton or cuda, for batch matrices m x n with bases of ranks r and s (0: no basis).");
   m.def("stacked", &stacked, arg("m"), arg("n"), arg("r"), arg("s"), arg("dtype"),
         "Whether library products take both sides at once and not one after the other.");
   m.def("left_first", &sculpt::left_first, arg("m"), arg("n"), arg("r"), arg("s"),
@@ -132,8 +132,9 @@ PYBIND11_MODULE(_host, m) {
   m.def("swizzled", &swizzled, arg("width"), arg("row"), arg("column"),
         "Where an element of rows of 16-bit numbers lies in shared memory for a product of a warpgroup.");
   m.def("side_panels", &side_panels, arg("length"), arg("extent"), arg("r"), arg("split"), arg("multiprocessors"),
-        "Blocks of a cluster, rows of each, padded rank, ranks that a block adds up and bytes of shared "
-        "memory of one side's CUDA kernel, for m and n of a left basis, n and m of a right one; None where it cannot run.");
+        "Blocks of a cluster, width of a panel, rows of each block, padded rank, ranks that a block adds up, panels in "
+        "shared memory, exchanges under way and bytes of shared memory of one side's CUDA kernel, for m and n of a left "
+        "basis, n and m of a right one; None where it cannot run.");
   m.def("both_panels", &both_panels, arg("m"), arg("n"), arg("r"), arg("s"), arg("split"), arg("block"),
         arg("multiprocessors"), arg("shared_bytes"), arg("clusters"),
         "How the two-sided projection's CUDA kernels divide a matrix and their scratch memory, of which `offsets` are the "
@@ -145,7 +146,8 @@ PYBIND11_MODULE(_host, m) {
   m.def("jacobi_rotation", &jacobi_rotation, arg("alpha"), arg("beta"), arg("gamma"), arg("q"),
         "Sine, sine / (1 + cosine), and whether columns with these squared norms and this product are turned.");
   m.attr("thresholds") = pybind11::dict(
-      arg("cuda_capability") = sculpt::kCudaCapability, arg("cuda_ranks") = sculpt::kCudaRanks,
+      arg("cuda_capability") = sculpt::kCudaCapability, arg("cuda_rank") = sculpt::kCudaRank,
+      arg("cuda_ranks") = sculpt::kCudaRanks,
       arg("cuda_rank_float32") = sculpt::kCudaRankFloat32, arg("cuda_ranks_float32") = sculpt::kCudaRanksFloat32,
       arg("least_group") = sculpt::kLeastGroup,
       arg("panel") = sculpt::kPanel, arg("l2_part") = sculpt::kL2Part, arg("max_rank") = sculpt::kMaxRank,

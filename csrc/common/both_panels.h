@@ -11,10 +11,12 @@ constexpr int64_t kThinColumns = 256;
 // Up to 8 blocks make a cluster on every GPU of capability 9.0 and later.
 constexpr int64_t kThinCluster = 8;
 
-// The GPU: multiprocessors, most shared memory of a block (an SM has a kilobyte more), and whether it has clusters.
+// The GPU: multiprocessors, most shared memory of a block (an SM has a kilobyte more), whether it has clusters, and its
+// generation.
 struct BothDevice {
   int64_t multiprocessors = 0, shared_bytes = 0;
   bool clusters = false;
+  int major = 0;
 };
 
 // What a pass does: blocks side by side, blocks one below the other, panels of `rows` rows that each of these takes, and

@@ -7,16 +7,20 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "common/side_panels.h"
+
 namespace sculpt {
 
 enum class Variant { kCublas, kTriton, kCuda };
 
 enum class Type { kBFloat16, kFloat16, kFloat32, kFloat64 };
 
-// `batch` matrices m x n, all of them projected in one call; r or s is 0 for a side that is left alone.
+// `batch` matrices m x n, all of them projected in one call; r or s is 0 for a side that is left alone. `block`: of both
+// sides, what is in both at once.
 struct Work {
   int64_t m, n, r, s, batch;
   Type type, basis;
+  bool block = false;
 };
 
 // `capability` is 10 major + minor; an AMD GPU has `hip` set.
@@ -34,10 +38,10 @@ struct Compiled {
 // The CUDA C++ projections passed their tests on an H200 (tests/cuda/side_checks.py, both_checks.py). On the capability
 // that they passed on they are chosen where they are faster than library products.
 constexpr int kCudaCapability = 90;
-// One side, whose kernel reads and writes the matrix once: with a float32 basis, 1.2 to 1.6 times as fast at 16, up to 1.6
-// times slower at 64. With a bfloat16 basis it is slower in four of six rows.
-constexpr int64_t kCudaRankFloat32 = 16;
-// Two sides, r + s: 1.05 to 1.2 times as fast at 32, 1.6 times slower at 128.
+// The kernel of one side reads and writes the matrix once; two sides are one after the other.
+constexpr int64_t kCudaRank = 128;
+constexpr int64_t kCudaRankFloat32 = 64;
+// Block, r + s: 1.05 to 1.2 times as fast at 32, 1.6 times slower at 128.
 constexpr int64_t kCudaRanks = 32;
 // With float32 bases 1.4 to 2.4 times as fast at 32; at 128 as fast or faster for a matrix of 4096 x 4096 only.
 constexpr int64_t kCudaRanksFloat32 = 64;
@@ -72,6 +76,12 @@ inline int64_t max_triton_rank(Type type, Type basis, bool hip) {
   return hip ? rank / 2 : rank;  // its tiles go through registers to shared memory
 }
 
+// Whether the sides that there are can go through csrc/cuda/project_side_sm90a.cu, one after the other.
+inline bool sides_fit(int64_t m, int64_t n, int64_t r, int64_t s, bool split, int64_t multiprocessors) {
+  return n % 8 == 0 && (r == 0 || side_panels(m, n, r, split, multiprocessors).fits) &&
+         (s == 0 || side_panels(n, m, s, split, multiprocessors).fits);
+}
+
 inline Variant choose(const Work& work, const Gpu& gpu, const Compiled& compiled) {
   const int64_t ranks = work.r + work.s;
   if (work.type == Type::kFloat64 || ranks == 0) return Variant::kCublas;
@@ -79,9 +89,11 @@ inline Variant choose(const Work& work, const Gpu& gpu, const Compiled& compiled
   if (compiled.cuda && !gpu.hip && gpu.capability == kCudaCapability && work.batch == 1 &&
       work.type == Type::kBFloat16) {
     const bool small = work.m * work.n <= kCudaSmall;
-    const int64_t one = wide ? kCudaRankFloat32 : 0;
-    const int64_t two = !wide ? kCudaRanks : small ? kCudaRanksFloat32Small : kCudaRanksFloat32;
-    if (ranks <= (work.r && work.s ? two : one)) return Variant::kCuda;
+    const int64_t both = !wide ? kCudaRanks : small ? kCudaRanksFloat32Small : kCudaRanksFloat32;
+    const bool fits = work.block ? ranks <= both
+                                 : std::max(work.r, work.s) <= (wide ? kCudaRankFloat32 : kCudaRank) &&
+                                       sides_fit(work.m, work.n, work.r, work.s, wide, gpu.multiprocessors);
+    if (fits) return Variant::kCuda;
   }
   if (!compiled.triton || (!gpu.hip && gpu.capability < kLeastCapability)) return Variant::kCublas;
   const int64_t across = std::min(work.r ? work.n : work.m, work.s ? work.m : work.n);

@@ -48,8 +48,6 @@ void project_(Tensor grad, std::optional<Tensor> left, std::optional<Tensor> rig
   STD_TORCH_CHECK(left.has_value() || right.has_value(), kOp, ": left, right: wanted at least one basis, given none");
   const bool both = left.has_value() && right.has_value();
   STD_TORCH_CHECK(both || !block, kOp, ": block: wanted only with both bases, given with one");
-  STD_TORCH_CHECK(!both || !(keep_left || keep_right), kOp,
-                  ": keep_left, keep_right: wanted only with one basis, given with both: there is no such kernel");
   const int64_t m = grad.size(0), n = grad.size(1);
   check_side("left", left, grad, m, keep_left);
   check_side("right", right, grad, n, keep_right);
@@ -68,8 +66,22 @@ void project_(Tensor grad, std::optional<Tensor> left, std::optional<Tensor> rig
   STD_TORCH_CHECK(error == cudaSuccess, kOp, ": device of grad ", shapes, ": ", cudaGetErrorString(error));
   const bool left_float = left && left->scalar_type() == ScalarType::Float;
   const bool right_float = right && right->scalar_type() == ScalarType::Float;
-  if (both) {
-    const int64_t r = left->size(1), s = right->size(1);
+  const int64_t r = left ? left->size(1) : 0, s = right ? right->size(1) : 0;
+  SidePanels left_plan, right_plan;
+  if (left) left_plan = side_panels(m, n, r, left_float, device.multiprocessors);
+  if (right) right_plan = side_panels(n, m, s, right_float, device.multiprocessors);
+  const bool fit = n % 8 == 0 && (!left || left_plan.fits) && (!right || right_plan.fits);
+  if (fit && !block && device.major == 9) {
+    void* const matrix = grad.mutable_data_ptr();
+    if (left)
+      error = project_side_sm90a(matrix, left->const_data_ptr(), m, n, r, false, left_float, keep_left, left_plan, on);
+    if (right && error == cudaSuccess)
+      error = project_side_sm90a(matrix, right->const_data_ptr(), m, n, s, true, right_float, keep_right, right_plan, on);
+  } else {
+    STD_TORCH_CHECK(both && !(keep_left || keep_right), kOp,
+                    ": left, right: wanted a GPU of capability 9.0, rows of a multiple of 8 numbers, and ranks of 1 to ",
+                    kMaxSideRank, " (", kMaxSideRankFloat32, " in float32) whose rows fit the shared memory of ",
+                    kMaxCluster, " blocks, given grad ", shapes);
     const BothPanels plan = both_panels(m, n, r, s, left_float || right_float, block, device);
     STD_TORCH_CHECK(plan.fits, kOp, ": left, right: wanted ranks of 1 to ", kMaxBothRank, " and at most ",
                     device.shared_bytes, " bytes of shared memory a block, given grad ", shapes, ", which take ",
@@ -77,17 +89,6 @@ void project_(Tensor grad, std::optional<Tensor> left, std::optional<Tensor> rig
     const Tensor scratch = torch::stable::new_empty(grad, {plan.bytes}, ScalarType::Byte);
     const BothBases bases{left->const_data_ptr(), right->const_data_ptr(), r, s, left_float, right_float};
     error = project_both(grad.mutable_data_ptr(), bases, m, n, block, plan, scratch.mutable_data_ptr(), on);
-  } else {
-    const char* name = right ? "right" : "left";
-    const Tensor& basis = right ? *right : *left;
-    const int64_t r = basis.size(1);
-    const bool split = left_float || right_float;
-    STD_TORCH_CHECK(n % 8 == 0, kOp, ": grad: wanted rows of a multiple of 8 numbers, given shape ", shapes);
-    const SidePanels plan = side_panels(right ? n : m, right ? m : n, r, split, device.multiprocessors);
-    STD_TORCH_CHECK(plan.fits, kOp, ": ", name, ": wanted a rank of 1 to ", split ? kMaxSideRankFloat32 : kMaxSideRank,
-                    " whose rows fit the shared memory of ", kMaxCluster, " blocks, given grad ", shapes);
-    error = project_side_sm90a(grad.mutable_data_ptr(), basis.const_data_ptr(), m, n, r, right.has_value(), split,
-                               right ? keep_right : keep_left, plan, on);
   }
   STD_TORCH_CHECK(error == cudaSuccess, kOp, ": grad ", shapes, ": ", cudaGetErrorString(error));
 }

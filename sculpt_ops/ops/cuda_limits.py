@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .. import _host
 
-__all__ = ["CudaFacts", "cuda_facts", "why_not_cuda"]
+__all__ = ["CudaFacts", "cuda_facts", "why_not_cuda", "why_not_sides"]
 
 # Of csrc/common/side_panels.h and both_panels.h.
 _MAX_RANK = 128
@@ -70,6 +70,45 @@ def _side_fits(length: int, extent: int, r: int, split: bool, gpu: CudaFacts) ->
     return _host.side_panels(length, extent, r, split, gpu.multiprocessors) is not None
 
 
+def _why_not_sides(m: int, n: int, left: Tensor | None, right: Tensor | None, gpu: CudaFacts) -> str | None:
+    """Why the sides that there are cannot go through the kernel of one side, one after the other."""
+    if gpu.capability != 90:
+        return "wanted a GPU of capability 9.0 for one side"
+    if n % _NUMBERS:
+        return f"grad: wanted rows of a multiple of {_NUMBERS} numbers for one side, given shape {(m, n)}"
+    for name, basis, length, extent in (("left", left, m, n), ("right", right, n, m)):
+        split = basis is not None and basis.dtype is torch.float32
+        if basis is not None and not _side_fits(length, extent, basis.shape[1], split, gpu):
+            most = _MAX_SIDE_RANK_FLOAT32 if split else _MAX_RANK
+            return (
+                f"{name}: wanted a rank of 1 to {most} whose rows fit the shared memory of a cluster, given "
+                f"{length} rows and rank {basis.shape[1]}"
+            )
+    return None
+
+
+def _not_given(grad: Tensor, left: Tensor | None, right: Tensor | None) -> str | None:
+    """Why a matrix and its bases are nothing for any of the kernels."""
+    if grad.dim() != 2:
+        return f"grad: wanted one matrix, given shape {tuple(grad.shape)}"
+    if grad.dtype is not torch.bfloat16:
+        return f"grad: wanted dtype bfloat16, given {grad.dtype}"
+    if left is None and right is None:
+        return "left, right: wanted at least one basis, given none"
+    m, n = grad.shape
+    for name, basis, rows in (("left", left, m), ("right", right, n)):
+        why = None if basis is None else _not_a_basis(name, basis, grad, rows)
+        if why is not None:
+            return why
+    return _not_plain("grad", grad)
+
+
+def why_not_sides(grad: Tensor, left: Tensor | None, right: Tensor | None) -> str | None:
+    """Why the sides that there are cannot go through the kernel of one side, one after the other; None if they can."""
+    facts = cuda_facts(grad.device.index if grad.is_cuda else None)
+    return _not_given(grad, left, right) or _why_not_sides(grad.shape[0], grad.shape[1], left, right, facts)
+
+
 def why_not_cuda(
     grad: Tensor, left: Tensor | None, right: Tensor | None, keep_left: bool, keep_right: bool, block: bool
 ) -> str | None:
@@ -78,50 +117,30 @@ def why_not_cuda(
     All that csrc/cuda/ops.cpp refuses, asked before the call: a C++ exception out of a library built against the
     headers of torch 2.11 ended the process in place of raising.
     """
-    if grad.dim() != 2:
-        return f"grad: wanted one matrix, given shape {tuple(grad.shape)}"
-    if grad.dtype is not torch.bfloat16:
-        return f"grad: wanted dtype bfloat16, given {grad.dtype}"
-    if left is None and right is None:
-        return "left, right: wanted at least one basis, given none"
+    why = _not_given(grad, left, right)
+    if why is not None:
+        return why
     for name, basis, keep in (("left", left, keep_left), ("right", right, keep_right)):
         if basis is None and keep:
             return f"keep_{name}: wanted only with a {name} basis, given without"
-    both = left is not None and right is not None
-    if block and not both:
+    if block and (left is None or right is None):
         return "block: wanted only with both bases, given with one"
-    if both and (keep_left or keep_right):
-        return "keep_left, keep_right: wanted only with one basis, given with both: there is no such kernel"
     m, n = grad.shape
-    for name, basis, rows in (("left", left, m), ("right", right, n)):
-        why = None if basis is None else _not_a_basis(name, basis, grad, rows)
-        if why is not None:
-            return why
-    why = _not_plain("grad", grad)
-    if why is not None:
-        return why
     facts = cuda_facts(grad.device.index if grad.is_cuda else None)
-    split = any(basis is not None and basis.dtype is torch.float32 for basis in (left, right))
-    if left is not None and right is not None:
-        if facts.capability < 80:
-            return "wanted a GPU of capability 8.0 or later"
-        ranks = left.shape[1], right.shape[1]
-        if not _both_fit(m, n, *ranks, split, block, facts):
-            return (
-                f"left, right: wanted ranks of 1 to {_MAX_RANK} and at most {facts.shared_bytes} bytes of shared "
-                f"memory a block, given ranks {ranks[0]} and {ranks[1]}"
-            )
+    why = _why_not_sides(m, n, left, right, facts)
+    if not block and why is None:
         return None
-    if facts.capability != 90:
-        return "wanted a GPU of capability 9.0 for one side"
-    if n % _NUMBERS:
-        return f"grad: wanted rows of a multiple of {_NUMBERS} numbers for one side, given shape {tuple(grad.shape)}"
-    name, basis, length, extent = ("left", left, m, n) if left is not None else ("right", right, n, m)
-    assert basis is not None
-    if not _side_fits(length, extent, basis.shape[1], split, facts):
-        most = _MAX_SIDE_RANK_FLOAT32 if split else _MAX_RANK
+    if left is None or right is None:
+        return why
+    if keep_left or keep_right:
+        return f"keep_left, keep_right: with both bases wanted only where each side by itself can run: {why}"
+    if facts.capability < 80:
+        return "wanted a GPU of capability 8.0 or later"
+    ranks = left.shape[1], right.shape[1]
+    split = torch.float32 in (left.dtype, right.dtype)
+    if not _both_fit(m, n, *ranks, split, block, facts):
         return (
-            f"{name}: wanted a rank of 1 to {most} whose rows fit the shared memory of a cluster, given "
-            f"{length} rows and rank {basis.shape[1]}"
+            f"left, right: wanted ranks of 1 to {_MAX_RANK} and at most {facts.shared_bytes} bytes of shared "
+            f"memory a block, given ranks {ranks[0]} and {ranks[1]}"
         )
     return None

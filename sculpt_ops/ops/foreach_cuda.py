@@ -16,8 +16,10 @@ from torch import Tensor
 
 from ..triton_kernels.tables import held
 from .checks import check_foreach, check_foreach_apart, check_written
+from .cuda_limits import why_not_sides
 from .heuristics import Backend, choose, forced_backend, gpu_of, triton_missing
 from .library_products import form_of, is_product, project_cublas, project_products
+from .side_lists import side_lists
 from .variants import backend_of, project_into
 
 __all__ = ["Call", "foreach_into", "meet", "plan_call"]
@@ -63,14 +65,19 @@ def plan_call(
         """With what is left beside groups and has anything to do. What is chosen is found once: it takes as long as two
         launches."""
         rest = [
-            (i, forced or backend_of(grads[i], lefts[i], rights[i]))
+            (i, forced or backend_of(grads[i], lefts[i], rights[i], block))
             for i in range(len(grads))
             if i not in grouped and grads[i].numel() and not (lefts[i] is None and rights[i] is None)
         ]
         products = [i for i, backend in rest if backend == "cublas" and is_product(grads[i], lefts[i], rights[i])]
-        listed = set(products)
+        sides = [
+            i
+            for i, backend in rest
+            if backend == "cuda" and not block and why_not_sides(grads[i], lefts[i], rights[i]) is None
+        ]
+        listed = {*products, *sides}
         return Call(
-            tuple(groups),
+            (*groups, *side_lists(grads, lefts, rights, flags, sides)),
             (products, [form_of(*flags(i)) for i in products]),
             tuple((i, backend) for i, backend in rest if i not in listed),
             np.array(
@@ -100,6 +107,7 @@ def plan_call(
                 basis_dtype,
                 batch=len(candidates),
                 gpu=gpu_of(device.index),
+                block=block,
             )
             == "triton"
         ]

@@ -78,6 +78,7 @@ def choose(
     gpu: Gpu = H100,
     triton: bool = True,
     cuda: bool = False,
+    block: bool = False,
 ) -> Backend:
     """The variant that is expected to be the fastest.
 
@@ -88,9 +89,10 @@ def choose(
         batch: matrices of about this size in the call.
         gpu: the device.
         triton, cuda: whether Triton, and the CUDA C++ kernels, are there.
+        block: whether only what is in both spaces at once is meant.
     """
     names = (str(dtype).removeprefix("torch."), str(basis_dtype).removeprefix("torch."))
-    return _choose(m, n, r or 0, s or 0, batch, *names, **gpu._asdict(), triton=triton, cuda=cuda)
+    return _choose(m, n, r or 0, s or 0, batch, *names, **gpu._asdict(), triton=triton, cuda=cuda, block=block)
 
 
 @cache

@@ -116,7 +116,7 @@ def _asked(matrix: Tensor, left: Tensor | None, right: Tensor | None) -> str:
     return f"grad {tuple(matrix.shape)} {matrix.dtype}, {', '.join(bases)}"
 
 
-def backend_of(grad: Tensor, left: Tensor | None, right: Tensor | None) -> Backend:
+def backend_of(grad: Tensor, left: Tensor | None, right: Tensor | None, block: bool) -> Backend:
     """What the heuristics choose for this matrix; at least one basis is there."""
     basis = left if left is not None else right
     assert basis is not None
@@ -131,6 +131,7 @@ def backend_of(grad: Tensor, left: Tensor | None, right: Tensor | None) -> Backe
         gpu=gpu_of(grad.device.index if grad.is_cuda else None),
         triton=triton_missing() is None,
         cuda=cuda_missing() is None,
+        block=block,
     )
 
 
@@ -152,7 +153,7 @@ def project_into(
     if grad.numel() == 0:
         return
     forced = forced_backend()
-    backend = forced or backend_of(grad, left, right)
+    backend = forced or backend_of(grad, left, right, block)
     if backend != "cublas":
         run = project_triton if backend == "triton" else project_cuda
         why = run(grad, left, right, out, keep_left, keep_right, block)

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils.flop_counter import FlopCounterMode
 
 from sculpt_ops import reference
-from sculpt_ops.ops import cuda_limits, foreach_cuda, split_products, variants
+from sculpt_ops.ops import cuda_limits, foreach_cuda, side_lists, split_products, variants
 from sculpt_ops.ops.heuristics import forced_backend
 from sculpt_ops.ops.library_products import project_cublas
 from sculpt_ops.ops.split_products import can_split, project_split
@@ -182,6 +182,25 @@ def test_what_the_cuda_kernels_take() -> None:
     assert variants.why_not_cuda(grad, left, right, False, False, True) is None
     assert variants.why_not_cuda(grad, left, None, True, False, False) is None
     assert variants.why_not_cuda(grad, None, right, False, True, False) is None
+    assert variants.why_not_cuda(grad, left, right, True, True, False) is None
+
+
+def test_lists_for_one_launch_each() -> None:
+    """By side, length and dtype, with the flags and the largest rank of each; the panels of all are counted."""
+    half, single = torch.bfloat16, torch.float32
+    shapes = [(4096, 512, 64, 16), (4096, 104, 16, None), (512, 4096, None, 32), (4096, 512, 8, 16)]
+    grads = [torch.zeros(m, n, dtype=half) for m, n, _, _ in shapes]
+    dtypes = (half, half, half, single)
+    lefts = [None if r is None else torch.zeros(m, r, dtype=d) for (m, _, r, _), d in zip(shapes, dtypes, strict=True)]
+    rights = [None if s is None else torch.zeros(n, s, dtype=half) for _, n, _, s in shapes]
+    lists = side_lists.side_lists(grads, lefts, rights, lambda i: (i == 1, i == 0, False), [0, 1, 2, 3])
+    assert [(one.places, one.keep, one.right, one.split, one.length, one.rank) for one in lists] == [
+        ((0, 1), (False, True), False, False, 4096, 64),
+        ((3,), (False,), False, True, 4096, 8),
+        ((0, 3), (True, False), True, False, 512, 16),
+        ((2,), (False,), True, False, 4096, 32),
+    ]
+    assert [one.panels for one in lists] == [16 + 4, 16, 128 + 128, 16]
 
 
 @pytest.mark.parametrize(
@@ -193,13 +212,14 @@ def test_what_the_cuda_kernels_take() -> None:
         (lambda g, u, v: (g.flatten()[4:-636].view(511, 640), u[:-1], v), {}, "multiple of 16 bytes"),
         (lambda g, u, v: (g, None, None), {}, "at least one basis"),
         (lambda g, u, v: (g, u, None), {"keep_right": True}, "keep_right: wanted only with a right basis"),
-        (lambda g, u, v: (g, u, v), {"keep_left": True}, "wanted only with one basis"),
+        (lambda g, u, v: (g, u.repeat(1, 2), v), {"keep_left": True}, "wanted only where each side by itself can run"),
         (lambda g, u, v: (g, u, None), {"block": True}, "block: wanted only with both bases"),
         (lambda g, u, v: (g, u, v[:-1]), {}, "right: wanted one matrix of 640 rows"),
         (lambda g, u, v: (g, u[None], v), {}, "left: wanted one matrix of 512 rows"),
         (lambda g, u, v: (g, u.double(), v), {}, "left: wanted dtype bfloat16 or float32"),
         (lambda g, u, v: (g, u.mT.contiguous().mT, v), {}, "left: wanted contiguous memory"),
         (lambda g, u, v: (g, u.repeat(1, 3), v), {}, "left, right: wanted ranks of 1 to 128"),
+        (lambda g, u, v: (g[:, :636].contiguous(), u, None), {}, "rows of a multiple of 8 numbers"),
         (lambda g, u, v: (g, u[:, :0].contiguous(), None), {}, "left: wanted a rank of 1 to 64"),
         (lambda g, u, v: (g, u.repeat(1, 2), None), {}, "left: wanted a rank of 1 to 64"),
         (lambda g, u, v: (g, None, v.repeat(1, 5)), {}, "right: wanted a rank of 1 to 128"),

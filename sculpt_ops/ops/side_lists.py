@@ -1,0 +1,107 @@
+"""Lists of matrices through the CUDA C++ kernel of one side: one launch for all of a side whose length is the same.
+
+Two sides are two launches, the left ones first. What the kernel reads of a list lies on the device for as long as the
+addresses stay the same.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import _host
+from ..triton_kernels.tables import upload
+from .cuda_limits import cuda_facts
+
+__all__ = ["Located", "SideList", "side_lists"]
+
+# Room for one entry: sculpt::SideEntry of csrc/cuda/project_side.h.
+_ENTRY_BYTES = 256
+# The plan of a list does not depend on its panels; they are as many as there are multiprocessors for.
+_MANY = 2**30
+
+
+class SideList(NamedTuple):
+    """Matrices of a list, by their positions in it, whose bases on one side have the same length and dtype.
+
+    keep: of each. rank: the largest.
+    """
+
+    places: tuple[int, ...]
+    keep: tuple[bool, ...]
+    right: bool
+    split: bool
+    length: int
+    rank: int
+    panels: int
+    device: torch.device
+
+    def locate(
+        self, grads: Sequence[Tensor], lefts: Sequence[Tensor | None], rights: Sequence[Tensor | None]
+    ) -> Located:
+        """The list at the addresses of these tensors."""
+        bases = rights if self.right else lefts
+        entries = torch.empty(_ENTRY_BYTES * len(self.places), dtype=torch.uint8)
+        torch.ops.sculpt._cuda_side_entries(
+            [grads[i] for i in self.places],
+            [bases[i] for i in self.places],
+            self.keep,
+            self.right,
+            self.length,
+            self.rank,
+            entries,
+        )
+        return Located(self, *upload(entries.numpy(), self.device))
+
+
+class Located(NamedTuple):
+    """A list and where it lies: call `launch` as often as its addresses stay the same."""
+
+    sides: SideList
+    entries: Tensor
+    source: Tensor
+
+    def launch(self) -> None:
+        sides = self.sides
+        torch.ops.sculpt._cuda_project_sides_(
+            self.entries, sides.panels, sides.right, sides.split, sides.length, sides.rank
+        )
+
+
+def side_lists(
+    grads: Sequence[Tensor],
+    lefts: Sequence[Tensor | None],
+    rights: Sequence[Tensor | None],
+    flags: Callable[[int], tuple[bool, bool, bool]],
+    places: Sequence[int],
+) -> list[SideList]:
+    """The lists of these places, whose sides the kernel can run: left ones first."""
+    alike: defaultdict[tuple[bool, bool, int, torch.device], list[int]] = defaultdict(list)
+    for right, bases in ((False, lefts), (True, rights)):
+        for i in places:
+            basis = bases[i]
+            if basis is not None:
+                alike[right, basis.dtype is torch.float32, basis.shape[0], basis.device].append(i)
+    lists = []
+    for (right, split, length, device), members in alike.items():
+        ranks = [basis.shape[1] for i in members if (basis := (rights if right else lefts)[i]) is not None]
+        plan = _host.side_panels(length, _MANY, max(ranks), split, cuda_facts(device.index).multiprocessors)
+        assert plan is not None, (length, max(ranks), split)
+        across = [grads[i].shape[0 if right else 1] for i in members]
+        lists.append(
+            SideList(
+                tuple(members),
+                tuple(flags(i)[right] for i in members),
+                right,
+                split,
+                length,
+                max(ranks),
+                sum(-(-extent // plan[1]) for extent in across),
+                device,
+            )
+        )
+    return lists
