@@ -35,12 +35,13 @@ namespace sculpt {
 namespace {
 
 constexpr int kGroup = 128;  // threads of a warpgroup
-// Warpgroups that share a panel's tiles: with two of them correcting took longest of all steps on an H200.
-constexpr int kCorrectors = 4, kCorrectorWarps = 4 * kCorrectors;
-// Warpgroups: load and store, multiply, add, correct.
-constexpr int kThreads = (3 + kCorrectors) * kGroup;
-// Barriers of threads: of those that add, and of all that use the basis.
-constexpr int kAddBarrier = 1, kBasisBarrier = 2;
+// Warpgroups: one of which a warp loads, one stores and two add; those that multiply, each every second panel; those that
+// correct, which share a panel's tiles. With one and two of these correcting took longest of all steps on an H200.
+constexpr int kMultipliers = 2, kCorrectors = 4;
+constexpr int kThreads = (1 + kMultipliers + kCorrectors) * kGroup;
+constexpr int kAdders = 64, kCorrectorWarps = 4 * kCorrectors;
+// Barriers of threads: of those that add, and of all that use the basis: all but two warps.
+constexpr int kAddBarrier = 1, kBasisBarrier = 2, kBasisThreads = kThreads - 64;
 
 __device__ uint32_t packed(float x, float y) {
   const __nv_bfloat162 both = __floats2bfloat162_rn(x, y);
@@ -71,7 +72,7 @@ struct Side {
   static constexpr int kWidth = RANKS < 64 ? RANKS : 64, kHalves = RANKS / kWidth;
   static constexpr int kSlotRow = WIDE * 2;  // bytes of a panel's slot for each row of its length
   static constexpr int kCoefficients = RANKS * WIDE;
-  using Sums = float[kHalves][WIDE / 2];
+  using Sums = float[WIDE / 2];
 
   const SideEntry& entry;
   const Sizes& size;
@@ -94,12 +95,12 @@ struct Side {
   // Of a stage: factors, high and then low, a row for each rank; all blocks' parts of what this one owns.
   __device__ uint32_t factors(int stage) const { return stage_at + stage * 8 * kCoefficients; }
   __device__ uint32_t parts(int stage) const { return factors(stage) + 4 * kCoefficients; }
-  // Barriers of slots: the panel is there, is corrected, has been stored. Of stages: all parts are there; all factors are;
-  // they have been used.
+  // Barriers of slots: the panel is there; it is corrected; it has been stored. Of stages: all parts are there; all factors
+  // are; they have been used. Of the first and the last there is one for each of those that multiply.
   __device__ uint32_t full(int at) const { return barriers + 8 * at; }
-  __device__ uint32_t corrected(int at) const { return full(kMostSlots + at); }
-  __device__ uint32_t empty(int at) const { return full(2 * kMostSlots + at); }
-  __device__ uint32_t parts_full(int stage) const { return full(3 * kMostSlots + stage); }
+  __device__ uint32_t corrected(int at) const { return full(kMultipliers * kMostSlots + at); }
+  __device__ uint32_t empty(int at) const { return corrected(kMostSlots + at); }
+  __device__ uint32_t parts_full(int stage) const { return empty(kMostSlots + stage); }
   __device__ uint32_t factors_full(int stage) const { return parts_full(kMostStages + stage); }
   __device__ uint32_t used(int stage) const { return parts_full(2 * kMostStages + stage); }
   template <class T>
@@ -140,8 +141,8 @@ struct Side {
     show_to_products();
   }
 
-  __device__ void load(int at, int i) const {
-    const uint32_t barrier = full(at), to = slot(at);
+  __device__ void load(int at, int i, uint32_t barrier) const {
+    const uint32_t to = slot(at);
     expect(barrier, size.rows * kSlotRow);
     for (int row = 0; row < size.rows; row += size.box) {
       const int along = static_cast<int>(first) + row, across = i * WIDE;
@@ -158,50 +159,45 @@ struct Side {
     close_stores();
   }
 
-  // This block's part of the coefficients: rows are ranks. Of fewer than 64 ranks the product has each more than once.
-  __device__ void multiply(int at, Sums& sums) const {
+  // This block's part of the coefficients, of 64 ranks: they are the rows. Of fewer the product has each more than once.
+  __device__ void multiply(int at, int half, Sums& sums) const {
     const uint64_t g = operand<RIGHT ? kTile : WIDE>(slot(at));
-#pragma unroll
-    for (int half = 0; half < kHalves; ++half) {
-      const uint32_t beside = 2 * half * size.rows * kWidth;
-      const uint64_t u = operand<kWidth>(high + beside), rest = operand<kWidth>(low + beside);
-      begin_products(sums[half]);
-      int t = 0;
-      // There is a tile, and each is a group of products: the compiler waits for each product of a loop that might not run.
+    const uint32_t beside = 2 * half * size.rows * kWidth;
+    const uint64_t u = operand<kWidth>(high + beside), rest = operand<kWidth>(low + beside);
+    begin_products(sums);
+    int t = 0;
+    // There is a tile, and each is a group of products: the compiler waits for each product of a loop that might not run.
 #pragma unroll 1
-      do {
-        go_on_with_products();
+    do {
+      go_on_with_products();
 #pragma unroll
-        for (int k = 0; k < kTile; k += 16) {
-          const uint64_t from = further(g, kTile * t * kSlotRow + (RIGHT ? 2 * k : k * kSlotRow));
-          multiply_add<false, RIGHT>(sums[half], further(u, 2 * (kTile * t + k) * kWidth), from);
-          if constexpr (SPLIT) multiply_add<false, RIGHT>(sums[half], further(rest, 2 * (kTile * t + k) * kWidth), from);
-        }
-        end_products();
-      } while (++t < tiles);
-      wait_for_products(sums[half]);
-    }
+      for (int k = 0; k < kTile; k += 16) {
+        const uint64_t from = further(g, kTile * t * kSlotRow + (RIGHT ? 2 * k : k * kSlotRow));
+        multiply_add<false, RIGHT>(sums, further(u, 2 * (kTile * t + k) * kWidth), from);
+        if constexpr (SPLIT) multiply_add<false, RIGHT>(sums, further(rest, 2 * (kTile * t + k) * kWidth), from);
+      }
+      end_products();
+    } while (++t < tiles);
+    wait_for_products(sums);
   }
 
-  // The part goes to the owners of its ranks, eight bytes at a time.
-  __device__ void send_part(int stage, const Sums& sums, int thread) const {
+  // It goes to the owners of its ranks, eight bytes at a time.
+  __device__ void send_part(int stage, int half, const Sums& sums, int thread) const {
     // Of fewer than 64 ranks each is in several warps, for some of the columns each.
     constexpr int kCopies = RANKS < 64 ? 64 / RANKS : 1;
     const int row = 16 * (thread / 32) + thread % 32 / 4, column = 2 * (thread % 4), share = row / RANKS % kCopies;
     const int shift = __ffs(size.owned) - 1;
     const uint32_t here = parts(stage) + own * size.owned * WIDE * 4 + 4 * column;
 #pragma unroll
-    for (int half = 0; half < kHalves; ++half)
+    for (int below = 0; below < 2; ++below) {
+      const int rank = 64 * half + (row + 8 * below) % RANKS;
+      const uint32_t barrier = address_in(parts_full(stage), rank >> shift);
+      const uint32_t to = barrier + (here - parts_full(stage)) + 4 * WIDE * (rank & (size.owned - 1));
 #pragma unroll
-      for (int below = 0; below < 2; ++below) {
-        const int rank = 64 * half + (row + 8 * below) % RANKS;
-        const uint32_t barrier = address_in(parts_full(stage), rank >> shift);
-        const uint32_t to = barrier + (here - parts_full(stage)) + 4 * WIDE * (rank & (size.owned - 1));
-#pragma unroll
-        for (int j = 0; j < WIDE / 8; ++j)
-          if (j % kCopies == share % (WIDE / 8) && (kCopies <= WIDE / 8 || share < WIDE / 8))
-            send(to + 32 * j, sums[half][4 * j + 2 * below], sums[half][4 * j + 2 * below + 1], barrier);
-      }
+      for (int j = 0; j < WIDE / 8; ++j)
+        if (j % kCopies == share % (WIDE / 8) && (kCopies <= WIDE / 8 || share < WIDE / 8))
+          send(to + 32 * j, sums[4 * j + 2 * below], sums[4 * j + 2 * below + 1], barrier);
+    }
   }
 
   // The parts of the ranks that this block owns are added, four columns a thread, and sent to every block; where there are
@@ -209,8 +205,8 @@ struct Side {
   // changed. Nothing is sent before all threads have read their parts: a block that has all factors may send its next part.
   // Sizes are powers of two, and nothing is divided.
   __device__ void send_factors(int stage, int thread) const {
-    const int pieces = size.owned * WIDE / 4, shift = __ffs(pieces) - 1, shares = max(1, kGroup >> shift);
-    for (int item = thread; item < pieces * shares; item += kGroup) {
+    const int pieces = size.owned * WIDE / 4, shift = __ffs(pieces) - 1, shares = max(1, kAdders >> shift);
+    for (int item = thread; item < pieces * shares; item += kAdders) {
       const int piece = item & (pieces - 1), rank = own * size.owned + piece / (WIDE / 4), column = piece % (WIDE / 4) * 4;
       const auto* from = &in<const float4>(parts(stage) + 16 * piece);
       float4 sum = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
@@ -222,7 +218,7 @@ struct Side {
       if (!entry.keep) sum.x = -sum.x, sum.y = -sum.y, sum.z = -sum.z, sum.w = -sum.w;
       const uint32_t low_parts[] = {packed(rest_of(sum.x), rest_of(sum.y)), packed(rest_of(sum.z), rest_of(sum.w))};
       const uint32_t to = factors(stage) + 2 * swizzled<WIDE>(rank, column);
-      meet(kAddBarrier, kGroup);
+      meet(kAddBarrier, kAdders);
       for (int other = item >> shift; other < size.blocks; other += shares) {
         const uint32_t barrier = address_in(factors_full(stage), other), there = barrier + (to - factors_full(stage));
         send(there, packed(sum.x, sum.y), packed(sum.z, sum.w), barrier);
@@ -302,28 +298,32 @@ __global__ void __launch_bounds__(kThreads, 1)
   using Of = Side<RANKS, SPLIT, RIGHT, WIDE>;
   const int own = cluster_rank(), thread = threadIdx.x % kGroup;
   // The same in all lanes, so that a warp has one role and addresses of operands are worked out once for it.
-  const int role = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x / kGroup), 0);
+  const int warp = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x / 32), 0), group = warp / 4;
   const int64_t clusters = gridDim.x / size.blocks, cluster = blockIdx.x / size.blocks;
   const int64_t begin = panels * cluster / clusters, end = panels * (cluster + 1) / clusters;
   constexpr uint32_t kExchanged = RANKS * WIDE * 4;
   const Of any(one, size, memory, own);
   if (threadIdx.x == 0) {
+    for (int i = 0; i < kMultipliers * size.slots; ++i) make_barrier(any.full(i), 1);
     for (int i = 0; i < size.slots; ++i) {
-      make_barrier(any.full(i), 1);
       make_barrier(any.corrected(i), kCorrectorWarps);
       make_barrier(any.empty(i), 1);
     }
     for (int i = 0; i < size.stages; ++i) {
       make_barrier(any.parts_full(i), 1), expect(any.parts_full(i), kExchanged);
       make_barrier(any.factors_full(i), 1), expect(any.factors_full(i), kExchanged);
-      make_barrier(any.used(i), kCorrectorWarps);
     }
+    for (int i = 0; i < kMultipliers * size.stages; ++i) make_barrier(any.used(i), kCorrectorWarps);
     show_to_async();
   }
   // Every block of the cluster runs and has its barriers: from here on the others' memory may be written.
   cluster_barrier();
 
-  Turn slot, stage;
+  // Every panel has a slot, a stage, and barriers from twice as many that say that it is there and that its factors have
+  // been used: who multiplies every second panel sees all phases of its own; leaving one out would be taking the one before
+  // for the next.
+  Turn slot, stage, there, use;
+  const int all_there = kMultipliers * size.slots, all_uses = kMultipliers * size.stages;
   int seen = 0;  // panels before, as far as slots and stages go
   const SideEntry* entry = list ? list : &one;
   while (list && entry->first_panel + entry->panels <= begin) ++entry;
@@ -332,52 +332,62 @@ __global__ void __launch_bounds__(kThreads, 1)
     const int to = static_cast<int>(min(end - entry->first_panel, entry->panels));
     at = entry->first_panel + to;
     const Of side(*entry, size, memory, own);
-    if (role != 0) {
+    if (warp >= 2) {
       // All have done with the basis before.
-      meet(kBasisBarrier, kThreads - kGroup);
-      side.load_basis(threadIdx.x - kGroup, kThreads - kGroup);
-      meet(kBasisBarrier, kThreads - kGroup);
+      meet(kBasisBarrier, kBasisThreads);
+      side.load_basis(threadIdx.x - 64, kBasisThreads);
+      meet(kBasisBarrier, kBasisThreads);
     }
-    if (role == 0 && thread == 0) {
-      for (int i = from; i < to; ++i, slot.next(size.slots)) {
+    if (threadIdx.x == 0) {
+      for (int i = from; i < to; ++i, slot.next(size.slots), there.next(all_there)) {
         if (seen++ >= size.slots) wait_for(side.empty(slot.at), slot.phase ^ 1);
-        side.load(slot.at, i);
+        side.load(slot.at, i, side.full(there.at));
       }
-    } else if (role == 0 && thread == 32) {
+    } else if (threadIdx.x == 32) {
       for (int i = from; i < to; ++i, slot.next(size.slots)) {
         wait_for(side.corrected(slot.at), slot.phase);
         side.store(slot.at, i);
         wait_for_reads<0>();
         arrive(side.empty(slot.at));
       }
-    } else if (role == 1) {
-      typename Of::Sums sums;
-      for (int i = from; i < to; ++i, slot.next(size.slots), stage.next(size.stages)) {
-        wait_for(side.full(slot.at), slot.phase);
-        side.multiply(slot.at, sums);
-        // What this stage had before has been used: so all its factors had come, and all owners had read their parts.
-        if (seen++ >= size.stages) wait_for(side.used(stage.at), stage.phase ^ 1);
-        side.send_part(stage.at, sums, thread);
-      }
-    } else if (role == 2) {
+    } else if (group == 0 && warp >= 2) {
       // A block sends its part when it has used what the stage had before, so with all parts there all blocks have.
       for (int i = from; i < to; ++i, stage.next(size.stages)) {
         wait_for(side.parts_full(stage.at), stage.phase);
-        if (thread == 0) expect(side.parts_full(stage.at), kExchanged);
-        side.send_factors(stage.at, thread);
+        if (thread == 64) expect(side.parts_full(stage.at), kExchanged);
+        side.send_factors(stage.at, thread - 64);
       }
-    } else if (role > 2) {
+    } else if (group >= 1 && group <= kMultipliers) {
+      typename Of::Sums sums;
+      for (int i = from; i < to;
+           ++i, slot.next(size.slots), stage.next(size.stages), there.next(all_there), use.next(all_uses)) {
+        const int before = seen++;
+        if (before % kMultipliers != group - 1) continue;
+        wait_for(side.full(there.at), there.phase);
+#pragma unroll
+        for (int half = 0; half < Of::kHalves; ++half) {
+          side.multiply(slot.at, half, sums);
+          // What this stage had before has been used: so all its factors had come, and all owners had read their parts.
+          const bool back = use.at >= size.stages;
+          if (half == 0 && before >= size.stages)
+            wait_for(side.used(use.at + (back ? -size.stages : size.stages)), use.phase ^ !back);
+          side.send_part(stage.at, half, sums, thread);
+        }
+      }
+    } else if (group > kMultipliers) {
       typename Of::Lines lines;
       Of::find_lines(thread, lines);
-      for (int i = from; i < to; ++i, slot.next(size.slots), stage.next(size.stages)) {
-        wait_for(side.full(slot.at), slot.phase);
+      for (int i = from; i < to;
+           ++i, slot.next(size.slots), stage.next(size.stages), there.next(all_there), use.next(all_uses)) {
+        wait_for(side.full(there.at), there.phase);
         wait_for(side.factors_full(stage.at), stage.phase);
         show_to_products();
-        if (threadIdx.x == 3 * kGroup) expect(side.factors_full(stage.at), kExchanged);
-        for (int t = role - 3; t < side.tiles; t += kCorrectors) side.correct(slot.at, t, stage.at, lines);
+        if (group == kMultipliers + 1 && thread == 0) expect(side.factors_full(stage.at), kExchanged);
+        for (int t = group - kMultipliers - 1; t < side.tiles; t += kCorrectors)
+          side.correct(slot.at, t, stage.at, lines);
         show_to_async();
         __syncwarp();
-        if (thread % 32 == 0) arrive(side.used(stage.at)), arrive(side.corrected(slot.at));
+        if (thread % 32 == 0) arrive(side.used(use.at)), arrive(side.corrected(slot.at));
       }
     }
     __syncwarp();

@@ -171,9 +171,12 @@ def without(*pieces: str) -> Callable[[str], str]:
 @pytest.mark.parametrize(
     ("missing", "case"),
     [
-        (("      meet(kAddBarrier, kGroup);\n",), Case(512, 14 * 32, 16, FLOAT, cluster=8)),
+        (("      meet(kAddBarrier, kAdders);\n",), Case(512, 14 * 32, 16, FLOAT, cluster=8)),
         (
-            ("        if (seen++ >= size.stages) wait_for(side.used(stage.at), stage.phase ^ 1);\n",),
+            (
+                "            wait_for(side.used(use.at + (back ? -size.stages : size.stages)), use.phase ^ !back);\n",
+                "          if (half == 0 && before >= size.stages)\n",
+            ),
             Case(128, 20 * 32, 16, HALF, cluster=2),
         ),
         (("        wait_for(side.parts_full(stage.at), stage.phase);\n",), Case(256, 6 * 32, 16, HALF, cluster=4)),
