@@ -16,16 +16,10 @@ __device__ inline uint32_t address_in(uint32_t address, uint32_t rank) {
   return there;
 }
 
-// Eight bytes to `address`, counted by `barrier`; both of one block, `address_in` it.
-__device__ inline void send(uint32_t address, float x, float y, uint32_t barrier) {
-  asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v2.f32 [%0], {%1, %2}, [%3];" ::"r"(address),
-               "f"(x), "f"(y), "r"(barrier)
-               : "memory");
-}
-
-__device__ inline void send(uint32_t address, uint32_t x, uint32_t y, uint32_t barrier) {
-  asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v2.b32 [%0], {%1, %2}, [%3];" ::"r"(address),
-               "r"(x), "r"(y), "r"(barrier)
+// Sixteen bytes to `address`, counted by `barrier`; both of one block, `address_in` it.
+__device__ inline void send(uint32_t address, uint32_t x, uint32_t y, uint32_t z, uint32_t w, uint32_t barrier) {
+  asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(address),
+               "r"(x), "r"(y), "r"(z), "r"(w), "r"(barrier)
                : "memory");
 }
 

@@ -181,48 +181,61 @@ struct Side {
     wait_for_products(sums);
   }
 
-  // It goes to the owners of its ranks, eight bytes at a time.
+  // It goes to the owners of its ranks. Of a part an owner has eight columns of each of its ranks, then the next eight. Two
+  // lanes beside each other have two columns each of two ranks, and change them for four of one: an SM sends as many
+  // pieces in a time, of whatever size.
   __device__ void send_part(int stage, int half, const Sums& sums, int thread) const {
     // Of fewer than 64 ranks each is in several warps, for some of the columns each.
     constexpr int kCopies = RANKS < 64 ? 64 / RANKS : 1;
-    const int row = 16 * (thread / 32) + thread % 32 / 4, column = 2 * (thread % 4), share = row / RANKS % kCopies;
-    const int shift = __ffs(size.owned) - 1;
-    const uint32_t here = parts(stage) + own * size.owned * WIDE * 4 + 4 * column;
+    const bool odd = thread % 2 != 0;
+    const int row = 16 * (thread / 32) + thread % 32 / 4, share = row / RANKS % kCopies;
+    const int rank = 64 * half + (row + (odd ? 8 : 0)) % RANKS;
+    const uint32_t barrier = address_in(parts_full(stage), rank >> (__ffs(size.owned) - 1));
+    const uint32_t to = barrier + (parts(stage) - parts_full(stage)) + own * size.owned * WIDE * 4 +
+                        32 * (rank & (size.owned - 1)) + 8 * (thread & 2);
 #pragma unroll
-    for (int below = 0; below < 2; ++below) {
-      const int rank = 64 * half + (row + 8 * below) % RANKS;
-      const uint32_t barrier = address_in(parts_full(stage), rank >> shift);
-      const uint32_t to = barrier + (here - parts_full(stage)) + 4 * WIDE * (rank & (size.owned - 1));
-#pragma unroll
-      for (int j = 0; j < WIDE / 8; ++j)
-        if (j % kCopies == share % (WIDE / 8) && (kCopies <= WIDE / 8 || share < WIDE / 8))
-          send(to + 32 * j, sums[4 * j + 2 * below], sums[4 * j + 2 * below + 1], barrier);
+    for (int j = 0; j < WIDE / 8; ++j) {
+      const float give_x = odd ? sums[4 * j] : sums[4 * j + 2], give_y = odd ? sums[4 * j + 1] : sums[4 * j + 3];
+      const uint32_t x = __shfl_xor_sync(0xffffffffu, __float_as_uint(give_x), 1);
+      const uint32_t y = __shfl_xor_sync(0xffffffffu, __float_as_uint(give_y), 1);
+      if (j % kCopies != share % (WIDE / 8) || (kCopies > WIDE / 8 && share >= WIDE / 8)) continue;
+      const uint32_t at = to + 32 * j * size.owned;
+      if (odd)
+        send(at, x, y, __float_as_uint(sums[4 * j + 2]), __float_as_uint(sums[4 * j + 3]), barrier);
+      else
+        send(at, __float_as_uint(sums[4 * j]), __float_as_uint(sums[4 * j + 1]), x, y, barrier);
     }
   }
 
-  // The parts of the ranks that this block owns are added, four columns a thread, and sent to every block; where there are
-  // more threads, some have the same four, for some of the blocks each. What is to be taken away is sent with its sign
+  // The parts of the ranks that this block owns are added, eight columns a thread, and sent to every block; where there are
+  // more threads, some have the same eight, for some of the blocks each. What is to be taken away is sent with its sign
   // changed. Nothing is sent before all threads have read their parts: a block that has all factors may send its next part.
   // Sizes are powers of two, and nothing is divided.
   __device__ void send_factors(int stage, int thread) const {
-    const int pieces = size.owned * WIDE / 4, shift = __ffs(pieces) - 1, shares = max(1, kAdders >> shift);
+    const int pieces = size.owned * WIDE / 8, shift = __ffs(pieces) - 1, shares = max(1, kAdders >> shift);
     for (int item = thread; item < pieces * shares; item += kAdders) {
-      const int piece = item & (pieces - 1), rank = own * size.owned + piece / (WIDE / 4), column = piece % (WIDE / 4) * 4;
-      const auto* from = &in<const float4>(parts(stage) + 16 * piece);
-      float4 sum = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-#pragma unroll 8
+      const int piece = item & (pieces - 1), rank = own * size.owned + (piece & (size.owned - 1));
+      const int column = piece >> (__ffs(size.owned) - 1) << 3;
+      const auto* from = &in<const float4>(parts(stage) + 32 * piece);
+      float sums[8] = {};
+#pragma unroll 4
       for (int other = 0; other < size.blocks; ++other) {
-        const float4 x = from[other * pieces];
-        sum.x += x.x, sum.y += x.y, sum.z += x.z, sum.w += x.w;
+        const float4 x = from[other * 2 * pieces], y = from[other * 2 * pieces + 1];
+        sums[0] += x.x, sums[1] += x.y, sums[2] += x.z, sums[3] += x.w;
+        sums[4] += y.x, sums[5] += y.y, sums[6] += y.z, sums[7] += y.w;
       }
-      if (!entry.keep) sum.x = -sum.x, sum.y = -sum.y, sum.z = -sum.z, sum.w = -sum.w;
-      const uint32_t low_parts[] = {packed(rest_of(sum.x), rest_of(sum.y)), packed(rest_of(sum.z), rest_of(sum.w))};
-      const uint32_t to = factors(stage) + 2 * swizzled<WIDE>(rank, column);
+      uint32_t high_parts[4], low_parts[4];
+#pragma unroll
+      for (int k = 0; k < 4; ++k) {
+        const float x = entry.keep ? sums[2 * k] : -sums[2 * k], y = entry.keep ? sums[2 * k + 1] : -sums[2 * k + 1];
+        high_parts[k] = packed(x, y), low_parts[k] = packed(rest_of(x), rest_of(y));
+      }
+      const uint32_t to = factors(stage) + 2 * swizzled<WIDE>(rank, column) - factors_full(stage);
       meet(kAddBarrier, kAdders);
       for (int other = item >> shift; other < size.blocks; other += shares) {
-        const uint32_t barrier = address_in(factors_full(stage), other), there = barrier + (to - factors_full(stage));
-        send(there, packed(sum.x, sum.y), packed(sum.z, sum.w), barrier);
-        send(there + 2 * kCoefficients, low_parts[0], low_parts[1], barrier);
+        const uint32_t barrier = address_in(factors_full(stage), other), there = barrier + to;
+        send(there, high_parts[0], high_parts[1], high_parts[2], high_parts[3], barrier);
+        send(there + 2 * kCoefficients, low_parts[0], low_parts[1], low_parts[2], low_parts[3], barrier);
       }
     }
   }
@@ -385,9 +398,11 @@ __global__ void __launch_bounds__(kThreads, 1)
         if (group == kMultipliers + 1 && thread == 0) expect(side.factors_full(stage.at), kExchanged);
         for (int t = group - kMultipliers - 1; t < side.tiles; t += kCorrectors)
           side.correct(slot.at, t, stage.at, lines);
+        __syncwarp();
+        if (thread % 32 == 0) arrive(side.used(use.at));
         show_to_async();
         __syncwarp();
-        if (thread % 32 == 0) arrive(side.used(use.at)), arrive(side.corrected(slot.at));
+        if (thread % 32 == 0) arrive(side.corrected(slot.at));
       }
     }
     __syncwarp();

@@ -25,7 +25,9 @@ INSTRUCTIONS = {
     rf"ld\.shared(::cluster)?\.v4\.f32 {FOUR}, \[%4\];": "load_four",
     r"st\.shared\.b32 \[%0\], %1;": "store",
     r"mapa\.shared::cluster\.u32 %0, %1, %2;": "map",
-    r"st\.async\.shared::cluster\.mbarrier::complete_tx::bytes\.v2\.[fb]32 \[%0\], \{%1, %2\}, \[%3\];": "store_async",
+    r"st\.async\.shared::cluster\.mbarrier::complete_tx::bytes\.v4\.b32 \[%0\], \{%1, %2, %3, %4\}, \[%5\];": (
+        "store_async"
+    ),
     r"mbarrier\.init\.shared::cta\.b64 \[%0\], (1|%1);": "make_barrier",
     r"mbarrier\.arrive\.shared::cta\.b64 _, \[%0\];": "arrive",
     r"mbarrier\.arrive\.expect_tx\.shared::cta\.b64 _, \[%0\], %1;": "expect",

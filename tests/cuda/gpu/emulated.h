@@ -71,8 +71,7 @@ void load_four(uint32_t& x, uint32_t& y, uint32_t& z, uint32_t& w, uint32_t addr
 void load_four(float& x, float& y, float& z, float& w, uint32_t address);
 void store(uint32_t address, uint32_t x);
 void map(uint32_t& there, uint32_t address, uint32_t rank);
-void store_async(uint32_t address, uint32_t x, uint32_t y, uint32_t barrier);
-void store_async(uint32_t address, float x, float y, uint32_t barrier);
+void store_async(uint32_t address, uint32_t x, uint32_t y, uint32_t z, uint32_t w, uint32_t barrier);
 void make_barrier(uint32_t barrier);
 void make_barrier(uint32_t barrier, uint32_t count);
 void arrive(uint32_t barrier);
@@ -142,6 +141,11 @@ T __shfl_sync(unsigned, T x, int lane, int width = 32) {
 template <typename T>
 T __shfl_xor_sync(unsigned, T x, int mask) { return exchanged(x, static_cast<int>(threadIdx.x) % 32 ^ mask); }
 inline int __ffs(int x) { return __builtin_ffs(x); }
+inline uint32_t __float_as_uint(float x) {
+  uint32_t y;
+  std::memcpy(&y, &x, 4);
+  return y;
+}
 inline float __uint_as_float(uint32_t x) {
   float y;
   std::memcpy(&y, &x, 4);
