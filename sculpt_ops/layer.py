@@ -8,12 +8,15 @@ from typing import Literal, cast, get_args
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from .bases import TopSubspace
 from .basis import Basis
 from .buckets import in_buckets
+from .dtensor import is_dtensor
 from .linalg import complement, orthonormal
 from .ops import foreach_project_, project, project_
+from .ops.split_products import can_split, project_to_float32
 from .remember import Remembered, Side, join
 
 __all__ = ["LayerSubspace", "Sides", "check_sides", "project_each_"]
@@ -123,6 +126,7 @@ class LayerSubspace:
     def to_coordinates(self, matrix: Tensor) -> Tensor:
         """L_freeᵀ matrix R_free of `matrix` (m, n), in float32 (float64 for float64): (m - k, n - k) for both sides.
 
+        On a GPU those of a bfloat16 matrix, with reflectors stored, are good to 2e-5 of it.
         With `from_coordinates` an isometry of the free part of `matrix`. Not for a block.
         """
         assert not self.block
@@ -134,21 +138,26 @@ class LayerSubspace:
             out = _PRODUCT(out, self.right_basis.matrix())
         left, right = _reflector(self.left_basis), _reflector(self.right_basis)
         if left is not None or right is not None:
+            above, before = (0 if reflector is None else reflector.shape[1] for reflector in (left, right))
             # In float32: half precision would round what the reflector has mixed, 2^-9 of it.
-            out = project(out.to(torch.promote_types(out.dtype, torch.float32)), left, right)
-            out = out[0 if left is None else left.shape[1] :, 0 if right is None else right.shape[1] :]
+            if _on_tensor_cores(out, left, right):
+                out = project_to_float32(out, left, right, above, before)
+            else:
+                out = project(out.to(torch.promote_types(out.dtype, torch.float32)), left, right)[above:, before:]
         return out.to(torch.promote_types(out.dtype, torch.float32)).contiguous()
 
-    def from_coordinates(self, coordinates: Tensor) -> Tensor:
-        """L_free coordinates R_freeᵀ (m, n) of `coordinates` of `free_shape`, in their dtype."""
+    def from_coordinates(self, coordinates: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """L_free coordinates R_freeᵀ (m, n) of `coordinates` of `free_shape`, in their dtype; in another, as `project_`
+        then computes, only where no free basis is stored."""
         assert not self.block
         out = coordinates
         left, right = _reflector(self.left_basis), _reflector(self.right_basis)
+        assert dtype is None or not (self.keep_left or self.keep_right)
         if left is not None or right is not None:
-            above = 0 if left is None else left.shape[1]
-            before = 0 if right is None else right.shape[1]
-            out = torch.nn.functional.pad(out, (before, 0, above, 0))
-            project_(out, left, right)
+            above, before = (0 if reflector is None else reflector.shape[1] for reflector in (left, right))
+            padded = out.new_zeros(out.shape[0] + above, out.shape[1] + before, dtype=dtype)
+            padded[above:, before:] = out
+            out = project_(padded, left, right)
         if self.keep_right and self.right_basis is not None:
             out = out @ self.right_basis.matrix().mT
         if self.keep_left and self.left_basis is not None:
@@ -234,6 +243,14 @@ def _reflector(basis: Basis | None) -> Tensor | None:
         return None
     assert basis.form == "reflector"
     return basis.matrix()
+
+
+def _on_tensor_cores(matrix: Tensor, left: Tensor | None, right: Tensor | None) -> bool:
+    """Whether a projection to float32 is made of bfloat16 parts: on a GPU of a bfloat16 matrix; not while tracing, for
+    which there are the ops alone."""
+    if not matrix.is_cuda or is_dtensor(matrix) or isinstance(matrix, FakeTensor) or torch.compiler.is_compiling():
+        return False
+    return can_split(matrix, left, right)
 
 
 def project_each_(pairs: Iterable[tuple[Tensor, LayerSubspace]]) -> None:

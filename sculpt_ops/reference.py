@@ -306,10 +306,14 @@ def adam_(
         # In float64: 1 - 0.999 in float32 is off by 2^-14.
         rate = (lr.double() / (1 - beta1 ** count.double())).float()
         root = (1 - beta2 ** count.double()).sqrt().float()
-        first.add_((wide - first) * (1 - beta1))
-        second.copy_(second * beta2 + wide * (1 - beta2) * wide)
+        mean, square = first.float(), second.float()
+        mean.add_((wide - mean) * (1 - beta1))
+        square.copy_(square * beta2 + wide * (1 - beta2) * wide)
         # Through float64: torch's own float32 root is off in the last bit for one number in six.
-        step.copy_(-(first * rate) / (second.double().sqrt().float() / root + eps))
+        taken = -(mean * rate) / (square.double().sqrt().float() / root + eps)
+        first.copy_(mean)
+        second.copy_(square)
         if weight is not None and weight_decay:
             value = weight.float() if low is None else join_halves(weight, low)
-            step.sub_((value if start is None else value - start.float()) * (lr.double() * weight_decay).float())
+            taken.sub_((value if start is None else value - start.float()) * (lr.double() * weight_decay).float())
+        step.copy_(taken)

@@ -115,9 +115,9 @@ class Subspaces(Mapping[str, LayerSubspace]):
             `importance.layer_importance`. No other policy looks at them. `RememberInputs` does, if there is a
             `previous`: they are then rows of the task just learned.
         previous: the subspaces of these weights before their last training, or what their `carry` returned. A matrix of
-            1024 or more either way, with at most a quarter of its directions protected, is searched from there on: up
-            to 5 times faster, with at least 0.999 of the energy that can be held, as without. No other matrix takes
-            notice of it.
+            1024 or more either way (on a GPU 8192), with at most a quarter of its directions protected, is searched
+            from there on: up to 5 times faster, with at least 0.999 of the energy that can be held, as without. No
+            other matrix takes notice of it.
         remember: protect besides, on the sides that are protected, what the tasks before taught: `Remember(0.12)`,
             `RememberInputs(0.95)` or a list of one each. `protect=0.0` protects that alone. previous has then to be of
             subspaces that were made with the same; without it there is nothing to remember yet. `Remember` keeps a copy

@@ -14,6 +14,8 @@ from torch import Tensor
 
 import sculpt_ops
 from sculpt_ops import reference
+from sculpt_ops.basis import Basis
+from sculpt_ops.layer import LayerSubspace
 
 NAME = os.environ.get("SCULPT_TEST_DEVICE", "")
 pytestmark = pytest.mark.skipif(not NAME, reason="SCULPT_TEST_DEVICE names no device")
@@ -135,6 +137,25 @@ def test_float32_bases_views_and_batches(backend: str) -> None:
 def test_float32_gradients_of_remove() -> None:
     inputs = [gaussian(9, 7).double(), orthonormal(9, 2).double(), orthonormal(7, 3).double()]
     assert torch.autograd.gradcheck(sculpt_ops.project, [x.requires_grad_() for x in inputs])
+
+
+@pytest.mark.parametrize("rank", [40, 200])
+@pytest.mark.parametrize(("m", "n"), [(448, 640), (777, 421)])
+def test_coordinates_of_a_bfloat16_matrix(m: int, n: int, rank: int) -> None:
+    """By products of bfloat16 parts on a GPU: one side and both, a small rank and one of more arithmetic."""
+    bases = [Basis(orthonormal(length, rank), "protected").reflector() for length in (m, n)]
+    grad = gaussian(m, n, dtype=torch.bfloat16)
+    for left, right in (bases, (bases[0], None), (None, bases[1])):
+        layer = LayerSubspace((m, n), rank, 1.0, left, right)
+        L, R = (
+            torch.eye(size, device=DEVICE).double() if basis is None else basis.free_columns().double()
+            for basis, size in ((left, m), (right, n))
+        )
+        found = layer.to_coordinates(grad)
+        assert (found.dtype, found.shape) == (torch.float32, layer.free_shape)
+        assert (found.double() - L.mT @ grad.double() @ R).norm() <= 2e-5 * grad.double().norm()
+        back = layer.from_coordinates(found, torch.bfloat16)
+        assert (back.double() - L @ found.double() @ R.mT).norm() <= 2**-7 * found.double().norm()
 
 
 @pytest.mark.skipif(not CUDA, reason="needs a GPU")

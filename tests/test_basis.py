@@ -7,8 +7,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from sculpt_ops import layer as layer_module
 from sculpt_ops.basis import Basis
 from sculpt_ops.layer import LayerSubspace
+from sculpt_ops.ops import split_products
+from sculpt_ops.ops.split_products import can_split
 from sculpt_ops.subspaces import Subspaces
 
 from .ops.accuracy import gaussian, orthonormal
@@ -229,6 +232,27 @@ def test_coordinates_are_those_of_the_free_columns(name: str) -> None:
     assert abs(float(back.norm() / coordinates.norm()) - 1.0) <= 1e-6
     inner = float((layer.to_coordinates(grad.float()).double() * coordinates).sum())
     assert inner == pytest.approx(float((grad * back.double()).sum()), abs=1e-5)
+
+
+@pytest.mark.parametrize("corrected", [0, 128])
+@pytest.mark.parametrize("name", kinds())
+def test_coordinates_by_products_of_bfloat16_parts(name: str, corrected: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a GPU makes those of a bfloat16 matrix, and its steps where no free basis is stored; ranks large and small."""
+    monkeypatch.setattr(layer_module, "_on_tensor_cores", can_split)
+    monkeypatch.setattr(split_products, "CORRECTED", corrected)
+    layer = kinds()[name]
+    L, R = (_free(basis, d) for basis, d in zip((layer.left_basis, layer.right_basis), layer.shape, strict=True))
+    grad = gaussian(*layer.shape, dtype=torch.bfloat16)
+    result = layer.to_coordinates(grad)
+    assert (result.dtype, result.shape) == (torch.float32, layer.free_shape)
+    assert result.is_contiguous()
+    assert (result.double() - L.mT @ grad.double() @ R).norm() <= 2e-5 * float(grad.double().norm())
+    if not (layer.keep_left or layer.keep_right):
+        coordinates = gaussian(*layer.free_shape, dtype=torch.float32)
+        back = layer.from_coordinates(coordinates, torch.bfloat16)
+        assert back.dtype is torch.bfloat16
+        error = (back.double() - L @ coordinates.double() @ R.mT).norm()
+        assert error <= 2**-8 * float(coordinates.norm())
 
 
 @pytest.mark.parametrize("name", kinds())

@@ -3,13 +3,18 @@
 import copy
 import io
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from sculpt_ops.optim import AdamW
+from sculpt_ops import layer
+from sculpt_ops.layer import project_each_
+from sculpt_ops.ops.split_products import can_split
+from sculpt_ops.optim import AdamW, rows
+from sculpt_ops.optim.options import Options
 from sculpt_ops.subspaces import Subspaces
 
 from .training import SHAPES, Kinds, Shapes, assert_same_weights, feed, recorded, start_of, train
@@ -49,6 +54,77 @@ def test_split_halves_are_the_float32_weight_to_the_bit(mode: str, options: dict
         assert optimizer.state[parameter]["low"].dtype is torch.int16
         assert torch.equal(optimizer.master_weight(parameter), exact), name
         assert ((parameter.float() - exact).abs() <= exact.abs() * 2**-8).all()
+
+
+@pytest.mark.parametrize("state", ["full", "subspace"])
+@pytest.mark.parametrize("lr", [1e-2, 1e-3, 1e-4])
+@pytest.mark.parametrize("master", ["none", "stochastic"])
+def test_steps_in_bfloat16_change_bfloat16_weights_as_well(
+    master: Any, lr: float, state: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a GPU makes them: as near to float32 weights as with steps in float32, with no larger a leak."""
+    on_a_gpu = rows._steps_in_bfloat16
+    errors, leaks = [], []
+    for narrow in (False, True):
+
+        def chosen(options: Options, row: rows.Row, narrow: bool = narrow) -> bool:
+            on_gpu: Any = SimpleNamespace(is_cuda=narrow, dtype=row.parameter.dtype)
+            return on_a_gpu(options, row._replace(parameter=on_gpu))
+
+        monkeypatch.setattr(rows, "_steps_in_bfloat16", chosen)
+        if narrow:
+            monkeypatch.setattr(layer, "_on_tensor_cores", can_split)
+        model = Kinds((BF16,))
+        wide = in_float32(model)
+        start = start_of(wide)
+        options: dict[str, Any] = {"lr": lr, "weight_decay": 0.1, "state": state}
+        optimizer = AdamW(model.parameters(), subspaces=model.subspaces, master=master, **options)
+        exact = AdamW(wide.parameters(), subspaces=wide.subspaces, **options)
+        for grads in recorded(model, 100):
+            feed(model, grads)
+            feed(wide, grads)
+            optimizer.step()
+            exact.step()
+        error = leak = 0.0
+        for (name, parameter), reference in zip(model.named_parameters(), wide.parameters(), strict=True):
+            weight = parameter.detach().float()
+            change = weight - start[name]
+            error += float((weight - reference.detach()).square().sum())
+            free = change.clone()
+            project_each_([(free, model.subspaces[name])])
+            leak += float((change - free).square().sum())
+        errors.append(error**0.5)
+        leaks.append(leak**0.5)
+    assert errors[1] <= 1.02 * errors[0]
+    assert leaks[1] <= 1.02 * leaks[0]
+
+
+@pytest.mark.parametrize(
+    ("options", "changes", "wanted"),
+    [
+        ({}, {}, True),
+        ({"master": "stochastic"}, {}, True),
+        ({"project": "update"}, {}, True),
+        ({}, {"is_cuda": False}, False),
+        ({}, {"dtype": torch.float32}, False),
+        ({"master": "split"}, {"low": torch.zeros(1, dtype=torch.int16)}, False),
+        ({"state": "subspace"}, {}, True),
+        ({"state": "subspace"}, {"layer": "both_75_32"}, False),
+        ({}, {"layer": "both_75_32"}, True),
+        ({"project": "gradient"}, {}, False),
+        ({}, {"layer": None}, False),
+    ],
+)
+def test_which_steps_are_in_bfloat16(options: dict[str, Any], changes: dict[str, Any], wanted: bool) -> None:
+    parameter: Any = SimpleNamespace(is_cuda=True, dtype=BF16)
+    for name in ("is_cuda", "dtype"):
+        setattr(parameter, name, changes.get(name, getattr(parameter, name)))
+    state = {"low": changes["low"]} if "low" in changes else {}
+    layers = Kinds().subspaces
+    name = changes.get("layer", "both_25_32")
+    bound = None if name is None else layers[name]
+    assert bound is None or (bound.keep_left or bound.keep_right) == ("75" in name)
+    assert rows._steps_in_bfloat16(Options(**options), rows.Row(parameter, 0, state, bound, None)) is wanted
 
 
 def test_split_without_a_basis_is_torch_adamw_in_float32_to_rounding() -> None:

@@ -89,6 +89,25 @@ def test_method_follows_shape_and_rank(m: int, n: int, rank: int, columns: int, 
     assert choose_method(n, m, rank, torch.float32, "cpu", columns=columns) == method
 
 
+@pytest.mark.parametrize(
+    ("m", "n", "rank", "columns", "method"),
+    [
+        (32, 5000, 4, 0, "svd"),
+        (576, 1536, 64, 0, "gram"),
+        (1024, 4096, 8, 0, "gram"),
+        (4096, 11008, 64, 64, "gram"),
+        (4096, 4096, 2048, 0, "gram"),
+        (8192, 8192, 655, 0, "rsvd"),
+        (8192, 28672, 656, 0, "gram"),
+        (8192, 8192, 2048, 2048, "rsvd"),
+        (8192, 8192, 2049, 2049, "gram"),
+    ],
+)
+def test_method_on_a_gpu(m: int, n: int, rank: int, columns: int, method: str) -> None:
+    assert choose_method(m, n, rank, torch.float32, "cuda", columns=columns) == method
+    assert choose_method(n, m, rank, torch.float32, "cuda", columns=columns) == method
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(20, 31), (48, 48), (90, 60), (60, 90)])
 def test_bases_are_those_of_the_exact_svd(shape: tuple[int, int], dtype: torch.dtype) -> None:

@@ -28,16 +28,14 @@ inline void check_adam(const char* op, const Tensors& steps, const Tensors& grad
       STD_TORCH_CHECK(t.is_contiguous(), op, ": ", name, ": wanted contiguous memory, given strides in entry ", i);
       STD_TORCH_CHECK(t.is_cpu() == grad.is_cpu(), op, ": ", name, ": wanted the device of grads");
     };
-    const auto wide = [&](const char* name, const Tensor& t) {
-      elements(name, t);
-      STD_TORCH_CHECK(t.scalar_type() == ScalarType::Float, op, ": ", name, ": wanted dtype float32, given another");
-    };
     const auto narrow = [&](const char* name, const Tensor& t) {
       elements(name, t);
       STD_TORCH_CHECK(t.scalar_type() == ScalarType::Float || t.scalar_type() == ScalarType::BFloat16, op, ": ", name,
                       ": wanted dtype float32 or bfloat16, given another");
     };
-    narrow("grads", grad), wide("steps", steps[i]), wide("firsts", firsts[i]), wide("seconds", seconds[i]);
+    narrow("grads", grad), narrow("steps", steps[i]), narrow("firsts", firsts[i]), narrow("seconds", seconds[i]);
+    STD_TORCH_CHECK(firsts[i].scalar_type() == seconds[i].scalar_type(), op,
+                    ": seconds: wanted the dtype of firsts, given another in entry ", i);
     STD_TORCH_CHECK(counts[i].numel() == 1 && counts[i].scalar_type() == ScalarType::Float, op,
                     ": counts: wanted one float32 number each, given shape ", shape(counts[i]),
                     " or another dtype in entry ", i);

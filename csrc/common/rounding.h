@@ -1,4 +1,4 @@
-// A float32 number as a bfloat16 and 16 more bits, and stochastic rounding to bfloat16. Host and device;
+// A float32 number as a bfloat16 and 16 more bits, and rounding to bfloat16, stochastic too. Host and device;
 // sculpt_ops/reference.py and triton_kernels/rounding.py compute the same bits.
 #pragma once
 #include "common/bits.h"
@@ -8,6 +8,12 @@ namespace sculpt {
 
 SCULPT_HOST_DEVICE inline uint32_t magnitude(uint32_t bits) { return bits & 0x7fffffffu; }
 SCULPT_HOST_DEVICE inline bool is_nan(uint32_t bits) { return magnitude(bits) > 0x7f800000u; }
+
+// To bfloat16, a tie to the even one.
+SCULPT_HOST_DEVICE inline uint16_t nearest(float value) {
+  const uint32_t bits = bits_of(value);
+  return uint16_t(is_nan(bits) ? bits >> 16 | 0x40u : (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16);
+}
 
 struct Halves {
   uint16_t high;  // bfloat16, the nearest to the number; a tie goes away from zero

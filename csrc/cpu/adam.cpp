@@ -31,6 +31,10 @@ SCULPT_CLONES void join_all(const uint16_t* __restrict__ high, const int16_t* __
   for (int64_t i = 0; i < n; ++i) out[i] = join(high[i], low[i]);
 }
 
+SCULPT_CLONES void narrow_all(const float* __restrict__ x, uint16_t* __restrict__ out, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) out[i] = nearest(x[i]);
+}
+
 SCULPT_CLONES void subtract_all(const float* __restrict__ x, float* __restrict__ out, int64_t n) {
   for (int64_t i = 0; i < n; ++i) out[i] -= x[i];
 }
@@ -56,6 +60,30 @@ const float* read(const Tensor& t, int64_t at, int64_t n, float* room) {
   return room;
 }
 
+// Written numbers where they lie, or for bfloat16 float32 ones that are stored there; `read`: what lies there is wanted.
+class Written {
+ public:
+  Written(const Tensor& t, int64_t at, int64_t n, bool read = true) : n_(n) {
+    if (t.scalar_type() == ScalarType::Float) {
+      values_ = static_cast<float*>(t.mutable_data_ptr()) + at;
+      return;
+    }
+    narrow_ = static_cast<uint16_t*>(t.mutable_data_ptr()) + at;
+    if (read) widen_all(narrow_, room_, n);
+    values_ = room_;
+  }
+  float* values() { return values_; }
+  void store() const {
+    if (narrow_) narrow_all(room_, narrow_, n_);
+  }
+
+ private:
+  int64_t n_;
+  float* values_;
+  uint16_t* narrow_ = nullptr;
+  float room_[kBlock];
+};
+
 struct Entry {
   const Tensor &grad, &first, &second, &out;
   const Optional &weight, &low, &start;
@@ -65,10 +93,10 @@ struct Entry {
     float room[kBlock], other[kBlock];
     for (int64_t at = begin; at < end; at += kBlock) {
       const int64_t n = std::min(kBlock, end - at);
-      float* to = static_cast<float*>(out.mutable_data_ptr()) + at;
-      step_all(read(grad, at, n, room), static_cast<float*>(first.mutable_data_ptr()) + at,
-               static_cast<float*>(second.mutable_data_ptr()) + at, to, n, step);
-      if (weight && step.decay != 0.0f) decay_all(decaying(at, n, room, other), to, n, step.decay);
+      Written a(first, at, n), b(second, at, n), to(out, at, n, false);
+      step_all(read(grad, at, n, room), a.values(), b.values(), to.values(), n, step);
+      if (weight && step.decay != 0.0f) decay_all(decaying(at, n, room, other), to.values(), n, step.decay);
+      a.store(), b.store(), to.store();
     }
   }
 

@@ -6,17 +6,19 @@
 
 namespace sculpt {
 
-// One tensor. grad, weight and start are float32, or bfloat16 where their flag is set. weight, low, start: may be null.
+// One tensor. grad, the moments, out, weight and start are float32, or bfloat16 where their flag is set. weight, low,
+// start: may be null.
 // count: on the device, goes up by one; null: `count_value`, in which this step is counted already.
 struct AdamEntry {
   const void* grad;
-  float *first, *second, *out, *count;
+  void *first, *second, *out;
+  float* count;
   const void* weight;
   const int16_t* low;
   const void* start;
   int64_t numel;
   float count_value;
-  bool half_grad, half_weight;
+  bool half_grad, half_moments, half_out, half_weight;
 };
 
 struct AdamSettings {

@@ -42,14 +42,14 @@ void adam_(Tensors steps, Tensors grads, Tensors firsts, Tensors seconds, Tensor
     auto* const count = static_cast<float*>(counts[i].mutable_data_ptr());
     if (counts[i].is_cpu()) on_host.push_back(count);
     const bool decays = weights[i] && weight_decay != 0.0;
-    entries.push_back({grads[i].const_data_ptr(), static_cast<float*>(firsts[i].mutable_data_ptr()),
-                       static_cast<float*>(seconds[i].mutable_data_ptr()),
-                       static_cast<float*>(steps[i].mutable_data_ptr()),
-                       counts[i].is_cpu() ? nullptr : count, decays ? pointer(weights[i]) : nullptr,
+    entries.push_back({grads[i].const_data_ptr(), firsts[i].mutable_data_ptr(), seconds[i].mutable_data_ptr(),
+                       steps[i].mutable_data_ptr(), counts[i].is_cpu() ? nullptr : count, decays ? pointer(weights[i]) : nullptr,
                        decays ? static_cast<const int16_t*>(pointer(lows[i])) : nullptr,
                        decays ? pointer(starts[i]) : nullptr, grads[i].numel(),
                        counts[i].is_cpu() ? *count + 1.0f : 0.0f,
                        grads[i].scalar_type() == ScalarType::BFloat16,
+                       firsts[i].scalar_type() == ScalarType::BFloat16,
+                       steps[i].scalar_type() == ScalarType::BFloat16,
                        weights[i] && weights[i]->scalar_type() == ScalarType::BFloat16});
   }
   const torch::stable::accelerator::DeviceGuard guard(device);

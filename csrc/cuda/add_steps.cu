@@ -54,12 +54,6 @@ __device__ void write(T* to, int count, bool wide, const T (&from)[kEight]) {
     if (k < count) to[k] = from[k];
 }
 
-// To bfloat16, a tie to the even one.
-__device__ uint16_t nearest(float value) {
-  const uint32_t bits = bits_of(value);
-  return uint16_t(is_nan(bits) ? bits >> 16 | 0x40u : (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16);
-}
-
 // Elements `at`, a multiple of eight, to at most at + 7.
 __device__ void add_eight(const AddEntry& entry, int64_t at, int count, bool wide, bool stochastic) {
   alignas(16) float step[kEight];

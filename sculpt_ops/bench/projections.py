@@ -68,7 +68,7 @@ def chosen_variant(grad: Tensor, left: Tensor | None, right: Tensor | None, bloc
     """What dispatch runs."""
     if not grad.is_cuda:
         return grad.device.type
-    chosen = backend_of(grad, left, right)
+    chosen = backend_of(grad, left, right, block)
     if chosen == "cuda" and (cuda_missing() or why_not_cuda(grad, left, right, False, False, block)):
         return "cublas"
     return chosen

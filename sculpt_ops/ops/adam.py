@@ -48,7 +48,8 @@ def adam_(
     in float32; ``lr`` and ``counts`` are read where they are: a CUDA graph follows them if they are on the device.
 
     Args:
-        steps, firsts, seconds: float32; written. One of each for every gradient, contiguous, of its shape.
+        steps, firsts, seconds: float32 or bfloat16, rounded to nearest, both moments of an entry alike; written. One
+            of each for every gradient, contiguous, of its shape.
         grads: float32 or bfloat16.
         counts: one float32 number each: steps taken so far; written. On the device of the gradients, or on the CPU
             except while a CUDA graph is captured, which would repeat one and the same step.
@@ -94,10 +95,10 @@ _WIDE = (torch.float32,)
 _NARROW = (torch.float32, torch.bfloat16)
 # By place in the argument list: what each holds, whether it is written.
 _LISTS = (
-    ("steps", _WIDE, True),
+    ("steps", _NARROW, True),
     ("grads", _NARROW, False),
-    ("firsts", _WIDE, True),
-    ("seconds", _WIDE, True),
+    ("firsts", _NARROW, True),
+    ("seconds", _NARROW, True),
     ("counts", _WIDE, True),
     ("weights", _NARROW, False),
     ("lows", (torch.int16,), False),
@@ -113,7 +114,7 @@ def _check_all(lists: Sequence[Sequence[Tensor | None]], lr: Tensor) -> None:
             f"_adam_: lr: given shape {tuple(lr.shape)} and dtype {_name(lr.dtype)}, wanted one number of dtype "
             "float32 or float64"
         )
-    grads, counts, weights, lows, starts = lists[1], *lists[4:]
+    grads, firsts, seconds, counts, weights, lows, starts = lists[1:]
     if not grads:
         return
     assert grads[0] is not None
@@ -141,6 +142,12 @@ def _check_all(lists: Sequence[Sequence[Tensor | None]], lr: Tensor) -> None:
             if size := tensor.numel():
                 begin = tensor.data_ptr()
                 uses.append((begin, begin + size * tensor.element_size(), name, written))
+    for i, (first, second) in enumerate(zip(firsts, seconds, strict=True)):
+        if first is not None and second is not None and first.dtype is not second.dtype:
+            raise TypeError(
+                f"_adam_: seconds: given dtype {_name(second.dtype)} in entry {i}, wanted the dtype of firsts, "
+                f"{_name(first.dtype)}"
+            )
     for i, (count, weight, low, start) in enumerate(zip(counts, weights, lows, starts, strict=True)):
         if count is not None and count.numel() != 1:
             raise ValueError(

@@ -28,7 +28,7 @@ from torch import Tensor
 from .. import reference
 from .heuristics import left_first, stacked, triton_missing
 
-__all__ = ["can_split", "project_split"]
+__all__ = ["can_split", "project_split", "project_to_float32"]
 
 # Most r + s of two sides at once. On an H200, 4096 x 11008 and 11008 x 4096, that took 0.94 to 0.97 of the sides' own
 # times at 128, and 1.08 to 1.10 at 256 (bench/results/nvidia-h200-2026-11-26.json).
@@ -157,6 +157,38 @@ def _through_thin(
         inside = _wide_mm(Y, parts.mT) if turned else _wide_mm(parts, Y.mT).mT
         kernels.split_parts(coefficients, inside if spanned else halves[:, :r] + halves[:, r:] - inside, 2)
     _write(grad, X, coefficients, out, turned, keeps)
+
+
+def project_to_float32(
+    grad: Tensor, left: Tensor | None, right: Tensor | None, above: int = 0, before: int = 0
+) -> Tensor:
+    """The projection of what `can_split` takes, sides removed, in float32: to 2^-17 of the matrix. Without the first
+    `above` rows and `before` columns."""
+    kernels = _kernels(grad)
+    m, n = grad.shape
+    r, s = (0 if basis is None else basis.shape[1] for basis in (left, right))
+    # Beside each other [h, l, h] of the left basis and [h, h, l] of the right image, below it the other way round.
+    A, B = (grad.new_empty(size, 3 * (r + s)) for size in (m, n))
+    L, image, coimage, R = A[:, : 3 * r], A[:, 3 * r :], B[:, : 3 * r], B[:, 3 * r :]
+    bases = [pair for pair in ((L, left), (R, right)) if pair[1] is not None]
+    kernels.split_parts(*bases[0], 1, *bases[1:])
+    below = None if left is None else _coefficients(grad, L, r, False)
+    beside = None if right is None else _coefficients(grad, R, s, True)
+    if below is None or beside is None:
+        kernels.split_parts(*((image, beside) if below is None else (coimage, below)), 2)
+    elif _corrects(grad, r, s):
+        kernels.split_parts(coimage, below, 2)
+        core = _wide_mm(coimage[:, r:].mT, R[:, : 2 * s])
+        kernels.corrected_parts(image, beside, left, core)
+    else:
+        kernels.split_parts(image, beside, 2)
+        four = _wide_mm(L[:, : 2 * r].mT, image[:, s:])
+        core = four[:r, :s] + four[:r, s:] + four[r:, :s] + four[r:, s:]
+        kernels.split_parts(parts := grad.new_empty(r, 3 * s), core, 2)
+        inside = _wide_mm(R, parts.mT)
+        kernels.split_parts(coimage, below[:, :r] + below[:, r:] - inside, 2)
+    removed = _wide_mm(A[above:], B[before:].mT)
+    return torch.sub(grad[above:, before:], removed, out=removed)
 
 
 def project_split(

@@ -31,11 +31,12 @@ def read_weight(parameter: Tensor, low: Tensor | None) -> Tensor:
 
 
 def add_to_weight_(parameter: Tensor, step: Tensor, low: Tensor | None, seed: int | None) -> None:
-    """parameter += step (`wide`): exactly into the two halves with `low`, rounded stochastically with `seed`."""
+    """parameter += step (`wide`, without `low` the parameter's dtype too): exactly into the two halves with `low`,
+    rounded stochastically with `seed`."""
     if low is not None:
         add_split_(parameter, low, step)
     elif seed is not None:
-        round_stochastic_(parameter, step.add_(parameter), seed=seed)
+        round_stochastic_(parameter, step.to(wide(step.dtype)).add_(parameter), seed=seed)
     else:
         parameter.add_(step)
 

@@ -25,6 +25,7 @@ __all__ = [
     "Row",
     "adam_",
     "apply_step",
+    "apply_steps",
     "coordinates_of",
     "decayed",
     "make_steps",
@@ -40,6 +41,7 @@ BUCKET_BYTES = 64 * 2**20
 SHARDED_BUCKETS = 4
 
 _SERVED = (torch.float32, torch.bfloat16, torch.int16)
+_MOMENTS_SERVED = (torch.float32, torch.bfloat16)
 
 
 class Row(NamedTuple):
@@ -124,26 +126,38 @@ def step_rows(options: Options, group: Mapping[str, Any], rows: Sequence[Row]) -
             # There and back: bases in 16 bit would be made float32 twice.
             bucket = [row._replace(layer=row.layer.in_full()) if row.layer else row for row in bucket]
         grads = [_gradient(options, row) for row in bucket]
-        steps = make_steps(options, group, bucket, grads, lambda row: decayed(options, row))
-        for row, step in zip(bucket, steps, strict=True):
-            apply_step(options, row, step)
+        steps = make_steps(options, group, bucket, grads, lambda row: decayed(options, row), _steps_in_bfloat16)
+        apply_steps(options, bucket, steps)
 
 
 def make_steps(
-    options: Options, group: Mapping[str, Any], rows: list[Row], grads: list[Tensor], decays: Callable[[Row], Decayed]
+    options: Options,
+    group: Mapping[str, Any],
+    rows: list[Row],
+    grads: list[Tensor],
+    decays: Callable[[Row], Decayed],
+    narrow: Callable[[Options, Row], bool] = lambda options, row: False,
 ) -> list[Tensor]:
     """The steps of `rows`, of the shapes of their parameters, with the moments taken on.
 
     grads: what Adam is fed (`coordinates_of` the gradients). decays: of a row what its weight decay goes by, asked only
-    if there is any.
+    if there is any. narrow: whether a row's step is projected, or leaves the coordinates, in bfloat16; others do in
+    float32 (float64).
     """
     held = [_moments(options, group, row, grad) for row, grad in zip(rows, grads, strict=True)]
-    computed = [[moment.to(wide(grad.dtype)) for moment in moments] for moments, grad in zip(held, grads, strict=True)]
-    columns = [list(column) for column in zip(*computed, strict=True)]
+    computed = held
+    columns = [list(column) for column in zip(*held, strict=True)]
     own = [decays(row) if group["weight_decay"] and not _decays_apart(options, row) else None for row in rows]
     counts = [row.state["step"] for row in rows]
-    if at_once := _serves(group, grads, columns, counts, own):
-        directions = _one_pass(group, grads, columns, counts, own)
+    at_once = not options.stochastic_moments and _serves(group, grads, columns, counts, own)
+    if not at_once:
+        computed = [[m.to(wide(grad.dtype)) for m in moments] for moments, grad in zip(held, grads, strict=True)]
+        columns = [list(column) for column in zip(*computed, strict=True)]
+        at_once = _serves(group, grads, columns, counts, own)
+    if at_once:
+        halves = [not options.in_coordinates and narrow(options, row) for row in rows]
+        dtypes = [torch.bfloat16 if half else torch.float32 for half in halves]
+        directions = _one_pass(group, grads, columns, counts, own, dtypes)
     else:
         grads[:] = [grad.to(wide(grad.dtype)) for grad in grads]
         directions = [torch.zeros_like(grad) for grad in grads]
@@ -170,8 +184,25 @@ def make_steps(
         return directions
     for index, row in enumerate(rows):
         if row.layer is not None:
-            directions[index] = row.layer.from_coordinates(directions[index])
+            dtype = torch.bfloat16 if narrow(options, row) else None
+            directions[index] = row.layer.from_coordinates(directions[index], dtype)
     return directions
+
+
+def _steps_in_bfloat16(options: Options, row: Row) -> bool:
+    """Whether the step is that of a bfloat16 weight without further bits and is projected on a GPU, where products of
+    float32 matrices have no tensor cores. It is rounded before it is projected, and with the weight after that: both
+    are 2^-9 of the step, where the weight's own rounding is as much of the weight."""
+    layer = row.layer
+    # Out of coordinates it goes by products with a stored free basis, in the dtype of both.
+    if layer is None or (options.in_coordinates and (layer.keep_left or layer.keep_right)):
+        return False
+    return (
+        options.project != "gradient"
+        and row.parameter.is_cuda
+        and row.parameter.dtype is torch.bfloat16
+        and row.state.get("low") is None
+    )
 
 
 def _decays_apart(options: Options, row: Row) -> bool:
@@ -186,8 +217,8 @@ def _serves(
     counts: Sequence[Tensor],
     decays: Sequence[Decayed | None],
 ) -> bool:
-    """Whether `_one_pass` does: on CPUs, and on a GPU where the kernel is there, with float32 moments. torch's AdamW
-    does the rest."""
+    """Whether `_one_pass` does: on CPUs, and on a GPU where the kernel is there, with moments in float32 or rounded to
+    the nearest bfloat16. torch's AdamW does the rest."""
     if len(columns) != 2 or group["foreach"] is not None or group["differentiable"]:
         return False
     device = grads[0].device
@@ -204,7 +235,8 @@ def _serves(
         if not all(count.dtype == torch.float32 for count in counts):
             return False
     others = [tensor for entry in decays if entry is not None for tensor in entry if tensor is not None]
-    return all(moment.dtype == torch.float32 for column in columns for moment in column) and all(
+    pairs = zip(*columns, strict=True)
+    return all(first.dtype == second.dtype and first.dtype in _MOMENTS_SERVED for first, second in pairs) and all(
         tensor.device == device and not is_dtensor(tensor) and tensor.is_contiguous() and tensor.dtype in _SERVED
         for tensor in (*grads, *columns[0], *columns[1], *others)
     )
@@ -216,9 +248,10 @@ def _one_pass(
     columns: Sequence[list[Tensor]],
     counts: Sequence[Tensor],
     decays: Sequence[Decayed | None],
+    dtypes: Sequence[torch.dtype],
 ) -> list[Tensor]:
-    """The steps without a projection, less what decays."""
-    directions = [torch.empty_like(grad, dtype=torch.float32) for grad in grads]
+    """The steps without a projection, less what decays, in `dtypes`."""
+    directions = [torch.empty_like(grad, dtype=dtype) for grad, dtype in zip(grads, dtypes, strict=True)]
     beta1, beta2 = group["betas"]
     lr = group["lr"]
     if not isinstance(lr, Tensor):
@@ -245,9 +278,27 @@ def _one_pass(
     return directions
 
 
+def apply_steps(options: Options, rows: Sequence[Row], steps: Sequence[Tensor]) -> None:
+    """`apply_step` of each; where nothing but a sum is to be made, on a GPU in few launches."""
+    weights, sums = [], []
+    for row, step in zip(rows, steps, strict=True):
+        plain = row.parameter.dtype is step.dtype and row.state.get("low") is None and not is_dtensor(row.parameter)
+        if plain and not _rounds_by_chance(options, row):
+            weights.append(row.parameter)
+            sums.append(step)
+        else:
+            apply_step(options, row, step)
+    if weights:
+        torch._foreach_add_(weights, sums)
+
+
+def _rounds_by_chance(options: Options, row: Row) -> bool:
+    return options.master == "stochastic" and has_master(row.parameter, options.master)
+
+
 def apply_step(options: Options, row: Row, step: Tensor) -> None:
     """Add `step` to the parameter, to as many digits as it has."""
-    stochastic = options.master == "stochastic" and has_master(row.parameter, options.master)
+    stochastic = _rounds_by_chance(options, row)
     seed = _seed(options, row, len(MOMENTS)) if stochastic else None
     add_to_weight_(row.parameter, step, row.state.get("low"), seed)
 

@@ -1,7 +1,7 @@
 """AdamW's elementwise work on a GPU by the CUDA C++ kernel, against its twin, and the optimizer on top of it.
 
 Values, alignment and the graph with everything on the device passed on an H200 (torch 2.11, CUDA 13.0). NOT YET RUN ON
-A GPU: counts on the CPU, the refusals, the optimizer.
+A GPU: counts on the CPU, the refusals, moments and steps in bfloat16, the optimizer.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 import sculpt_ops
-from sculpt_ops import reference
+from sculpt_ops import layer, reference
+from sculpt_ops.layer import project_each_
 from sculpt_ops.ops import adam as adam_ops
 from sculpt_ops.ops.adam import adam_, in_one_pass
 from sculpt_ops.ops.variants import cuda_missing
@@ -46,6 +47,23 @@ def test_values(grad_dtype: torch.dtype, decays: str, maximize: bool) -> None:
         torch.ops.sculpt._cuda_adam_(*ours, **HYPERPARAMETERS, maximize=maximize)
         reference.adam_(*twin, **HYPERPARAMETERS, maximize=maximize)
     near(ours.written(), twin.written())
+
+
+@pytest.mark.parametrize("decays", DECAYS)
+@pytest.mark.parametrize("grad_dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("step_dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_moments_in_bfloat16(grad_dtype: torch.dtype, step_dtype: torch.dtype, decays: str) -> None:
+    """Within the rounding of fused products, or a unit of bfloat16 where that tips them."""
+    twin = a_case([*SHAPES, *[(3, 7)] * 300], grad_dtype, decays, moment_dtype=torch.bfloat16, step_dtype=step_dtype)
+    ours = on_gpu(twin)
+    torch.ops.sculpt._cuda_adam_(*ours, **HYPERPARAMETERS)
+    reference.adam_(*twin, **HYPERPARAMETERS)
+    if step_dtype == torch.float32:
+        near(ours.steps, twin.steps)
+    for name in ("firsts", "seconds") if step_dtype == torch.float32 else ("steps", "firsts", "seconds"):
+        for a, b in zip(getattr(ours, name), getattr(twin, name), strict=True):
+            torch.testing.assert_close(a.cpu(), b, rtol=2**-7, atol=1e-7)
+            assert (a.cpu() != b).float().sum() <= 1 + 0.01 * b.numel()
 
 
 def test_memory_that_does_not_start_at_a_multiple_of_sixteen() -> None:
@@ -112,6 +130,7 @@ def test_counts_on_the_cpu_are_refused_in_a_graph() -> None:
         ("seconds", lambda t: t[:3], "seconds: .*shape"),
         ("steps", lambda t: torch.full((10,), torch.nan, device="cuda")[::2], "steps: .*contiguous"),
         ("grads", lambda t: t.half(), "grads: .*float32 or bfloat16"),
+        ("seconds", lambda t: t.bfloat16(), "seconds: .*dtype of firsts"),
     ],
 )
 def test_what_it_cannot_do_is_refused_before_anything_is_written(name: str, change: Any, words: str) -> None:
@@ -172,6 +191,47 @@ def test_the_optimizer_steps_as_without_the_kernel(
         assert len(calls) == 5
     for ours, theirs in zip(*results, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("sides", "state"),
+    [*[(sides, "full") for sides in ("both", "left", "right", "block")], ("both", "subspace"), ("left", "subspace")],
+)
+@pytest.mark.parametrize("master", ["none", "stochastic"])
+def test_steps_of_bfloat16_weights(master: Any, sides: Any, state: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Projected in bfloat16: weights as with steps in float32 but for the last place, and no larger a leak."""
+    changes, leaks, dtypes = [], [], []
+    apply = optim_rows.apply_steps
+
+    def noted(options: Any, rows: Any, steps: list[Tensor]) -> None:
+        dtypes.extend(step.dtype for step in steps)
+        apply(options, rows, steps)
+
+    monkeypatch.setattr(optim_rows, "apply_steps", noted)
+    for narrow in (True, False):
+        if not narrow:
+            monkeypatch.setattr(optim_rows, "_steps_in_bfloat16", lambda options, row: False)
+            monkeypatch.setattr(layer, "_on_tensor_cores", lambda *_: False)
+        torch.manual_seed(0)
+        model = torch.nn.ModuleList(
+            torch.nn.Linear(n, m, bias=False, device="cuda", dtype=torch.bfloat16) for m, n in ((256, 384), (320, 128))
+        )
+        subspaces = sculpt_ops.Subspaces.from_model(model, protect=0.3, sides=sides, targets="*")
+        start = [weight.detach().clone() for weight in model.parameters()]
+        stepper = sculpt_ops.AdamW(
+            model.named_parameters(), lr=1e-2, weight_decay=0.1, subspaces=subspaces, master=master, state=state
+        )
+        for seed in range(10):
+            feed(list(model.parameters()), seed)
+            stepper.step()
+        changes.append([w.detach().float() - s.float() for w, s in zip(model.parameters(), start, strict=True)])
+        free = [change.clone() for change in changes[-1]]
+        project_each_(zip(free, subspaces.values(), strict=True))
+        leaks.append([float((c - f).norm()) for c, f in zip(changes[-1], free, strict=True)])
+    assert dtypes == [torch.bfloat16] * 20 + [torch.float32] * 20
+    for ours, theirs, leak, other in zip(*changes, *leaks, strict=True):
+        assert (ours - theirs).norm() <= 0.02 * theirs.norm()
+        assert leak <= 1.05 * other
 
 
 def test_a_captured_step_of_the_optimizer(calls: list[int]) -> None:

@@ -26,6 +26,8 @@ class Entry(ctypes.Structure):
         ("numel", ctypes.c_int64),
         ("count_value", ctypes.c_float),
         ("half_grad", ctypes.c_bool),
+        ("half_moments", ctypes.c_bool),
+        ("half_out", ctypes.c_bool),
         ("half_weight", ctypes.c_bool),
     )
 
@@ -57,6 +59,8 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
                 setattr(entry, name, None if tensor is None else tensor.data_ptr())
             entry.numel = case.grads[i].numel()
             entry.half_grad = case.grads[i].dtype is torch.bfloat16
+            entry.half_moments = case.firsts[i].dtype is torch.bfloat16
+            entry.half_out = case.steps[i].dtype is torch.bfloat16
             entry.half_weight = weight is not None and weight.dtype is torch.bfloat16
             if i in on_host:
                 entry.count = None
@@ -77,9 +81,13 @@ def same(ours: Case, twin: Case) -> None:
 
 
 @pytest.mark.parametrize("decays", DECAYS)
+@pytest.mark.parametrize("step_dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("moment_dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("grad_dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_values(run: Run, grad_dtype: torch.dtype, decays: str) -> None:
-    ours = a_case(SHAPES, grad_dtype, decays)
+def test_values(
+    run: Run, grad_dtype: torch.dtype, moment_dtype: torch.dtype, step_dtype: torch.dtype, decays: str
+) -> None:
+    ours = a_case(SHAPES, grad_dtype, decays, moment_dtype=moment_dtype, step_dtype=step_dtype)
     twin = ours.clone()
     for maximize in (False, True):
         run(ours, maximize=maximize)
@@ -98,9 +106,13 @@ def test_counts_and_learning_rate_on_the_host(run: Run, on_host: Sequence[int]) 
     same(ours, twin)
 
 
-def test_memory_that_does_not_start_at_a_multiple_of_sixteen(run: Run) -> None:
-    ours = a_case([(1000,)])
+@pytest.mark.parametrize("name", ["steps", "grads", "firsts", "seconds"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_memory_that_does_not_start_at_a_multiple_of_sixteen(run: Run, dtype: torch.dtype, name: str) -> None:
+    ours = a_case([(1000,)], dtype, moment_dtype=dtype, step_dtype=dtype)
     twin = ours.clone()
-    run(ours._replace(grads=[torch.empty(1001)[1:].copy_(ours.grads[0])]))
+    (given,) = getattr(ours, name)
+    ours = ours._replace(**{name: [torch.empty(1001, dtype=dtype)[1:].copy_(given)]})
+    run(ours)
     reference.adam_(*twin, **HYPERPARAMETERS)
     same(ours, twin)

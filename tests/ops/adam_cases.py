@@ -41,7 +41,13 @@ class Case(NamedTuple):
 
 
 def a_case(
-    shapes: list[tuple[int, ...]], grad_dtype: torch.dtype = F32, decays: str = "float32", lr: float = 1e-3
+    shapes: list[tuple[int, ...]],
+    grad_dtype: torch.dtype = F32,
+    decays: str = "float32",
+    lr: float = 1e-3,
+    *,
+    moment_dtype: torch.dtype = F32,
+    step_dtype: torch.dtype = F32,
 ) -> Case:
     """Moments as after some steps; NaN where the op has to write. decays: none, float32, bfloat16, halves, start."""
     case = Case([], [], [], [], [], [], [], [], torch.tensor(lr, dtype=F64))
@@ -57,10 +63,10 @@ def a_case(
             high, low = torch.empty(shape, dtype=BF16), torch.empty(shape, dtype=I16)
             rounding.split_(weight, high, low)
             weight = high
-        case.steps.append(torch.full(shape, math.nan))
+        case.steps.append(torch.full(shape, math.nan, dtype=step_dtype))
         case.grads.append(draw(1).to(grad_dtype))
-        case.firsts.append(0.1 * draw(2))
-        case.seconds.append(0.01 * draw(3).square())
+        case.firsts.append((0.1 * draw(2)).to(moment_dtype))
+        case.seconds.append((0.01 * draw(3).square()).to(moment_dtype))
         case.counts.append(torch.tensor(float(3 * i)))
         case.weights.append(None if decays == "none" else weight)
         case.lows.append(low)

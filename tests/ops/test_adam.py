@@ -25,9 +25,13 @@ BF16, F32, F64, I16 = torch.bfloat16, torch.float32, torch.float64, torch.int16
 
 @pytest.mark.parametrize("maximize", [False, True])
 @pytest.mark.parametrize("decays", DECAYS)
+@pytest.mark.parametrize("step_dtype", [F32, BF16], ids=str)
+@pytest.mark.parametrize("moment_dtype", [F32, BF16], ids=str)
 @pytest.mark.parametrize("grad_dtype", [F32, BF16], ids=str)
-def test_the_kernel_is_its_twin_to_the_bit(grad_dtype: torch.dtype, decays: str, maximize: bool) -> None:
-    ours = a_case(SHAPES, grad_dtype, decays)
+def test_the_kernel_is_its_twin_to_the_bit(
+    grad_dtype: torch.dtype, moment_dtype: torch.dtype, step_dtype: torch.dtype, decays: str, maximize: bool
+) -> None:
+    ours = a_case(SHAPES, grad_dtype, decays, moment_dtype=moment_dtype, step_dtype=step_dtype)
     twin, before = ours.clone(), ours.clone()
     for _ in range(3):
         adam_(*ours, **HYPERPARAMETERS, maximize=maximize)
@@ -37,6 +41,19 @@ def test_the_kernel_is_its_twin_to_the_bit(grad_dtype: torch.dtype, decays: str,
     for name in ("grads", "weights", "lows", "starts"):
         pairs = zip(getattr(ours, name), getattr(before, name), strict=True)
         assert all(a is b or torch.equal(a, b) for a, b in pairs)
+
+
+def test_what_is_written_in_bfloat16_is_that_of_float32_rounded() -> None:
+    """The step is that of the moments before they are rounded."""
+    narrow = a_case(SHAPES, BF16, moment_dtype=BF16, step_dtype=BF16)
+    wide = narrow.clone()
+    names = ("steps", "firsts", "seconds")
+    wide = wide._replace(**{name: [t.float() for t in getattr(wide, name)] for name in names})
+    for case in (narrow, wide):
+        adam_(*case, **HYPERPARAMETERS)
+    for name in names:
+        pairs = zip(getattr(narrow, name), getattr(wide, name), strict=True)
+        assert all(torch.equal(a, b.bfloat16()) for a, b in pairs)
 
 
 @given(
@@ -133,6 +150,8 @@ REFUSED: dict[str, tuple[Callable[[Case], Case], str]] = WRONG | {
     "strides": (replaced("steps", lambda t: torch.zeros(10)[::2]), "steps: .*contiguous"),
     "dtype of steps": (replaced("steps", lambda t: t.double()), "steps: .*float32"),
     "dtype of grads": (replaced("grads", lambda t: t.half()), "grads: .*float32 or bfloat16"),
+    "dtype of firsts": (replaced("firsts", lambda t: t.half()), "firsts: .*float32 or bfloat16"),
+    "moments of two dtypes": (replaced("seconds", lambda t: t.bfloat16()), "seconds: .*dtype of firsts"),
     "dtype of counts": (replaced("counts", torch.tensor(1)), "counts: .*float32"),
     "size of counts": (replaced("counts", torch.zeros(2)), r"counts: .*\(2\)|counts: .*\(2,\)"),
     "lows without weights": (replaced("lows", torch.zeros(5, dtype=I16)), "lows: .*bfloat16 weights"),
@@ -295,6 +314,7 @@ def test_which_steps_of_the_optimizer_are_one_pass(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(rows, "in_one_pass", lambda device: True)
     assert serves(case)
     assert serves(case._replace(counts=cpu.counts))
+    assert serves(on(META, a_case([(6,), (5,)], moment_dtype=BF16)))
     assert serves(case, lr=torch.zeros((), device=META))
     assert serves(case, lr=torch.zeros(()), betas=(torch.zeros(()), 0.9))
     for wrong in (
@@ -329,6 +349,6 @@ def test_a_learning_rate_on_a_gpu_stays_there(
     columns = [case.firsts, case.seconds]
     group = GROUP | {"lr": given, "maximize": False}
     with torch.device(META):  # a default device changes nothing
-        rows._one_pass(group, case.grads, columns, case.counts, [None])
+        rows._one_pass(group, case.grads, columns, case.counts, [None], [F32])
     assert [(rate.device, rate.dtype) for rate in rates] == [(device, dtype)]
     assert rates[0] is given or dtype is F64

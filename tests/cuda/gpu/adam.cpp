@@ -10,7 +10,8 @@ extern "C" int adam(const sculpt::AdamEntry* entries, int64_t n, const sculpt::A
     emulated::allow(e.weight, numel * (e.half_weight ? 2 : 4), false);
     emulated::allow(e.start, numel * (e.half_weight ? 2 : 4), false);
     emulated::allow(e.low, numel * 2, false), emulated::allow(e.count, 4, true);
-    for (float* each : {e.first, e.second, e.out}) emulated::allow(each, numel * 4, true);
+    for (void* each : {e.first, e.second}) emulated::allow(each, numel * (e.half_moments ? 2 : 4), true);
+    emulated::allow(e.out, numel * (e.half_out ? 2 : 4), true);
   }
   emulated::allow(settings->lr, settings->lr_double ? 8 : 4, false);
   return sculpt::adam(entries, n, *settings, nullptr);
