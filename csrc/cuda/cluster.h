@@ -32,11 +32,21 @@ __device__ inline void expect(uint32_t barrier, uint32_t bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
 }
 
-// Until phase `parity` (0, 1, 0, ...) has ended; what was sent is there then.
+// Until phase `parity` (0, 1, 0, ...) has ended, which threads of this block or its bulk copies end.
 __device__ inline void wait_for(uint32_t barrier, uint32_t parity) {
   asm volatile(
-      "{\n.reg .pred done;\nwait:\nmbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1;\n"
+      "{\n.reg .pred done;\nwait:\nmbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
       "@!done bra wait;\n}" ::"r"(barrier),
+      "r"(parity)
+      : "memory");
+}
+
+// The same for what other blocks sent: it is there then. An acquire of the cluster's scope says that of global memory too,
+// by invalidating L1, and each wait took hundreds of cycles of every warp on an H200; this fence is of shared memory.
+__device__ inline void wait_for_others(uint32_t barrier, uint32_t parity) {
+  asm volatile(
+      "{\n.reg .pred done;\nwait:\nmbarrier.try_wait.parity.relaxed.cluster.shared::cta.b64 done, [%0], %1;\n"
+      "@!done bra wait;\n}\nfence.acquire.sync_restrict::shared::cluster.cluster;" ::"r"(barrier),
       "r"(parity)
       : "memory");
 }

@@ -23,12 +23,11 @@
 #include <cuda_runtime.h>
 
 #include <algorithm>
-#include <map>
-#include <mutex>
-#include <tuple>
 
 #include "common/side_panels.h"
+#include "cuda/active_clusters.h"
 #include "cuda/bulk.h"
+#include "cuda/side_boxes.h"
 #include "cuda/wgmma.h"
 
 namespace sculpt {
@@ -81,9 +80,10 @@ struct Side {
   uint32_t base, high, low, stage_at, barriers;
   int own, tiles;  // of this block; tiles: that lie in G, at least in part
   int64_t first;   // of the panel's length, what this block holds from there on
+  bool keep;
 
   __device__ Side(const SideEntry& entry, const Sizes& size, unsigned char* memory, int own)
-      : entry(entry), size(size), memory(memory), own(own), first(static_cast<int64_t>(own) * size.rows) {
+      : entry(entry), size(size), memory(memory), own(own), first(static_cast<int64_t>(own) * size.rows), keep(entry.keep) {
     base = shared_address(memory);
     high = base + size.slots * size.rows * kSlotRow, low = high + size.rows * RANKS * 2;
     stage_at = SPLIT ? low + size.rows * RANKS * 2 : low, barriers = stage_at + size.stages * 8 * kCoefficients;
@@ -227,7 +227,7 @@ struct Side {
       uint32_t high_parts[4], low_parts[4];
 #pragma unroll
       for (int k = 0; k < 4; ++k) {
-        const float x = entry.keep ? sums[2 * k] : -sums[2 * k], y = entry.keep ? sums[2 * k + 1] : -sums[2 * k + 1];
+        const float x = keep ? sums[2 * k] : -sums[2 * k], y = keep ? sums[2 * k + 1] : -sums[2 * k + 1];
         high_parts[k] = packed(x, y), low_parts[k] = packed(rest_of(x), rest_of(y));
       }
       const uint32_t to = factors(stage) + 2 * swizzled<WIDE>(rank, column) - factors_full(stage);
@@ -261,7 +261,7 @@ struct Side {
 #pragma unroll
     for (int j = 0; j < WIDE / 8; j += 2) {
       uint32_t old[4] = {};
-      if (!entry.keep) {
+      if (!keep) {
         if constexpr (RIGHT)
           load_four_transposed(old, begin + lines[j / 2]);
         else
@@ -366,7 +366,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     } else if (group == 0 && warp >= 2) {
       // A block sends its part when it has used what the stage had before, so with all parts there all blocks have.
       for (int i = from; i < to; ++i, stage.next(size.stages)) {
-        wait_for(side.parts_full(stage.at), stage.phase);
+        wait_for_others(side.parts_full(stage.at), stage.phase);
         if (thread == 64) expect(side.parts_full(stage.at), kExchanged);
         side.send_factors(stage.at, thread - 64);
       }
@@ -393,7 +393,7 @@ __global__ void __launch_bounds__(kThreads, 1)
       for (int i = from; i < to;
            ++i, slot.next(size.slots), stage.next(size.stages), there.next(all_there), use.next(all_uses)) {
         wait_for(side.full(there.at), there.phase);
-        wait_for(side.factors_full(stage.at), stage.phase);
+        wait_for_others(side.factors_full(stage.at), stage.phase);
         show_to_products();
         if (group == kMultipliers + 1 && thread == 0) expect(side.factors_full(stage.at), kExchanged);
         for (int t = group - kMultipliers - 1; t < side.tiles; t += kCorrectors)
@@ -433,59 +433,6 @@ Kernel kernel_of(const SidePanels& plan, bool split, bool right) {
   return split ? kernel_of<true, false>(plan) : kernel_of<false, false>(plan);
 }
 
-// Clusters that fit the device at a time; asked once for each kernel, size and device: the question takes longer than a
-// launch.
-cudaError_t active_clusters(Kernel kernel, const SidePanels& plan, int device, const cudaLaunchConfig_t& config,
-                            int& clusters) {
-  static std::mutex mutex;
-  static std::map<std::tuple<Kernel, int64_t, int64_t, int>, int> known;
-  const std::lock_guard<std::mutex> lock(mutex);
-  int& found = known[{kernel, plan.cluster, plan.bytes, device}];
-  if (found == 0) {
-    cudaError_t error =
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(kSharedBytes));
-    if (error == cudaSuccess) error = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
-    if (error == cudaSuccess) error = cudaOccupancyMaxActiveClusters(&found, kernel, &config);
-    if (error != cudaSuccess) return error;
-  }
-  clusters = found;
-  return cudaSuccess;
-}
-
-// Of a panel's length: right, as many columns as the hardware's rows of 128 bytes have; left, up to 256 rows.
-int64_t box_rows(const SidePanels& plan, bool right) {
-  int64_t tiles = right ? 1 : 4;
-  while (plan.rows / kTile % tiles) --tiles;
-  return kTile * tiles;
-}
-
-// The driver's function, found without linking its library.
-cudaError_t boxes_of(void* grad, int64_t m, int64_t n, bool right, const SidePanels& plan, CUtensorMap& map) {
-  using Encode = CUresult (*)(CUtensorMap*, CUtensorMapDataType, cuuint32_t, void*, const cuuint64_t*, const cuuint64_t*,
-                              const cuuint32_t*, const cuuint32_t*, CUtensorMapInterleave, CUtensorMapSwizzle,
-                              CUtensorMapL2promotion, CUtensorMapFloatOOBfill);
-  static void* found = nullptr;
-  if (found == nullptr) {
-    cudaDriverEntryPointQueryResult result{};
-    const cudaError_t error =
-        cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &found, 12000, cudaEnableDefault, &result);
-    if (error != cudaSuccess) return error;
-    if (result != cudaDriverEntryPointSuccess) return cudaErrorNotSupported;
-  }
-  const cuuint64_t sizes[] = {static_cast<cuuint64_t>(n), static_cast<cuuint64_t>(m)};
-  const cuuint64_t strides[] = {static_cast<cuuint64_t>(n) * 2};
-  const cuuint32_t wide = static_cast<cuuint32_t>(plan.width), along = static_cast<cuuint32_t>(box_rows(plan, right));
-  const cuuint32_t box[] = {right ? along : wide, right ? wide : along}, steps[] = {1, 1};
-  const CUtensorMapSwizzle swizzle = right ? CU_TENSOR_MAP_SWIZZLE_128B
-                                     : plan.width == 32 ? CU_TENSOR_MAP_SWIZZLE_64B : CU_TENSOR_MAP_SWIZZLE_32B;
-  // Lines of 128 bytes are fetched whole, of which a panel on the left has a half or a quarter and the next ones the rest:
-  // without that copying in such panels took 1.3 times as long on an H200.
-  const CUresult error = reinterpret_cast<Encode>(found)(
-      &map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2, grad, sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle,
-      CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-  return error == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
-}
-
 cudaError_t launch(const SideEntry& one, const SideEntry* list, int64_t panels, bool right, bool split,
                    const SidePanels& plan, cudaStream_t stream) {
   const Kernel kernel = plan.fits ? kernel_of(plan, split, right) : nullptr;
@@ -503,7 +450,7 @@ cudaError_t launch(const SideEntry& one, const SideEntry* list, int64_t panels, 
   config.numAttrs = 1;
   int device = 0, clusters = 0;
   cudaError_t error = cudaGetDevice(&device);
-  if (error == cudaSuccess) error = active_clusters(kernel, plan, device, config, clusters);
+  if (error == cudaSuccess) error = active_clusters(reinterpret_cast<const void*>(kernel), plan, device, config, clusters);
   if (error != cudaSuccess) return error;
   // A GPU whose GPCs are cut smaller than the cluster.
   if (clusters < 1) return cudaErrorInvalidConfiguration;

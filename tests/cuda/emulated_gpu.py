@@ -31,8 +31,10 @@ INSTRUCTIONS = {
     r"mbarrier\.init\.shared::cta\.b64 \[%0\], (1|%1);": "make_barrier",
     r"mbarrier\.arrive\.shared::cta\.b64 _, \[%0\];": "arrive",
     r"mbarrier\.arrive\.expect_tx\.shared::cta\.b64 _, \[%0\], %1;": "expect",
-    r"\{ \.reg \.pred done; wait: mbarrier\.try_wait\.parity\.acquire\.cluster\.shared::cta\.b64 done, \[%0\], %1; "
+    r"\{ \.reg \.pred done; wait: mbarrier\.try_wait\.parity\.shared::cta\.b64 done, \[%0\], %1; "
     r"@!done bra wait; \}": "wait",
+    r"\{ \.reg \.pred done; wait: mbarrier\.try_wait\.parity\.relaxed\.cluster\.shared::cta\.b64 done, \[%0\], %1; "
+    r"@!done bra wait; \} fence\.acquire\.sync_restrict::shared::cluster\.cluster;": "wait",
     r"fence\.release\.sync_restrict::shared::cta\.cluster; barrier\.cluster\.arrive\.relaxed\.aligned; "
     r"barrier\.cluster\.wait\.acquire\.aligned; fence\.acquire\.sync_restrict::shared::cluster\.cluster;": (
         "cluster_barrier"

@@ -179,7 +179,7 @@ def without(*pieces: str) -> Callable[[str], str]:
             ),
             Case(128, 20 * 32, 16, HALF, cluster=2),
         ),
-        (("        wait_for(side.parts_full(stage.at), stage.phase);\n",), Case(256, 6 * 32, 16, HALF, cluster=4)),
+        (("        wait_for_others(side.parts_full(stage.at), stage.phase);\n",), Case(256, 6 * 32, 16, HALF, cluster=4)),
         (("        wait_for_reads<0>();\n",), Case(128, 20 * 32, 16, HALF, cluster=2)),
         (
             ("        if (seen++ >= size.slots) wait_for(side.empty(slot.at), slot.phase ^ 1);\n",),
