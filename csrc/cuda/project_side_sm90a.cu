@@ -39,8 +39,8 @@ constexpr int kGroup = 128;  // threads of a warpgroup
 constexpr int kMultipliers = 2, kCorrectors = 4;
 constexpr int kThreads = (1 + kMultipliers + kCorrectors) * kGroup;
 constexpr int kAdders = 64, kCorrectorWarps = 4 * kCorrectors;
-// Barriers of threads: of those that add, and of all that use the basis: all but two warps.
-constexpr int kAddBarrier = 1, kBasisBarrier = 2, kBasisThreads = kThreads - 64;
+// Barriers of threads: of those that add, of all that use the basis (all but two warps), and of a group that multiplies.
+constexpr int kAddBarrier = 1, kBasisBarrier = 2, kMultiplyBarrier = 3, kBasisThreads = kThreads - 64;
 
 __device__ uint32_t packed(float x, float y) {
   const __nv_bfloat162 both = __floats2bfloat162_rn(x, y);
@@ -185,8 +185,10 @@ struct Side {
   // lanes beside each other have two columns each of two ranks, and change them for four of one: an SM sends as many
   // pieces in a time, of whatever size.
   __device__ void send_part(int stage, int half, const Sums& sums, int thread) const {
-    // Of fewer than 64 ranks each is in several warps, for some of the columns each.
+    // Of fewer than 64 ranks each is in several warps, for some of the columns each. Where there are more warps than that,
+    // some have nothing to send: without meeting they could still be multiplying a panel that is being corrected.
     constexpr int kCopies = RANKS < 64 ? 64 / RANKS : 1;
+    if constexpr (kCopies > WIDE / 8) meet(kMultiplyBarrier + threadIdx.x / kGroup - 1, kGroup);
     const bool odd = thread % 2 != 0;
     const int row = 16 * (thread / 32) + thread % 32 / 4, share = row / RANKS % kCopies;
     const int rank = 64 * half + (row + (odd ? 8 : 0)) % RANKS;
@@ -383,7 +385,7 @@ __global__ void __launch_bounds__(kThreads, 1)
           // What this stage had before has been used: so all its factors had come, and all owners had read their parts.
           const bool back = use.at >= size.stages;
           if (half == 0 && before >= size.stages)
-            wait_for(side.used(use.at + (back ? -size.stages : size.stages)), use.phase ^ !back);
+            wait_for(side.used(use.at + size.stages * (back ? -1 : kMultipliers - 1)), use.phase ^ !back);
           side.send_part(stage.at, half, sums, thread);
         }
       }

@@ -174,12 +174,15 @@ def without(*pieces: str) -> Callable[[str], str]:
         (("      meet(kAddBarrier, kAdders);\n",), Case(512, 14 * 32, 16, FLOAT, cluster=8)),
         (
             (
-                "            wait_for(side.used(use.at + (back ? -size.stages : size.stages)), use.phase ^ !back);\n",
+                "            wait_for(side.used(use.at + size.stages * (back ? -1 : kMultipliers - 1)), use.phase ^ !back);\n",
                 "          if (half == 0 && before >= size.stages)\n",
             ),
             Case(128, 20 * 32, 16, HALF, cluster=2),
         ),
-        (("        wait_for_others(side.parts_full(stage.at), stage.phase);\n",), Case(256, 6 * 32, 16, HALF, cluster=4)),
+        (
+            ("        wait_for_others(side.parts_full(stage.at), stage.phase);\n",),
+            Case(256, 6 * 32, 16, HALF, cluster=4),
+        ),
         (("        wait_for_reads<0>();\n",), Case(128, 20 * 32, 16, HALF, cluster=2)),
         (
             ("        if (seen++ >= size.slots) wait_for(side.empty(slot.at), slot.phase ^ 1);\n",),
