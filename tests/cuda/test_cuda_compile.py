@@ -57,7 +57,7 @@ def test_kernels_compile_without_spills(source: Path, tmp_path: Path) -> None:
         if source.stem == "project_side_sm90a":
             assert "wgmma.mma_async" in ptx
             assert "st.async" in ptx
-            assert "cp.async.cg" in ptx
+            assert "cp.async.bulk.tensor" in ptx
             # At the start alone: in the loop it would wait for all of memory.
             assert ptx.count("barrier.cluster.arrive") == len(registers)
         if source.stem == "jacobi":
