@@ -11,36 +11,47 @@ from sculpt_ops.ops.heuristics import H100, Gpu, choose, gpu_of, stacked
 from sculpt_ops.triton_kernels.panels import max_rank
 
 BF16, F16, F32, F64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
+H200 = Gpu(90, False, 132, 60 * 2**20)
 A100, MI300X, V100 = Gpu(80, False, 108, 40 * 2**20), Gpu(94, True, 304, 4 * 2**20), Gpu(70, False, 80, 6 * 2**20)
 
 
 @pytest.mark.parametrize(
-    ("m", "n", "r", "s", "dtype", "basis", "wanted"),
+    ("m", "n", "r", "s", "dtypes", "wanted"),
     [
-        (4096, 11008, 16, None, BF16, BF16, "cublas"),  # one pass is slower than two of the library
-        (4096, 11008, None, 16, BF16, F32, "cuda"),
-        (4096, 11008, 17, None, BF16, F32, "cublas"),
-        (4096, 4096, 16, 16, BF16, BF16, "cuda"),
-        (11008, 4096, 8, 24, BF16, BF16, "cuda"),
-        (4096, 4096, 32, 16, BF16, BF16, "cublas"),
-        (4096, 4096, 32, 32, BF16, F32, "cuda"),
-        (4096, 4096, 64, 64, BF16, F32, "cuda"),
-        (4096, 4096, 64, 80, BF16, F32, "cublas"),
-        (4096, 11008, 32, 32, BF16, F32, "cuda"),
-        (4096, 11008, 48, 32, BF16, F32, "cublas"),
-        (4096, 4096, 16, 16, F16, F16, "cublas"),  # no such kernel
-        (4096, 4096, 16, 16, F32, F32, "cublas"),
-        (4096, 4096, 16, 16, F64, F64, "cublas"),
-        (4096, 4096, 0, None, BF16, BF16, "cublas"),
+        (4096, 11008, 16, None, (BF16, BF16), "cuda"),
+        (4096, 11008, 64, None, (BF16, BF16), "cuda"),
+        (4096, 11008, 65, None, (BF16, BF16), "cublas"),
+        (11008, 4096, 16, None, (BF16, BF16), "cuda"),
+        (11008, 4096, 32, None, (BF16, BF16), "cuda"),  # three panels fit
+        (11008, 4096, 64, None, (BF16, BF16), "cublas"),  # two
+        (4096, 11008, None, 64, (BF16, BF16), "cuda"),  # two, on the right
+        (4096, 11004, 16, None, (BF16, BF16), "cublas"),  # rows that do not begin at multiples of 16 bytes
+        (4096, 11008, None, 16, (BF16, F32), "cuda"),
+        (4096, 11008, 17, None, (BF16, F32), "cublas"),
+        (4096, 4096, 16, 16, (BF16, BF16), "cuda"),
+        (4096, 4096, 17, 16, (BF16, BF16), "cublas"),
+        (4096, 4096, 16, 16, (BF16, F32), "cublas"),
+        (28672, 8192, 16, 16, (BF16, BF16), "cuda"),
+        (28672, 8192, 32, None, (BF16, BF16), "cublas"),  # it fits no cluster
+        (4096, 4096, 16, 16, (F16, F16), "cublas"),  # no such kernel
+        (4096, 4096, 16, 16, (F32, F32), "cublas"),
+        (4096, 4096, 16, 16, (F64, F64), "cublas"),
+        (4096, 4096, 0, None, (BF16, BF16), "cublas"),
     ],
 )
 def test_the_choice_for_one_matrix(
-    m: int, n: int, r: int | None, s: int | None, dtype: torch.dtype, basis: torch.dtype, wanted: str
+    m: int, n: int, r: int | None, s: int | None, dtypes: tuple[torch.dtype, torch.dtype], wanted: str
 ) -> None:
-    assert choose(m, n, r, s, dtype, basis, cuda=True) == wanted
-    assert choose(m, n, r, s, dtype, basis) == "cublas"
+    assert choose(m, n, r, s, *dtypes, cuda=True) == wanted
+    assert choose(m, n, r, s, *dtypes) == "cublas"
     for gpu in (A100, MI300X, V100):
-        assert choose(m, n, r, s, dtype, basis, gpu=gpu, cuda=True) == "cublas"
+        assert choose(m, n, r, s, *dtypes, gpu=gpu, cuda=True) == "cublas"
+
+
+@pytest.mark.parametrize("basis", [BF16, F32])
+def test_the_choice_for_a_block(basis: torch.dtype) -> None:
+    assert choose(4096, 11008, 16, 16, BF16, basis, cuda=True, block=True) == "cuda"
+    assert choose(4096, 11008, 16, 17, BF16, basis, cuda=True, block=True) == "cublas"
 
 
 @pytest.mark.parametrize(
@@ -59,12 +70,32 @@ def test_the_choice_for_one_matrix(
         (4096, 4096, 16, 16, (BF16, BF16), 224, "cublas"),
     ],
 )
-def test_the_choice_for_many(
-    m: int, n: int, r: int, s: int | None, dtypes: tuple[torch.dtype, torch.dtype], batch: int, wanted: str
+def test_the_choice_for_many_without_cuda_kernels(
+    m: int, n: int, r: int | None, s: int | None, dtypes: tuple[torch.dtype, torch.dtype], batch: int, wanted: str
 ) -> None:
-    assert choose(m, n, r, s, *dtypes, batch=batch, cuda=True) == wanted
+    assert choose(m, n, r, s, *dtypes, batch=batch) == wanted
     assert choose(m, n, r, s, *dtypes, batch=batch, gpu=V100, cuda=True) == "cublas"  # no bfloat16 tensor cores
     assert gpu_of(None) == H100
+
+
+@pytest.mark.parametrize(
+    ("m", "n", "r", "s", "dtypes", "batch", "wanted"),
+    [
+        (11008, 4096, 64, None, (BF16, BF16), 224, "cuda"),  # slower alone
+        (4096, 11008, 64, 64, (BF16, BF16), 224, "cuda"),
+        (4096, 11008, 64, 64, (BF16, BF16), 7, "cublas"),
+        (4096, 11008, 64, 65, (BF16, BF16), 224, "cublas"),
+        (4096, 11008, 16, 16, (BF16, F32), 224, "cublas"),
+        (1024, 1024, 64, None, (BF16, BF16), 288, "cuda"),
+        (576, 1536, 64, None, (BF16, BF16), 210, "triton"),
+        (576, 1536, 64, 64, (BF16, BF16), 210, "cuda"),
+        (576, 1536, 64, 64, (F16, F16), 210, "cublas"),
+    ],
+)
+def test_the_choice_for_many(
+    m: int, n: int, r: int | None, s: int | None, dtypes: tuple[torch.dtype, torch.dtype], batch: int, wanted: str
+) -> None:
+    assert choose(m, n, r, s, *dtypes, batch=batch, gpu=H200, cuda=True) == wanted
 
 
 @given(
@@ -86,7 +117,7 @@ def test_no_choice_that_cannot_run(
         assert max(r or 0, s or 0) <= max_rank(*dtypes, gpu.hip)
     if chosen == "cuda":
         assert gpu == H100
-        assert max(r, s) <= 128
+        assert max(r or 0, s or 0) <= 64
 
 
 def test_unknown_types_are_refused() -> None:

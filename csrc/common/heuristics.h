@@ -38,15 +38,20 @@ struct Compiled {
 // The CUDA C++ projections passed their tests on an H200 (tests/cuda/side_checks.py, both_checks.py). On the capability
 // that they passed on they are chosen where they are faster than library products.
 constexpr int kCudaCapability = 90;
-// The kernel of one side reads and writes the matrix once; two sides are one after the other.
-constexpr int64_t kCudaRank = 128;
-constexpr int64_t kCudaRankFloat32 = 64;
-// Block, r + s: 1.05 to 1.2 times as fast at 32, 1.6 times slower at 128.
-constexpr int64_t kCudaRanks = 32;
-// With float32 bases 1.4 to 2.4 times as fast at 32; at 128 as fast or faster for a matrix of 4096 x 4096 only.
-constexpr int64_t kCudaRanksFloat32 = 64;
-constexpr int64_t kCudaRanksFloat32Small = 128;
-constexpr int64_t kCudaSmall = int64_t(1) << 24;
+// One side, whose kernel reads and writes the matrix once. At 16 it takes 0.55 to 0.78 of the library's time, with float32
+// bases too; at 64, with bfloat16 bases, 0.77 to 0.98 while three panels fit in a block's shared memory, on the right two,
+// and 1.12 with two on the left. With float32 bases it takes up to 1.19 of it at 64, with bfloat16 ones at 128 1.6 to 1.7.
+constexpr int64_t kCudaRank = 64;
+constexpr int64_t kCudaSmallRank = 16;
+constexpr int64_t kCudaSlots = 3;
+// Two sides of bfloat16 bases one after the other: 0.82 to 0.89 of the library's time at 16, 1.06 to 1.31 at 64. With
+// float32 bases as fast as the library, which rounds once.
+constexpr int64_t kCudaRankBoth = 16;
+// Lists of at least so many matrices, one launch for all of a length: 0.76 (left) and 0.88 (both) of the library's time at
+// 64 for LLaMA-2 7B's, those included that would take longer alone.
+constexpr int64_t kCudaList = 8;
+// Block, r + s: 0.86 to 0.94 of the library's time at 32, with float32 bases as well, and 1.3 to 1.6 at 128.
+constexpr int64_t kCudaRanksBlock = 32;
 
 // Triton's grouped kernels are chosen for lists of small matrices, where library products take as long to launch as to
 // run: T5-Large's, of up to 8 MB, in 0.6 and 0.3 of its time, while LLaMA-2 7B's take 1.3 to 3 times as long. At least this
@@ -54,6 +59,9 @@ constexpr int64_t kCudaSmall = int64_t(1) << 24;
 constexpr int64_t kLeastGroup = 8;
 constexpr int64_t kPanel = 32;
 constexpr int64_t kL2Part = 6;
+// CUDA C++ takes two sides of such lists in a third to a half of Triton's time, one side of T5-Large's in 0.8 of it, and of
+// SmolLM2-135M's, of up to 1.8 MB, in 2.6 times as long: up to this part of L2 (1.9 MB) Triton has one side.
+constexpr int64_t kL2PartOneSide = 32;
 // Up to these ranks (r + s) the grouped kernels do not spill registers, and bytes are their limit.
 constexpr int64_t kMaxRank = 128;
 constexpr int64_t kMaxRankFloat32 = 64;
@@ -76,30 +84,42 @@ inline int64_t max_triton_rank(Type type, Type basis, bool hip) {
   return hip ? rank / 2 : rank;  // its tiles go through registers to shared memory
 }
 
-// Whether the sides that there are can go through csrc/cuda/project_side_sm90a.cu, one after the other.
-inline bool sides_fit(int64_t m, int64_t n, int64_t r, int64_t s, bool split, int64_t multiprocessors) {
-  return n % 8 == 0 && (r == 0 || side_panels(m, n, r, split, multiprocessors).fits) &&
-         (s == 0 || side_panels(n, m, s, split, multiprocessors).fits);
+// Whether one side's kernel is faster than the library at this rank, length and extent; 0: there is no such side.
+inline bool side_pays(int64_t length, int64_t extent, int64_t r, bool right, bool split, bool list,
+                      int64_t multiprocessors) {
+  if (r == 0) return true;
+  const SidePanels plan = side_panels(length, extent, r, split, multiprocessors);
+  if (!plan.fits || r > (split ? kCudaSmallRank : kCudaRank)) return false;
+  return list || r <= kCudaSmallRank || right || plan.slots >= kCudaSlots;
+}
+
+// Whether CUDA C++ is faster than library products.
+inline bool cuda_pays(const Work& work, const Gpu& gpu) {
+  if (gpu.hip || gpu.capability != kCudaCapability || work.type != Type::kBFloat16) return false;
+  const bool wide = work.basis == Type::kFloat32, list = work.batch >= kCudaList;
+  if (work.block) return work.r + work.s <= kCudaRanksBlock;
+  if (work.n % 8) return false;
+  if (work.r && work.s && (wide || (!list && std::max(work.r, work.s) > kCudaRankBoth))) return false;
+  return side_pays(work.m, work.n, work.r, false, wide, list, gpu.multiprocessors) &&
+         side_pays(work.n, work.m, work.s, true, wide, list, gpu.multiprocessors);
+}
+
+// Whether it is a list of small matrices for Triton's grouped kernels.
+inline bool triton_pays(const Work& work, const Gpu& gpu) {
+  if (!gpu.hip && gpu.capability < kLeastCapability) return false;
+  const int64_t across = std::min(work.r ? work.n : work.m, work.s ? work.m : work.n);
+  return work.batch >= kLeastGroup && work.m * work.n * size_of(work.type) <= gpu.l2_bytes / kL2Part &&
+         (across + kPanel - 1) / kPanel * work.batch >= gpu.multiprocessors &&
+         work.r + work.s <= max_triton_rank(work.type, work.basis, gpu.hip);
 }
 
 inline Variant choose(const Work& work, const Gpu& gpu, const Compiled& compiled) {
-  const int64_t ranks = work.r + work.s;
-  if (work.type == Type::kFloat64 || ranks == 0) return Variant::kCublas;
-  const bool wide = work.basis == Type::kFloat32;
-  if (compiled.cuda && !gpu.hip && gpu.capability == kCudaCapability && work.batch == 1 &&
-      work.type == Type::kBFloat16) {
-    const bool small = work.m * work.n <= kCudaSmall;
-    const int64_t both = !wide ? kCudaRanks : small ? kCudaRanksFloat32Small : kCudaRanksFloat32;
-    const bool fits = work.block ? ranks <= both
-                                 : std::max(work.r, work.s) <= (wide ? kCudaRankFloat32 : kCudaRank) &&
-                                       sides_fit(work.m, work.n, work.r, work.s, wide, gpu.multiprocessors);
-    if (fits) return Variant::kCuda;
-  }
-  if (!compiled.triton || (!gpu.hip && gpu.capability < kLeastCapability)) return Variant::kCublas;
-  const int64_t across = std::min(work.r ? work.n : work.m, work.s ? work.m : work.n);
-  const bool small = work.batch >= kLeastGroup && work.m * work.n * size_of(work.type) <= gpu.l2_bytes / kL2Part &&
-                     (across + kPanel - 1) / kPanel * work.batch >= gpu.multiprocessors;
-  return small && ranks <= max_triton_rank(work.type, work.basis, gpu.hip) ? Variant::kTriton : Variant::kCublas;
+  if (work.type == Type::kFloat64 || work.r + work.s == 0) return Variant::kCublas;
+  const bool triton = compiled.triton && triton_pays(work, gpu), cuda = compiled.cuda && cuda_pays(work, gpu);
+  const bool one = work.r == 0 || work.s == 0;
+  const bool smallest = one && work.m * work.n * size_of(work.type) <= gpu.l2_bytes / kL2PartOneSide;
+  if (cuda && !(triton && smallest)) return Variant::kCuda;
+  return triton ? Variant::kTriton : Variant::kCublas;
 }
 
 // A matrix of this many bytes is in L2 when the second side reads it: apart, its sides cost no more memory traffic than

@@ -34,12 +34,11 @@ namespace sculpt {
 namespace {
 
 constexpr int kGroup = 128;  // threads of a warpgroup
-// Warpgroups: one of which a warp loads, one stores and two add; those that multiply, each every second panel; those that
-// correct, which share a panel's tiles. With one and two of these correcting took longest of all steps on an H200.
-constexpr int kMultipliers = 2, kCorrectors = 4;
-constexpr int kThreads = (1 + kMultipliers + kCorrectors) * kGroup;
+// Warpgroups: one of which a warp loads, one stores and two add; one that multiplies; those that correct, which share a
+// panel's tiles. Two that multiply in turn, or half as many that correct, were no faster on an H200.
+constexpr int kCorrectors = 4, kThreads = (2 + kCorrectors) * kGroup;
 constexpr int kAdders = 64, kCorrectorWarps = 4 * kCorrectors;
-// Barriers of threads: of those that add, of all that use the basis (all but two warps), and of a group that multiplies.
+// Barriers of threads: of those that add, of all that use the basis (all but two warps), and of those that multiply.
 constexpr int kAddBarrier = 1, kBasisBarrier = 2, kMultiplyBarrier = 3, kBasisThreads = kThreads - 64;
 
 __device__ uint32_t packed(float x, float y) {
@@ -96,9 +95,9 @@ struct Side {
   __device__ uint32_t factors(int stage) const { return stage_at + stage * 8 * kCoefficients; }
   __device__ uint32_t parts(int stage) const { return factors(stage) + 4 * kCoefficients; }
   // Barriers of slots: the panel is there; it is corrected; it has been stored. Of stages: all parts are there; all factors
-  // are; they have been used. Of the first and the last there is one for each of those that multiply.
+  // are; they have been used.
   __device__ uint32_t full(int at) const { return barriers + 8 * at; }
-  __device__ uint32_t corrected(int at) const { return full(kMultipliers * kMostSlots + at); }
+  __device__ uint32_t corrected(int at) const { return full(kMostSlots + at); }
   __device__ uint32_t empty(int at) const { return corrected(kMostSlots + at); }
   __device__ uint32_t parts_full(int stage) const { return empty(kMostSlots + stage); }
   __device__ uint32_t factors_full(int stage) const { return parts_full(kMostStages + stage); }
@@ -141,8 +140,8 @@ struct Side {
     show_to_products();
   }
 
-  __device__ void load(int at, int i, uint32_t barrier) const {
-    const uint32_t to = slot(at);
+  __device__ void load(int at, int i) const {
+    const uint32_t barrier = full(at), to = slot(at);
     expect(barrier, size.rows * kSlotRow);
     for (int row = 0; row < size.rows; row += size.box) {
       const int along = static_cast<int>(first) + row, across = i * WIDE;
@@ -188,7 +187,7 @@ struct Side {
     // Of fewer than 64 ranks each is in several warps, for some of the columns each. Where there are more warps than that,
     // some have nothing to send: without meeting they could still be multiplying a panel that is being corrected.
     constexpr int kCopies = RANKS < 64 ? 64 / RANKS : 1;
-    if constexpr (kCopies > WIDE / 8) meet(kMultiplyBarrier + threadIdx.x / kGroup - 1, kGroup);
+    if constexpr (kCopies > WIDE / 8) meet(kMultiplyBarrier, kGroup);
     const bool odd = thread % 2 != 0;
     const int row = 16 * (thread / 32) + thread % 32 / 4, share = row / RANKS % kCopies;
     const int rank = 64 * half + (row + (odd ? 8 : 0)) % RANKS;
@@ -319,26 +318,22 @@ __global__ void __launch_bounds__(kThreads, 1)
   constexpr uint32_t kExchanged = RANKS * WIDE * 4;
   const Of any(one, size, memory, own);
   if (threadIdx.x == 0) {
-    for (int i = 0; i < kMultipliers * size.slots; ++i) make_barrier(any.full(i), 1);
     for (int i = 0; i < size.slots; ++i) {
+      make_barrier(any.full(i), 1);
       make_barrier(any.corrected(i), kCorrectorWarps);
       make_barrier(any.empty(i), 1);
     }
     for (int i = 0; i < size.stages; ++i) {
       make_barrier(any.parts_full(i), 1), expect(any.parts_full(i), kExchanged);
       make_barrier(any.factors_full(i), 1), expect(any.factors_full(i), kExchanged);
+      make_barrier(any.used(i), kCorrectorWarps);
     }
-    for (int i = 0; i < kMultipliers * size.stages; ++i) make_barrier(any.used(i), kCorrectorWarps);
     show_to_async();
   }
   // Every block of the cluster runs and has its barriers: from here on the others' memory may be written.
   cluster_barrier();
 
-  // Every panel has a slot, a stage, and barriers from twice as many that say that it is there and that its factors have
-  // been used: who multiplies every second panel sees all phases of its own; leaving one out would be taking the one before
-  // for the next.
-  Turn slot, stage, there, use;
-  const int all_there = kMultipliers * size.slots, all_uses = kMultipliers * size.stages;
+  Turn slot, stage;
   int seen = 0;  // panels before, as far as slots and stages go
   const SideEntry* entry = list ? list : &one;
   while (list && entry->first_panel + entry->panels <= begin) ++entry;
@@ -354,9 +349,9 @@ __global__ void __launch_bounds__(kThreads, 1)
       meet(kBasisBarrier, kBasisThreads);
     }
     if (threadIdx.x == 0) {
-      for (int i = from; i < to; ++i, slot.next(size.slots), there.next(all_there)) {
+      for (int i = from; i < to; ++i, slot.next(size.slots)) {
         if (seen++ >= size.slots) wait_for(side.empty(slot.at), slot.phase ^ 1);
-        side.load(slot.at, i, side.full(there.at));
+        side.load(slot.at, i);
       }
     } else if (threadIdx.x == 32) {
       for (int i = from; i < to; ++i, slot.next(size.slots)) {
@@ -372,36 +367,29 @@ __global__ void __launch_bounds__(kThreads, 1)
         if (thread == 64) expect(side.parts_full(stage.at), kExchanged);
         side.send_factors(stage.at, thread - 64);
       }
-    } else if (group >= 1 && group <= kMultipliers) {
+    } else if (group == 1) {
       typename Of::Sums sums;
-      for (int i = from; i < to;
-           ++i, slot.next(size.slots), stage.next(size.stages), there.next(all_there), use.next(all_uses)) {
-        const int before = seen++;
-        if (before % kMultipliers != group - 1) continue;
-        wait_for(side.full(there.at), there.phase);
+      for (int i = from; i < to; ++i, slot.next(size.slots), stage.next(size.stages)) {
+        wait_for(side.full(slot.at), slot.phase);
 #pragma unroll
         for (int half = 0; half < Of::kHalves; ++half) {
           side.multiply(slot.at, half, sums);
           // What this stage had before has been used: so all its factors had come, and all owners had read their parts.
-          const bool back = use.at >= size.stages;
-          if (half == 0 && before >= size.stages)
-            wait_for(side.used(use.at + size.stages * (back ? -1 : kMultipliers - 1)), use.phase ^ !back);
+          if (half == 0 && seen++ >= size.stages) wait_for(side.used(stage.at), stage.phase ^ 1);
           side.send_part(stage.at, half, sums, thread);
         }
       }
-    } else if (group > kMultipliers) {
+    } else if (group > 1) {
       typename Of::Lines lines;
       Of::find_lines(thread, lines);
-      for (int i = from; i < to;
-           ++i, slot.next(size.slots), stage.next(size.stages), there.next(all_there), use.next(all_uses)) {
-        wait_for(side.full(there.at), there.phase);
+      for (int i = from; i < to; ++i, slot.next(size.slots), stage.next(size.stages)) {
+        wait_for(side.full(slot.at), slot.phase);
         wait_for_others(side.factors_full(stage.at), stage.phase);
         show_to_products();
-        if (group == kMultipliers + 1 && thread == 0) expect(side.factors_full(stage.at), kExchanged);
-        for (int t = group - kMultipliers - 1; t < side.tiles; t += kCorrectors)
-          side.correct(slot.at, t, stage.at, lines);
+        if (group == 2 && thread == 0) expect(side.factors_full(stage.at), kExchanged);
+        for (int t = group - 2; t < side.tiles; t += kCorrectors) side.correct(slot.at, t, stage.at, lines);
         __syncwarp();
-        if (thread % 32 == 0) arrive(side.used(use.at));
+        if (thread % 32 == 0) arrive(side.used(stage.at));
         show_to_async();
         __syncwarp();
         if (thread % 32 == 0) arrive(side.corrected(slot.at));

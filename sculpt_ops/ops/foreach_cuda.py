@@ -20,7 +20,7 @@ from .cuda_limits import why_not_sides
 from .heuristics import Backend, choose, forced_backend, gpu_of, triton_missing
 from .library_products import form_of, is_product, project_cublas, project_products
 from .side_lists import side_lists
-from .variants import backend_of, project_into
+from .variants import backend_of, cuda_missing, project_into
 
 __all__ = ["Call", "foreach_into", "meet", "plan_call"]
 
@@ -61,14 +61,20 @@ def plan_call(
     def flags(i: int) -> tuple[bool, bool, bool]:
         return bool(keep_lefts) and keep_lefts[i], bool(keep_rights) and keep_rights[i], block
 
+    def chosen(i: int, matrices: int) -> Backend:
+        """For what no group takes: Triton has no other list."""
+        backend = backend_of(grads[i], lefts[i], rights[i], block, matrices)
+        return backend_of(grads[i], lefts[i], rights[i], block) if backend == "triton" else backend
+
     def finish(groups: Sequence[Any], grouped: set[int]) -> Call:
         """With what is left beside groups and has anything to do. What is chosen is found once: it takes as long as two
         launches."""
-        rest = [
-            (i, forced or backend_of(grads[i], lefts[i], rights[i], block))
+        places = [
+            i
             for i in range(len(grads))
             if i not in grouped and grads[i].numel() and not (lefts[i] is None and rights[i] is None)
         ]
+        rest = [(i, forced or chosen(i, len(places))) for i in places]
         products = [i for i, backend in rest if backend == "cublas" and is_product(grads[i], lefts[i], rights[i])]
         sides = [
             i
@@ -107,6 +113,7 @@ def plan_call(
                 basis_dtype,
                 batch=len(candidates),
                 gpu=gpu_of(device.index),
+                cuda=cuda_missing() is None,
                 block=block,
             )
             == "triton"

@@ -116,8 +116,8 @@ def _asked(matrix: Tensor, left: Tensor | None, right: Tensor | None) -> str:
     return f"grad {tuple(matrix.shape)} {matrix.dtype}, {', '.join(bases)}"
 
 
-def backend_of(grad: Tensor, left: Tensor | None, right: Tensor | None, block: bool) -> Backend:
-    """What the heuristics choose for this matrix; at least one basis is there."""
+def backend_of(grad: Tensor, left: Tensor | None, right: Tensor | None, block: bool, matrices: int = 1) -> Backend:
+    """What the heuristics choose for this matrix, one of so many of a list; at least one basis is there."""
     basis = left if left is not None else right
     assert basis is not None
     return choose(
@@ -127,7 +127,7 @@ def backend_of(grad: Tensor, left: Tensor | None, right: Tensor | None, block: b
         None if right is None else right.shape[-1],
         grad.dtype,
         basis.dtype,
-        batch=grad.shape[:-2].numel(),
+        batch=matrices * grad.shape[:-2].numel(),
         gpu=gpu_of(grad.device.index if grad.is_cuda else None),
         triton=triton_missing() is None,
         cuda=cuda_missing() is None,

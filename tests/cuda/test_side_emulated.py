@@ -173,10 +173,7 @@ def without(*pieces: str) -> Callable[[str], str]:
     [
         (("      meet(kAddBarrier, kAdders);\n",), Case(512, 14 * 32, 16, FLOAT, cluster=8)),
         (
-            (
-                "            wait_for(side.used(use.at + size.stages * (back ? -1 : kMultipliers - 1)), use.phase ^ !back);\n",
-                "          if (half == 0 && before >= size.stages)\n",
-            ),
+            ("          if (half == 0 && seen++ >= size.stages) wait_for(side.used(stage.at), stage.phase ^ 1);\n",),
             Case(128, 20 * 32, 16, HALF, cluster=2),
         ),
         (
