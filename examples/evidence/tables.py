@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import product
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -17,7 +18,7 @@ from sculpt_ops.continual.paired import paired
 
 BEGIN, END = "<!-- begin: {scale} -->\n", "<!-- end -->"
 WEIGHTS = "Weights dequantised from 4 bits; exploratory."
-BASELINE = "plain"
+BASELINE, OURS = "plain", "sculpt"
 # Points of backward transfer that plain fine-tuning has to lose for a comparison to have something to show.
 FORGETS = 5.0
 
@@ -127,16 +128,22 @@ def final_tables(results: Path, protocol: Protocol) -> str:
         runs.setdefault(record["about"]["method"], {})[record["about"]["order"], run.config["seed"]] = run
     if BASELINE not in runs:
         return ""
-    rows, pairs = [], []
-    for method in (name for name in protocol.configs if name in runs):
-        found = runs[method]
-        rows.append((method, f"{len(found)} of {protocol.planned}", *_means(found.values())))
-        both = sorted(found.keys() & runs[BASELINE].keys())
-        if method == BASELINE or not both:
-            continue
-        against = paired([found[key] for key in both], [runs[BASELINE][key] for key in both])
-        estimates = (against.average_accuracy, against.backward_transfer, against.learning_accuracy)
-        pairs.append((method, str(len(both)), *(percent(estimate, signed=True) for estimate in estimates)))
+    methods = [name for name in protocol.configs if name in runs]
+    rows = [(name, f"{len(runs[name])} of {protocol.planned}", *_means(runs[name].values())) for name in methods]
+
+    def pairs(first: Sequence[str], second: Sequence[str]) -> list[tuple[str, ...]]:
+        """Every method of the first, or the one that there is, minus every other of the second."""
+        found = []
+        for one, other in product(first, second):
+            both = sorted(runs[one].keys() & runs[other].keys())
+            if one == other or not both:
+                continue
+            against = paired([runs[one][key] for key in both], [runs[other][key] for key in both])
+            estimates = (against.average_accuracy, against.backward_transfer, against.learning_accuracy)
+            name = f"{one} - {other}"
+            found.append((name, str(len(both)), *(percent(estimate, signed=True) for estimate in estimates)))
+        return found
+
     quality = ("average accuracy, %", "backward transfer, points", "learning accuracy, %", "likeliest option, %")
     devices = ", ".join(
         sorted({run.versions.get("device", "unknown") for each in runs.values() for run in each.values()})
@@ -147,10 +154,12 @@ def final_tables(results: Path, protocol: Protocol) -> str:
         f"Orders {orders}; seeds {seeds}; on {devices}.\n\n"
         f"{table(('method', 'runs', *quality), rows)}"
     ]
-    if pairs:
+    others = [name for name in methods if name not in (BASELINE, OURS)]
+    differences = pairs(methods, [BASELINE]) + (pairs([OURS], others) if OURS in runs else [])
+    if differences:
         parts.append(
-            f"### Difference from {BASELINE}, paired by order and seed; 95 % over runs and test items. {WEIGHTS}\n\n"
-            f"{table(('method', 'pairs', *quality[:3]), pairs)}"
+            f"### Differences, paired by order and seed; 95 % over runs and test items. {WEIGHTS}\n\n"
+            f"{table(('methods', 'pairs', *quality[:3]), differences)}"
         )
     return "\n\n".join(parts)
 

@@ -162,7 +162,7 @@ def test_methods_are_compared_in_pairs(modules: dict[str, Any], protocol: Any, t
             modules["results"].pack(run, tmp_path / "final", {"method": method, "config": "c", "order": "O1"})
     text = modules["tables"].final_tables(tmp_path, protocol)
     assert f"| plain | 2 of {protocol.planned} | 62.5 (62.5 to 62.5) | -30.0" in text
-    assert "| sculpt | 2 | +12.5 (" in text
+    assert "| sculpt - plain | 2 | +12.5 (" in text
     assert average_accuracy(made("x", (0.5, 0.75)).accuracy) == 0.625
 
 
@@ -222,7 +222,7 @@ def test_the_whole_of_it_on_a_tiny_model(
         "### Tasks that enter",
         "### Configurations",
         "### 4 test items a task",
-        "### Difference from plain",
+        "### Differences",
         "### One factor",
     ):
         assert heading in text

@@ -58,8 +58,10 @@ def test_kernels_compile_without_spills(source: Path, tmp_path: Path) -> None:
             assert "wgmma.mma_async" in ptx
             assert "st.async" in ptx
             assert "cp.async.bulk.tensor" in ptx
-            # At the start alone: in the loop it would wait for all of memory.
-            assert ptx.count("barrier.cluster.arrive") == len(registers)
+            # At the start and the end alone: in the loop it would wait for all of memory.
+            assert ptx.count("barrier.cluster.arrive") == 2 * len(registers)
+            # As this does, by emptying L1, and each of those that wait did it once.
+            assert "acquire.cluster.shared" not in ptx
         if source.stem == "jacobi":
             # One for each length of a column and place of the second factor; no access to memory of unknown place.
             assert len(registers) == 10

@@ -173,7 +173,7 @@ def without(*pieces: str) -> Callable[[str], str]:
     [
         (("      meet(kAddBarrier, kAdders);\n",), Case(512, 14 * 32, 16, FLOAT, cluster=8)),
         (
-            ("          if (half == 0 && seen++ >= size.stages) wait_for(side.used(stage.at), stage.phase ^ 1);\n",),
+            ("          if (half == 0 && before >= size.stages) wait_for(side.used(last), use.phase ^ !back);\n",),
             Case(128, 20 * 32, 16, HALF, cluster=2),
         ),
         (
