@@ -1,8 +1,8 @@
-// Hopper's bulk copies: boxes of a matrix between global and shared memory, bytes between the shared memories of a
-// cluster, and the barriers in shared memory that count what came. PTX ISA, sections "cp.async.bulk" and "mbarrier".
+// Hopper's bulk copies, boxes of a matrix between global and shared memory, and what goes with them. PTX ISA, sections
+// "cp.async.bulk", "bar" and "stmatrix".
 //
 // Bulk copies read and write shared memory through the async proxy: what ordinary stores wrote is shown to them by
-// `show_to_async` of the writing threads and a barrier.
+// `show_to_async` (cluster.h) of the writing threads and a barrier.
 #pragma once
 #include <cuda.h>
 
@@ -11,17 +11,6 @@
 #include "cuda/cluster.h"
 
 namespace sculpt {
-
-// A phase of the barrier ends when `count` threads arrived and all bytes that were expected have come.
-__device__ inline void make_barrier(uint32_t barrier, uint32_t count) {
-  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(count) : "memory");
-}
-
-__device__ inline void arrive(uint32_t barrier) {
-  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
-}
-
-__device__ inline void show_to_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
 // The box of the matrix that begins at (column, row) to `to`; zeros where the matrix ends. Counted by `barrier`, in full.
 __device__ inline void load_box(uint32_t to, const CUtensorMap* map, int column, int row, uint32_t barrier) {
@@ -45,14 +34,6 @@ __device__ inline void close_stores() { asm volatile("cp.async.bulk.commit_group
 template <int NEWER>
 __device__ inline void wait_for_reads() {
   asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(NEWER) : "memory");
-}
-
-// `bytes` (a multiple of 16) of this block's shared memory to that of another; `to` and `barrier` by `address_in`.
-__device__ inline void send_bytes(uint32_t to, uint32_t from, uint32_t bytes, uint32_t barrier) {
-  asm volatile(
-      "cp.async.bulk.shared::cluster.shared::cta.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to), "r"(from),
-      "r"(bytes), "r"(barrier)
-      : "memory");
 }
 
 // `threads` threads of the block, whole warps, meet at barrier `id` (1 to 15).

@@ -142,7 +142,7 @@ struct Side {
       for (int k = 0; k < 4; ++k) pairs[k] = packed(x[2 * k], x[2 * k + 1]);
       in<uint4>(high + to) = make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]);
     }
-    show_to_products();
+    show_to_async();
   }
 
   __device__ void load(int at, int i, uint32_t barrier) const {
@@ -400,7 +400,7 @@ __global__ void __launch_bounds__(kThreads, 1)
            ++i, slot.next(size.slots), stage.next(size.stages), there.next(all_there), use.next(all_uses)) {
         wait_for(side.full(there.at), there.phase);
         wait_for_others(side.factors_full(stage.at), stage.phase);
-        show_to_products();
+        show_to_async();  // the stores of others
         if (group == kMultipliers + 1 && thread == 0) expect(side.factors_full(stage.at), kExchanged);
         for (int t = group - kMultipliers - 1; t < side.tiles; t += kCorrectors)
           side.correct(slot.at, t, stage.at, lines);

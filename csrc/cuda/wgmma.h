@@ -49,9 +49,6 @@ __device__ inline void wait_for_products(float (&d)[N]) {
   hold(d);
 }
 
-// Ordinary stores to shared memory before it are seen by products after the next barrier.
-__device__ inline void show_to_products() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
-
 // ROWS_A, ROWS_B: whether the operand is stored with rows along K (16 numbers of a row at a time), else K is the number
 // of the row. D: thread t has, of rows 16 (t / 32) + t % 32 / 4 and the one eight
 // below, columns 8 j + 2 (t % 4) and the next: d[4 j], d[4 j + 1], and below d[4 j + 2], d[4 j + 3].

@@ -28,7 +28,7 @@ INSTRUCTIONS = {
     r"st\.async\.shared::cluster\.mbarrier::complete_tx::bytes\.v4\.b32 \[%0\], \{%1, %2, %3, %4\}, \[%5\];": (
         "store_async"
     ),
-    r"mbarrier\.init\.shared::cta\.b64 \[%0\], (1|%1);": "make_barrier",
+    r"mbarrier\.init\.shared::cta\.b64 \[%0\], %1;": "make_barrier",
     r"mbarrier\.arrive\.shared::cta\.b64 _, \[%0\];": "arrive",
     r"mbarrier\.arrive\.expect_tx\.shared::cta\.b64 _, \[%0\], %1;": "expect",
     r"\{ \.reg \.pred done; wait: mbarrier\.try_wait\.parity\.shared::cta\.b64 done, \[%0\], %1; "
@@ -51,9 +51,6 @@ INSTRUCTIONS = {
     r"cp\.async\.bulk\.tensor\.2d\.global\.shared::cta\.bulk_group \[%0, \{%1, %2\}\], \[%3\];": "store_box",
     r"cp\.async\.bulk\.commit_group;": "close_stores",
     r"cp\.async\.bulk\.wait_group\.read %0;": "wait_for_reads",
-    r"cp\.async\.bulk\.shared::cluster\.shared::cta\.mbarrier::complete_tx::bytes \[%0\], \[%1\], %2, \[%3\];": (
-        "send_bytes"
-    ),
     r"bar\.sync %0, %1;": "meet_some",
     rf"mma\.sync\.aligned\.m16n8k16\.row\.col\.f32\.bf16\.bf16\.f32 {FOUR}, "
     rf"\{{%4, %5, %6, %7\}}, \{{%8, %9\}}, {FOUR};": "multiply",

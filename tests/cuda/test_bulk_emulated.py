@@ -78,16 +78,6 @@ def test_slots_filled_too_soon(gpu: ctypes.CDLL) -> None:
     assert faults > 6
 
 
-@pytest.mark.parametrize("blocks", [1, 2, 5])
-def test_bytes_around_a_cluster(gpu: ctypes.CDLL, blocks: int) -> None:
-    for seed in SEEDS:
-        out = aligned(torch.full((blocks, 256), -1, dtype=torch.int32))
-        assert gpu.ring(pointer(out), blocks, NOTHING, seed) == 0, gpu.wrong()
-        assert torch.equal(out, (torch.arange(blocks, dtype=torch.int32).roll(1)[:, None]).expand(blocks, 256))
-    assert gpu.ring(pointer(out), blocks, FENCE, 0) != 0
-    assert b"no proxy fence" in gpu.wrong()
-
-
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("wide", [16, 32, 64])
 def test_operands_wider_than_a_row(gpu: ctypes.CDLL, wide: int, transposed: bool) -> None:

@@ -185,7 +185,7 @@ def without(*pieces: str) -> Callable[[str], str]:
             ("        if (seen++ >= size.slots) wait_for(side.empty(slot.at), slot.phase ^ 1);\n",),
             Case(128, 20 * 32, 16, HALF, cluster=2),
         ),
-        (("        show_to_products();\n",), Case(128, 6 * 32, 16, HALF, cluster=2)),
+        (("        show_to_async();  // the stores of others\n",), Case(128, 6 * 32, 16, HALF, cluster=2)),
     ],
     ids=["all have read", "what was there is used", "wait for parts", "wait for stores", "wait for a slot", "fence"],
 )

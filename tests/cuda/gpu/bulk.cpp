@@ -220,13 +220,6 @@ void store_box(const void* map, int column, int row, uint32_t from) {
   set_out(bulk, bytes / kUnit);
 }
 
-void send_bytes(uint32_t to, uint32_t from, uint32_t bytes, uint32_t barrier) {
-  if (bytes % kUnit) fail("a bulk copy of part of 16 bytes");
-  look_at_source(from, bytes, kUnit);
-  look_at_target(to, bytes, kUnit, barrier);
-  set_out({Bulk::kSend, current, to, from, barrier, {}, 0, 0, 0, 0}, bytes / kUnit);
-}
-
 void close_stores() { ++current->groups; }
 
 void wait_for_reads(int newer) {

@@ -71,25 +71,6 @@ void copy_boxes(const CUtensorMap& from, const CUtensorMap* to, Boxes b) {
   }
 }
 
-// Each block's number to the next.
-void pass_on(uint32_t* out, Missing missing) {
-  const uint32_t memory = begin_of_memory(), barrier = memory + 2048;
-  const int blocks = cluster_size(), rank = cluster_rank();
-  if (threadIdx.x == 0) make_barrier(barrier, 1), show_to_async();
-  for (uint32_t at = 4 * threadIdx.x; at < 1024; at += 4 * 32) ptx::store(memory + at, rank);
-  if (missing != kFence) show_to_async();
-  cluster_barrier();
-  if (threadIdx.x == 0) {
-    expect(barrier, 1024);
-    const int next = (rank + 1) % blocks;
-    for (uint32_t at = 0; at < 1024; at += 512)
-      send_bytes(address_in(memory + 1024 + at, next), memory + at, 512, address_in(barrier, next));
-  }
-  wait_for(barrier, 0);
-  for (uint32_t i = threadIdx.x; i < 256; i += 32) ptx::load(out[rank * 256 + i], memory + 1024 + 4 * i);
-  cluster_barrier();
-}
-
 // A (64 x 16) of rows of W along M, `further_bytes` apart, B (16 x 16) of fragments of `b`, as they are or transposed.
 template <int W>
 void multiply(const CUtensorMap& a, const uint32_t* b, float* out, uint32_t further_bytes, bool transposed) {
@@ -107,7 +88,7 @@ void multiply(const CUtensorMap& a, const uint32_t* b, float* out, uint32_t furt
       store_four_transposed(at_b + 32 * row + 16 * piece, x);
     else
       store_four(at_b + 32 * row + 16 * piece, x);
-    show_to_products();
+    show_to_async();
   }
   __syncthreads();
   wait_for(barrier, 0);
@@ -134,12 +115,6 @@ extern "C" int boxes(void* from, int columns, int rows, int stride, void* to, in
   for (int i = 0; i < rows; ++i) emulated::allow(static_cast<char*>(from) + i * stride, columns * 2, false);
   for (int i = 0; i < to_rows; ++i) emulated::allow(static_cast<char*>(to) + i * to_stride, to_columns * 2, true);
   return emulated::launch(1, 1, 96, 3 * 8192 + 64, copy_boxes, source, &target, *b);
-}
-
-extern "C" int ring(uint32_t* out, int blocks, int missing, unsigned seed) {
-  emulated::device.seed = seed;
-  emulated::forget(), emulated::allow(out, blocks * 1024, true);
-  return emulated::launch(blocks, blocks, 32, 2048 + 8, pass_on, out, static_cast<Missing>(missing));
 }
 
 extern "C" int product(void* a, const uint32_t* b, float* out, int wide, int further_bytes, int transposed,

@@ -72,7 +72,7 @@ void load_four(float& x, float& y, float& z, float& w, uint32_t address);
 void store(uint32_t address, uint32_t x);
 void map(uint32_t& there, uint32_t address, uint32_t rank);
 void store_async(uint32_t address, uint32_t x, uint32_t y, uint32_t z, uint32_t w, uint32_t barrier);
-void make_barrier(uint32_t barrier);
+
 void make_barrier(uint32_t barrier, uint32_t count);
 void arrive(uint32_t barrier);
 void expect(uint32_t barrier, uint32_t bytes);
@@ -97,7 +97,6 @@ void load_box(uint32_t to, const void* map, int column, int row, uint32_t barrie
 void store_box(const void* map, int column, int row, uint32_t from);
 void close_stores();
 void wait_for_reads(int newer);
-void send_bytes(uint32_t to, uint32_t from, uint32_t bytes, uint32_t barrier);
 template <typename... X>
 void nothing(X&&...) {}
 

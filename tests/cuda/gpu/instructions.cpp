@@ -177,8 +177,6 @@ void make_barrier(uint32_t barrier, uint32_t count) {
   own().barriers[barrier] = {count, count, 0, 0, {current->number, current->fences}, {}};
 }
 
-void make_barrier(uint32_t barrier) { make_barrier(barrier, 1); }
-
 void arrive(uint32_t barrier) { expect(barrier, 0); }
 
 void expect(uint32_t address, uint32_t bytes) {

@@ -82,7 +82,7 @@ struct Matrix {
 
 // A bulk copy, in units of 16 bytes.
 struct Bulk {
-  enum Kind { kLoad, kSend, kStore } kind;
+  enum Kind { kLoad, kStore } kind;
   Fiber* by;
   uint32_t to, from, barrier;
   Matrix matrix;
