@@ -48,7 +48,9 @@ constexpr int64_t kCudaSlots = 3;
 // float32 bases as fast as the library, which rounds once.
 constexpr int64_t kCudaRankBoth = 16;
 // Lists of at least so many matrices, one launch for all of a length: 0.76 (left) and 0.88 (both) of the library's time at
-// 64 for LLaMA-2 7B's, those included that would take longer alone.
+// 64 for LLaMA-2 7B's, those included that would take longer alone. Not chosen until the tests of lists in
+// tests/cuda/side_checks.py have passed on a GPU: on the H200 they were cut off, and lists were only timed.
+constexpr bool kCudaListsTested = false;
 constexpr int64_t kCudaList = 8;
 // Block, r + s: 0.86 to 0.94 of the library's time at 32, with float32 bases as well, and 1.3 to 1.6 at 128.
 constexpr int64_t kCudaRanksBlock = 32;
@@ -96,7 +98,7 @@ inline bool side_pays(int64_t length, int64_t extent, int64_t r, bool right, boo
 // Whether CUDA C++ is faster than library products.
 inline bool cuda_pays(const Work& work, const Gpu& gpu) {
   if (gpu.hip || gpu.capability != kCudaCapability || work.type != Type::kBFloat16) return false;
-  const bool wide = work.basis == Type::kFloat32, list = work.batch >= kCudaList;
+  const bool wide = work.basis == Type::kFloat32, list = kCudaListsTested && work.batch >= kCudaList;
   if (work.block) return work.r + work.s <= kCudaRanksBlock;
   if (work.n % 8) return false;
   if (work.r && work.s && (wide || (!list && std::max(work.r, work.s) > kCudaRankBoth))) return false;
@@ -118,7 +120,7 @@ inline Variant choose(const Work& work, const Gpu& gpu, const Compiled& compiled
   const bool triton = compiled.triton && triton_pays(work, gpu), cuda = compiled.cuda && cuda_pays(work, gpu);
   const bool one = work.r == 0 || work.s == 0;
   const bool smallest = one && work.m * work.n * size_of(work.type) <= gpu.l2_bytes / kL2PartOneSide;
-  if (cuda && !(triton && smallest)) return Variant::kCuda;
+  if (cuda && !(triton && (smallest || !kCudaListsTested))) return Variant::kCuda;
   return triton ? Variant::kTriton : Variant::kCublas;
 }
 

@@ -12,6 +12,11 @@
 
 namespace sculpt {
 
+// A map in global memory is seen as the host has written it; before the first box of each.
+__device__ inline void see_map(const CUtensorMap* map) {
+  asm volatile("fence.proxy.tensormap::generic.acquire.sys [%0], 128;" ::"l"(map) : "memory");
+}
+
 // The box of the matrix that begins at (column, row) to `to`; zeros where the matrix ends. Counted by `barrier`, in full.
 __device__ inline void load_box(uint32_t to, const CUtensorMap* map, int column, int row, uint32_t barrier) {
   asm volatile(

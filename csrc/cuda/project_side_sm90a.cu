@@ -357,6 +357,7 @@ __global__ void __launch_bounds__(kThreads, 1)
       side.load_basis(threadIdx.x - 64, kBasisThreads);
       meet(kBasisBarrier, kBasisThreads);
     }
+    if (list && thread % 32 == 0 && warp < 2) see_map(&entry->map);
     if (threadIdx.x == 0) {
       for (int i = from; i < to; ++i, slot.next(size.slots), there.next(all_there)) {
         if (seen++ >= size.slots) wait_for(side.empty(slot.at), slot.phase ^ 1);

@@ -49,6 +49,7 @@ INSTRUCTIONS = {
     r"cp\.async\.bulk\.tensor\.2d\.shared::cluster\.global\.mbarrier::complete_tx::bytes "
     r"\[%0\], \[%1, \{%2, %3\}\], \[%4\];": "load_box",
     r"cp\.async\.bulk\.tensor\.2d\.global\.shared::cta\.bulk_group \[%0, \{%1, %2\}\], \[%3\];": "store_box",
+    r"fence\.proxy\.tensormap::generic\.acquire\.sys \[%0\], 128;": "see_map",
     r"cp\.async\.bulk\.commit_group;": "close_stores",
     r"cp\.async\.bulk\.wait_group\.read %0;": "wait_for_reads",
     r"bar\.sync %0, %1;": "meet_some",
