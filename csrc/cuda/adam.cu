@@ -6,9 +6,8 @@
 // the launch, and a CUDA graph that holds the launches follows `lr` and `counts` on the device, which are read where they
 // are. What is on the host travels with the table.
 //
-// Tests passed on an H200 (torch 2.11, CUDA 13.0) with moments and steps in float32, four elements at a time; bfloat16 ones
-// and eight at a time have not run on a GPU yet. No element depends on another: the same to the bit every time. Not to
-// the bit the CPU's: products and sums are fused here.
+// On an H200 (torch 2.11, CUDA 13.0) tests of values passed, with moments in bfloat16 20 of 24, the others were cut off. No
+// element depends on another: the same to the bit every time. Not to the bit the CPU's: products and sums are fused here.
 #include "cuda/adam.h"
 
 #include <cuda_runtime.h>

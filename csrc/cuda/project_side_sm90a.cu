@@ -15,8 +15,8 @@
 // Several panels are under way, each in another step, so that what the blocks wait for each other costs latency only.
 // Nothing depends on how many clusters run: results are the same to the bit every time.
 //
-// On an H200 tests passed, compute-sanitizer's memcheck is clean, and LLaMA-2 7B's shapes take 1.3 to 1.7 times the floor
-// at rank 16 and 1.7 to 2.7 times at 64 with a bfloat16 basis, where cuBLAS takes 2.2 to 2.6 times (docs/kernels.md).
+// On an H200 the tests of values passed, those of lists were cut off (docs/kernels.md). LLaMA-2 7B's shapes take 1.3 to 1.7
+// times the floor there at rank 16 and 1.7 to 2.7 times at 64 with a bfloat16 basis, where cuBLAS takes 2.2 to 2.6 times.
 //
 // Not for float16, whose coefficients can overflow, for ranks above 128 (64 with a float32 basis), rows of G that do not
 // begin at multiples of 16 bytes, or panels too long for the shared memory of 16 blocks (`side_panels`). Dispatch has
