@@ -67,9 +67,9 @@ pybind11::dict pass(const sculpt::Pass& pass) {
 }
 
 pybind11::object both_panels(int64_t m, int64_t n, int64_t r, int64_t s, bool split, bool block, int64_t multiprocessors,
-                             int64_t shared_bytes, bool clusters) {
+                             int64_t shared_bytes, int capability) {
   const sculpt::BothPanels plan =
-      sculpt::both_panels(m, n, r, s, split, block, {multiprocessors, shared_bytes, clusters});
+      sculpt::both_panels(m, n, r, s, split, block, {multiprocessors, shared_bytes, capability / 10});
   if (!plan.fits) return pybind11::none();
   const std::vector<int64_t> offsets = {plan.left_high,   plan.left_low,  plan.right_high, plan.right_low,
                                         plan.row_high,    plan.row_low,   plan.column_high, plan.column_low,
@@ -124,7 +124,8 @@ PYBIND11_MODULE(_host, m) {
         "The four words that Philox4x32-10 makes of a counter of four.");
   m.def("choose", &choose, arg("m"), arg("n"), arg("r"), arg("s"), arg("batch"), arg("dtype"), arg("basis"),
         arg("capability"), arg("hip"), arg("multiprocessors"), arg("l2_bytes"), arg("triton"), arg("cuda"),
-        arg("block"), "The variant, cublas, triton or cuda, for batch matrices m x n with bases of ranks r and s (0: no basis).");
+        arg("block"),
+        "The variant, cublas, triton or cuda, for batch matrices m x n with bases of ranks r and s (0: no basis).");
   m.def("stacked", &stacked, arg("m"), arg("n"), arg("r"), arg("s"), arg("dtype"),
         "Whether library products take both sides at once and not one after the other.");
   m.def("left_first", &sculpt::left_first, arg("m"), arg("n"), arg("r"), arg("s"),
@@ -136,7 +137,7 @@ PYBIND11_MODULE(_host, m) {
         "shared memory, exchanges under way and bytes of shared memory of one side's CUDA kernel, for m and n of a left "
         "basis, n and m of a right one; None where it cannot run.");
   m.def("both_panels", &both_panels, arg("m"), arg("n"), arg("r"), arg("s"), arg("split"), arg("block"),
-        arg("multiprocessors"), arg("shared_bytes"), arg("clusters"),
+        arg("multiprocessors"), arg("shared_bytes"), arg("capability"),
         "How the two-sided projection's CUDA kernels divide a matrix and their scratch memory, of which `offsets` are the "
         "arrays' beginnings and the end; None where they cannot run.");
   m.def("adam_chunks", &adam_chunks, arg("sizes"), arg("block"),
@@ -148,9 +149,9 @@ PYBIND11_MODULE(_host, m) {
   m.attr("thresholds") = pybind11::dict(
       arg("cuda_capability") = sculpt::kCudaCapability, arg("cuda_rank") = sculpt::kCudaRank,
       arg("cuda_small_rank") = sculpt::kCudaSmallRank, arg("cuda_slots") = sculpt::kCudaSlots,
-      arg("cuda_rank_both") = sculpt::kCudaRankBoth, arg("cuda_list") = sculpt::kCudaList, arg("cuda_lists_tested") = sculpt::kCudaListsTested,
-      arg("cuda_ranks_block") = sculpt::kCudaRanksBlock, arg("l2_part_one_side") = sculpt::kL2PartOneSide,
-      arg("least_group") = sculpt::kLeastGroup,
+      arg("cuda_rank_both") = sculpt::kCudaRankBoth, arg("cuda_list") = sculpt::kCudaList,
+      arg("cuda_lists_tested") = sculpt::kCudaListsTested, arg("cuda_ranks_block") = sculpt::kCudaRanksBlock,
+      arg("l2_part_one_side") = sculpt::kL2PartOneSide, arg("least_group") = sculpt::kLeastGroup,
       arg("panel") = sculpt::kPanel, arg("l2_part") = sculpt::kL2Part, arg("max_rank") = sculpt::kMaxRank,
       arg("max_rank_float32") = sculpt::kMaxRankFloat32, arg("max_rank_float16") = sculpt::kMaxRankFloat16,
       arg("least_capability") = sculpt::kLeastCapability, arg("ops_per_byte_half") = sculpt::kOpsPerByteHalf,

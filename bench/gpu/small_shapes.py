@@ -53,10 +53,8 @@ def cuda_kernels() -> None:
             for dtype in (grad.dtype, torch.float32):
                 bases = basis(m, r, dtype, DEVICE), basis(n, s, dtype, DEVICE)
                 for has_left, has_right, flags in cases:
-                    one = not (has_left and has_right)
-                    if one and (
-                        n % 8 or (not has_left and dtype is torch.float32 and s > 64)
-                    ):  # what one side cannot do
+                    too_wide = not has_left and dtype is torch.float32 and s > 64
+                    if not (has_left and has_right) and (n % 8 or too_wide):  # what one side cannot do
                         continue
                     left, right = bases[0] if has_left else None, bases[1] if has_right else None
                     wide = [None if side is None else side.double() for side in (left, right)]

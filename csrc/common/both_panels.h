@@ -11,11 +11,10 @@ constexpr int64_t kThinColumns = 256;
 // Up to 8 blocks make a cluster on every GPU of capability 9.0 and later.
 constexpr int64_t kThinCluster = 8;
 
-// The GPU: multiprocessors, most shared memory of a block (an SM has a kilobyte more), whether it has clusters, and its
-// generation.
+// The GPU: multiprocessors, most shared memory of a block (an SM has a kilobyte more), and its generation: from 9 on it has
+// clusters.
 struct BothDevice {
   int64_t multiprocessors = 0, shared_bytes = 0;
-  bool clusters = false;
   int major = 0;
 };
 
@@ -62,7 +61,7 @@ inline BothPanels both_panels(int64_t m, int64_t n, int64_t r, int64_t s, bool s
   Pass& thin = plan.thin;
   thin.columns = kThinColumns, thin.slices = (n + kThinColumns - 1) / kThinColumns;
   // The largest cluster that adds at most a tenth of blocks with nothing to do.
-  plan.cluster = device.clusters ? kThinCluster : 1;
+  plan.cluster = device.major >= 9 ? kThinCluster : 1;
   const auto padded = [&](int64_t cluster) { return (thin.slices + cluster - 1) / cluster * cluster; };
   while (plan.cluster > 1 && 10 * padded(plan.cluster) > 11 * thin.slices) plan.cluster /= 2;
   thin.slices = padded(plan.cluster), plan.groups = thin.slices / plan.cluster;

@@ -1,11 +1,11 @@
 // `_cuda_adam_`, private: `_adam_` by the CUDA C++ kernel, see sculpt_ops/ops/adam.py. `_cuda_adam_runs`: whether the build
 // has code for a device.
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 
 #include "common/adam_checks.h"
 #include "cuda/adam.h"
+#include "cuda/stream.h"
 
 namespace sculpt::cuda {
 namespace {
@@ -43,7 +43,8 @@ void adam_(Tensors steps, Tensors grads, Tensors firsts, Tensors seconds, Tensor
     if (counts[i].is_cpu()) on_host.push_back(count);
     const bool decays = weights[i] && weight_decay != 0.0;
     entries.push_back({grads[i].const_data_ptr(), firsts[i].mutable_data_ptr(), seconds[i].mutable_data_ptr(),
-                       steps[i].mutable_data_ptr(), counts[i].is_cpu() ? nullptr : count, decays ? pointer(weights[i]) : nullptr,
+                       steps[i].mutable_data_ptr(), counts[i].is_cpu() ? nullptr : count,
+                       decays ? pointer(weights[i]) : nullptr,
                        decays ? static_cast<const int16_t*>(pointer(lows[i])) : nullptr,
                        decays ? pointer(starts[i]) : nullptr, grads[i].numel(),
                        counts[i].is_cpu() ? *count + 1.0f : 0.0f,
@@ -53,20 +54,19 @@ void adam_(Tensors steps, Tensors grads, Tensors firsts, Tensors seconds, Tensor
                        weights[i] && weights[i]->scalar_type() == ScalarType::BFloat16});
   }
   const torch::stable::accelerator::DeviceGuard guard(device);
-  void* stream = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
+  const cudaStream_t stream = current_stream(device);
   const auto check = [&](cudaError_t error) {
     STD_TORCH_CHECK(error == cudaSuccess, kOp, ": ", entries.size(), " tensors, the first of shape ", shape(grads[0]),
                     ": ", cudaGetErrorString(error));
   };
   if (!on_host.empty()) {
     cudaStreamCaptureStatus capture = cudaStreamCaptureStatusNone;
-    check(cudaStreamIsCapturing(static_cast<cudaStream_t>(stream), &capture));
+    check(cudaStreamIsCapturing(stream, &capture));
     STD_TORCH_CHECK(capture == cudaStreamCaptureStatusNone, kOp,
                     ": counts: given on the CPU while a CUDA graph is captured, which would repeat one and the same "
                     "step; wanted on the device of grads (capturable=True)");
   }
-  check(adam(entries.data(), static_cast<int64_t>(entries.size()), settings, static_cast<cudaStream_t>(stream)));
+  check(adam(entries.data(), static_cast<int64_t>(entries.size()), settings, stream));
   for (float* count : on_host) *count += 1.0f;
 }
 

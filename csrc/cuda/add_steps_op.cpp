@@ -1,11 +1,11 @@
 // `_cuda_add_steps_`, private: what `_add_split_`, `_round_stochastic_` and torch's addition do tensor by tensor, for a
 // list. The optimizer does not use it yet.
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 
 #include "common/check.h"
 #include "cuda/add_steps.h"
+#include "cuda/stream.h"
 
 namespace sculpt::cuda {
 namespace {
@@ -51,10 +51,9 @@ void add_steps_(std::vector<Tensor> weights, std::vector<Tensor> lows, std::vect
   }
   uses.check(kOp);
   const torch::stable::accelerator::DeviceGuard guard(device);
-  void* stream = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
+  const cudaStream_t stream = current_stream(device);
   const cudaError_t error = add_steps(entries.data(), static_cast<int64_t>(n), !seeds.empty(),
-                                      static_cast<cudaStream_t>(stream));
+                                      stream);
   STD_TORCH_CHECK(error == cudaSuccess, kOp, ": ", n, " tensors, the first of shape ", shape(weights[0]), ": ",
                   cudaGetErrorString(error));
 }

@@ -1,5 +1,4 @@
 // `_cuda_jacobi_svd`, private: `_jacobi_svd` by the CUDA C++ kernel.
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -9,6 +8,7 @@
 #include "common/jacobi_checks.h"
 #include "common/shapes.h"
 #include "cuda/jacobi.h"
+#include "cuda/stream.h"
 
 namespace sculpt::cuda {
 namespace {
@@ -38,11 +38,10 @@ std::tuple<Tensor, Tensor, Tensor> jacobi_svd(const Tensor& input) {
                   jacobi_bytes(q, false));
   const Tensor from = torch::stable::contiguous(input);
   const Tensor scratch = torch::stable::new_empty(input, {room.both ? 0 : batch * q * q});
-  void* stream = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
+  const cudaStream_t stream = current_stream(device);
   const auto at = [](const Tensor& t) { return static_cast<float*>(t.mutable_data_ptr()); };
   check(sculpt::jacobi_svd(static_cast<const float*>(from.const_data_ptr()), at(u), at(s), at(v), at(scratch), batch, q,
-                           room.both, static_cast<cudaStream_t>(stream)));
+                           room.both, stream));
   return {u, s, v};
 }
 

@@ -1,7 +1,6 @@
 // Private: the CUDA C++ projections by themselves. SCULPT_BACKEND=cuda reaches them, dispatch where they are faster. What
 // they cannot do is refused with the reason, before anything is written.
 #include <cuda_runtime_api.h>
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -16,6 +15,7 @@
 #include "common/side_panels.h"
 #include "cuda/project_both.h"
 #include "cuda/project_side.h"
+#include "cuda/stream.h"
 
 namespace sculpt::cuda {
 namespace {
@@ -56,9 +56,7 @@ void project_(Tensor grad, std::optional<Tensor> left, std::optional<Tensor> rig
   if (m == 0 || n == 0) return;
 
   const torch::stable::accelerator::DeviceGuard guard(grad.get_device_index());
-  void* stream = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(grad.get_device_index(), &stream));
-  auto* const on = static_cast<cudaStream_t>(stream);
+  const cudaStream_t on = current_stream(grad.get_device_index());
   const std::string shapes =
       shape(grad) + (left ? ", left " + shape(*left) : "") + (right ? ", right " + shape(*right) : "");
   BothDevice device;
@@ -93,10 +91,9 @@ void project_(Tensor grad, std::optional<Tensor> left, std::optional<Tensor> rig
   STD_TORCH_CHECK(error == cudaSuccess, kOp, ": grad ", shapes, ": ", cudaGetErrorString(error));
 }
 
-// The division of all matrices of a list, the longest of which is `length`: as if there were panels for all
-// multiprocessors.
-SidePanels plan_of_list(const char* op, const Tensor& on, int64_t length, int64_t r, bool split) {
-  const torch::stable::accelerator::DeviceGuard guard(on.get_device_index());
+// The division, on the current device, of all matrices of a list, the longest of which is `length`: as if there were panels
+// for all multiprocessors.
+SidePanels plan_of_list(const char* op, int64_t length, int64_t r, bool split) {
   BothDevice device;
   const cudaError_t error = both_device(&device);
   STD_TORCH_CHECK(error == cudaSuccess, op, ": device: ", cudaGetErrorString(error));
@@ -114,8 +111,8 @@ void side_entries(std::vector<Tensor> grads, std::vector<Tensor> bases, std::vec
   STD_TORCH_CHECK(out.scalar_type() == ScalarType::Byte && out.is_contiguous() &&
                       out.numel() >= static_cast<int64_t>(count * sizeof(SideEntry)),
                   kEntriesOp, ": out: wanted ", sizeof(SideEntry), " bytes a matrix");
-  const SidePanels plan =
-      plan_of_list(kEntriesOp, grads[0], length, r, bases[0].scalar_type() == ScalarType::Float);
+  const torch::stable::accelerator::DeviceGuard guard(grads[0].get_device_index());
+  const SidePanels plan = plan_of_list(kEntriesOp, length, r, bases[0].scalar_type() == ScalarType::Float);
   auto* const entries = static_cast<SideEntry*>(out.mutable_data_ptr());
   int64_t panels = 0;
   for (size_t i = 0; i < count; ++i) {
@@ -129,12 +126,10 @@ void side_entries(std::vector<Tensor> grads, std::vector<Tensor> bases, std::vec
 }
 
 void project_sides_(Tensor entries, int64_t panels, bool right, bool split, int64_t length, int64_t r) {
-  const SidePanels plan = plan_of_list(kSidesOp, entries, length, r, split);
   const torch::stable::accelerator::DeviceGuard guard(entries.get_device_index());
-  void* stream = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(entries.get_device_index(), &stream));
+  const SidePanels plan = plan_of_list(kSidesOp, length, r, split);
   const cudaError_t error = project_sides_sm90a(static_cast<const SideEntry*>(entries.const_data_ptr()), panels, right,
-                                                split, plan, static_cast<cudaStream_t>(stream));
+                                                split, plan, current_stream(entries.get_device_index()));
   STD_TORCH_CHECK(error == cudaSuccess, kSidesOp, ": length ", length, ", rank ", r, ": ", cudaGetErrorString(error));
 }
 
@@ -145,7 +140,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(sculpt, m) {
   m.def(
       "_cuda_project_(Tensor(a!) grad, Tensor? left=None, Tensor? right=None, *, bool keep_left=False, "
       "bool keep_right=False, bool block=False) -> ()");
-  m.def("_cuda_side_entries(Tensor[] grads, Tensor[] bases, int[] keep, bool right, int length, int r, Tensor(a!) out) -> ()");
+  m.def(
+      "_cuda_side_entries(Tensor[] grads, Tensor[] bases, int[] keep, bool right, int length, int r, Tensor(a!) out) "
+      "-> ()");
   // What it writes, the entries point to.
   m.def("_cuda_project_sides_(Tensor entries, int panels, bool right, bool split, int length, int r) -> ()");
 }

@@ -262,7 +262,7 @@ cudaError_t both_device(BothDevice* device) {
   if (error == cudaSuccess) error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, index);
   if (error == cudaSuccess) error = cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, index);
   if (error == cudaSuccess) error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, index);
-  *device = {multiprocessors, bytes, major >= 9, major};
+  *device = {multiprocessors, bytes, major};
   return error;
 }
 

@@ -61,7 +61,7 @@ def _not_a_basis(name: str, basis: Tensor, grad: Tensor, rows: int) -> str | Non
 
 @cache
 def _both_fit(m: int, n: int, r: int, s: int, split: bool, block: bool, gpu: CudaFacts) -> bool:
-    plan = _host.both_panels(m, n, r, s, split, block, gpu.multiprocessors, gpu.shared_bytes, gpu.capability >= 90)
+    plan = _host.both_panels(m, n, r, s, split, block, gpu.multiprocessors, gpu.shared_bytes, gpu.capability)
     return plan is not None
 
 

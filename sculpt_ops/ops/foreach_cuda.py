@@ -32,11 +32,11 @@ LISTS_TESTED = bool(_host.thresholds["cuda_lists_tested"])
 
 class Call(NamedTuple):
     """groups: of the grouped kernels. products: positions of library products, and their forms. single: positions of
-    what neither takes, and what takes them. lengths: bytes that each grad, then each basis, spans."""
+    what neither takes, what takes them and their flags. lengths: bytes that each grad, then each basis, spans."""
 
     groups: tuple[Any, ...]
     products: tuple[Sequence[int], Sequence[int]]
-    single: tuple[tuple[int, Backend], ...]
+    single: tuple[tuple[int, Backend, tuple[bool, bool, bool]], ...]
     lengths: np.ndarray[Any, Any]
 
 
@@ -91,7 +91,7 @@ def plan_call(
         return Call(
             (*groups, *side_lists(grads, lefts, rights, flags, sides)),
             (products, [form_of(*flags(i)) for i in products]),
-            tuple((i, backend) for i, backend in rest if i not in listed),
+            tuple((i, backend, flags(i)) for i, backend in rest if i not in listed),
             np.array(
                 [_length(tensor) for tensors in (grads, lefts, rights) for tensor in tensors if tensor is not None]
             ),
@@ -186,10 +186,8 @@ def foreach_into(
     if places:
         listed = [grads[i] for i in places]
         project_products(listed, [lefts[i] for i in places], [rights[i] for i in places], listed, forms)
-    for i, backend in call.single:
-        keep_left = bool(keep_lefts) and keep_lefts[i]
-        keep_right = bool(keep_rights) and keep_rights[i]
+    for i, backend, flags in call.single:
         if backend == "cublas":
-            project_cublas(grads[i], lefts[i], rights[i], grads[i], keep_left, keep_right, block)
+            project_cublas(grads[i], lefts[i], rights[i], grads[i], *flags)
         else:
-            project_into(grads[i], lefts[i], rights[i], grads[i], keep_left, keep_right, block, OP)
+            project_into(grads[i], lefts[i], rights[i], grads[i], *flags, OP)

@@ -80,26 +80,27 @@ def side_lists(
     places: Sequence[int],
 ) -> list[SideList]:
     """The lists of these places, whose sides the kernel can run: left ones first."""
-    alike: defaultdict[tuple[bool, bool, int, torch.device], list[int]] = defaultdict(list)
+    alike: defaultdict[tuple[bool, bool, int, torch.device], list[tuple[int, Tensor]]] = defaultdict(list)
     for right, bases in ((False, lefts), (True, rights)):
         for i in places:
             basis = bases[i]
             if basis is not None:
-                alike[right, basis.dtype is torch.float32, basis.shape[0], basis.device].append(i)
+                alike[right, basis.dtype is torch.float32, basis.shape[0], basis.device].append((i, basis))
     lists = []
     for (right, split, length, device), members in alike.items():
-        ranks = [basis.shape[1] for i in members if (basis := (rights if right else lefts)[i]) is not None]
-        plan = _host.side_panels(length, _MANY, max(ranks), split, cuda_facts(device.index).multiprocessors)
-        assert plan is not None, (length, max(ranks), split)
-        across = [grads[i].shape[0 if right else 1] for i in members]
+        places_of = tuple(i for i, _ in members)
+        rank = max(basis.shape[1] for _, basis in members)
+        plan = _host.side_panels(length, _MANY, rank, split, cuda_facts(device.index).multiprocessors)
+        assert plan is not None, (length, rank, split)
+        across = [grads[i].shape[0 if right else 1] for i in places_of]
         lists.append(
             SideList(
-                tuple(members),
-                tuple(flags(i)[right] for i in members),
+                places_of,
+                tuple(flags(i)[right] for i in places_of),
                 right,
                 split,
                 length,
-                max(ranks),
+                rank,
                 sum(-(-extent // plan[1]) for extent in across),
                 device,
             )

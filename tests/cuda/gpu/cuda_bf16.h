@@ -1,8 +1,8 @@
 // bfloat16 as the kernels use it: conversions, rounded to the nearest, of two to the even one.
 #pragma once
 #include <cstdint>
-#include <cstring>
 
+#include "common/bits.h"
 #include "cuda_runtime_api.h"
 
 struct alignas(2) __nv_bfloat16 {
@@ -17,14 +17,11 @@ inline __nv_bfloat16 __ushort_as_bfloat16(uint16_t x) { return {x}; }
 
 inline float __bfloat162float(__nv_bfloat16 x) {
   const uint32_t bits = static_cast<uint32_t>(x.bits) << 16;
-  float y;
-  std::memcpy(&y, &bits, 4);
-  return y;
+  return sculpt::float_of(bits);
 }
 
 inline __nv_bfloat16 __float2bfloat16_rn(float x) {
-  uint32_t bits;
-  std::memcpy(&bits, &x, 4);
+  const uint32_t bits = sculpt::bits_of(x);
   if (x != x) return {0x7fff};
   return {static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16)};
 }

@@ -8,6 +8,7 @@
 #include <string>
 #include <tuple>
 
+#include "common/bits.h"
 #include "cuda_runtime_api.h"
 
 inline dim3 gridDim, blockDim;
@@ -141,16 +142,8 @@ T __shfl_sync(unsigned, T x, int lane, int width = 32) {
 template <typename T>
 T __shfl_xor_sync(unsigned, T x, int mask) { return exchanged(x, static_cast<int>(threadIdx.x) % 32 ^ mask); }
 inline int __ffs(int x) { return __builtin_ffs(x); }
-inline uint32_t __float_as_uint(float x) {
-  uint32_t y;
-  std::memcpy(&y, &x, 4);
-  return y;
-}
-inline float __uint_as_float(uint32_t x) {
-  float y;
-  std::memcpy(&y, &x, 4);
-  return y;
-}
+inline uint32_t __float_as_uint(float x) { return sculpt::bits_of(x); }
+inline float __uint_as_float(uint32_t x) { return sculpt::float_of(x); }
 // Byte i of the result is byte (selector >> 4 i) & 7 of x and y beside each other.
 inline uint32_t __byte_perm(uint32_t x, uint32_t y, uint32_t selector) {
   const uint64_t both = static_cast<uint64_t>(y) << 32 | x;
