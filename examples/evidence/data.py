@@ -7,23 +7,23 @@ import random
 from collections.abc import Sequence
 from pathlib import Path
 
-from protocol import DATASETS, TEXT_TOKENS, Protocol
+from protocol import TEXT_TOKENS, Protocol
+from sources import read_source
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from sculpt_ops.continual.benchmark import read_benchmark_task
 from sculpt_ops.continual.tasks import Example
 
 PARTS = ("entry", "dev", "final")
 
 
-def make_tasks(source: Path, model: Path, folder: Path, protocol: Protocol) -> None:
-    """`folder`/entry, /dev and /final, a task folder in each per data set of the benchmark in `source`; those that are
-    there stay. A smaller protocol's rows are the first of a larger one's."""
+def make_tasks(roots: Sequence[Path], model: Path, folder: Path, protocol: Protocol) -> None:
+    """`folder`/entry, /dev and /final, a task folder in each per data set of `roots`; those that are there stay. A
+    smaller protocol's rows are the first of a larger one's."""
     tokenizer = AutoTokenizer.from_pretrained(model)
-    for name, path in DATASETS.items():
+    for name, path in protocol.datasets.items():
         if all((folder / part / name / "options.json").exists() for part in PARTS):
             continue
-        task = read_benchmark_task(source / path)
+        task = read_source(roots, path)
         shuffle = random.Random(0)
         train, test = list(task.train), list(task.test)
         shuffle.shuffle(train)

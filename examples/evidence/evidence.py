@@ -24,13 +24,13 @@ def main() -> int:
     sys.path.insert(0, str(HERE.parent / "demo"))
     # What needs torch is imported where it is used: worker processes import it at the same time, not afterwards.
     from jobs import STAGES, Queue
+    from long_sequence import LONG_SEQUENCE
     from one_gpu import ONE_GPU
-    from protocol import DATASETS
     from running import run
     from two_cores import TWO_CORES
     from workers import work_off
 
-    protocol = {"cpu": TWO_CORES, "gpu": ONE_GPU}[arguments.scale]
+    protocol = {"cpu": TWO_CORES, "gpu": ONE_GPU, "long": LONG_SEQUENCE}[arguments.scale]
     work = arguments.work or CACHE / "evidence" / arguments.scale
     results = arguments.results or HERE / "results" / arguments.scale
     failed = 0
@@ -41,7 +41,7 @@ def main() -> int:
 
             model = model_folder(CACHE / "sculpt-demo")
         parts = STAGES[:3]
-        if not all((work / part / name / "options.json").exists() for part in parts for name in DATASETS):
+        if not all((work / part / name / "options.json").exists() for part in parts for name in protocol.datasets):
             if arguments.data is None:
                 print("--data: wanted the folder of the O-LoRA benchmark (TYPE/DATASET)", file=sys.stderr)
                 return 2
@@ -60,10 +60,15 @@ def main() -> int:
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--data", type=Path, default=os.environ.get("SCULPT_CL_BENCHMARK"), help="the benchmark's folder"
+        "--data",
+        type=Path,
+        action="append",
+        help="folder of the O-LoRA benchmark, or one of the other repositories of long_sequence.py; may be repeated",
     )
     parser.add_argument("--model", type=Path, help="model folder; not given, the demo's SmolLM2-135M")
-    parser.add_argument("--scale", choices=("cpu", "gpu"), default="cpu", help="two_cores.py or one_gpu.py")
+    parser.add_argument(
+        "--scale", choices=("cpu", "gpu", "long"), default="cpu", help="two_cores.py, one_gpu.py or long_sequence.py"
+    )
     parser.add_argument("--stage", choices=("entry", "dev", "final", "ablation", "all"), default="all")
     parser.add_argument("--only", help="only runs with this in their name")
     parser.add_argument("--jobs", type=int, default=1, help="runs at the same time, each in a process of its own")

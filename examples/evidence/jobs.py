@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
 
-from protocol import DATASETS, Protocol, Settings
+from protocol import Protocol, Settings
 
 STAGES = ("entry", "dev", "final", "ablation")
 
@@ -44,7 +44,7 @@ class Job:
 def entry_jobs(protocol: Protocol) -> Iterator[Job]:
     """Each task alone."""
     for rate in protocol.entry_rates:
-        for task in DATASETS:
+        for task in protocol.datasets:
             alone = {**protocol.common, "protect": "none", "lr": rate}
             yield Job("entry", "plain", f"lr {rate:g}", task, 0, (task,), alone)
 

@@ -6,13 +6,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-__all__ = ["DATASETS", "TEXT_TOKENS", "Protocol", "Settings", "rates"]
+__all__ = ["BENCHMARK", "TEXT_TOKENS", "Protocol", "Settings", "rates"]
 
 # Of a `TrainConfig`; protect as `parse_protect` reads it.
 Settings = Mapping[str, Any]
 
-# Folders of the O-LoRA benchmark (TYPE/DATASET), by the name that the tables use.
-DATASETS = {
+# Of the O-LoRA benchmark, by the name that the tables use.
+BENCHMARK = {
     "dbpedia": "TC/dbpedia",
     "amazon": "SC/amazon",
     "agnews": "TC/agnews",
@@ -25,7 +25,9 @@ TEXT_TOKENS = 96
 
 @dataclass(frozen=True)
 class Protocol:
-    """entry_items, dev_items: held-out training rows, to see whether a task enters, and (the first of them) to choose
+    """datasets: where each task's data is, as `read_source` takes it.
+
+    entry_items, dev_items: held-out training rows, to see whether a task enters, and (the first of them) to choose
     configurations on `dev_order`, which the comparison on `orders` does not use. common: settings of every run; lr is
     every configuration's own. configs: by method. ablations: of "sculpt", one thing changed at a time, on `dev_order`.
     foremost: methods whose runs begin before those of the others; none means that all go side by side.
@@ -43,6 +45,7 @@ class Protocol:
     configs: Mapping[str, Mapping[str, Settings]]
     ablations: Mapping[str, Settings] = field(default_factory=dict)
     foremost: Sequence[str] = ()
+    datasets: Mapping[str, str] = field(default_factory=lambda: BENCHMARK)
 
     @property
     def tiers(self) -> list[list[str]]:

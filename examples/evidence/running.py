@@ -33,6 +33,7 @@ def run(job: Job, model: Path, work: Path, results: Path) -> str:
     # What the model answers before the first task is the same for all.
     first = work / "runs" / job.folder / ("zero-shot" if job.part != "entry" else f"zero-shot {job.order}")
     settings = dict(job.settings)
+    settings.setdefault("eval_options", job.part == "final")
     settings["protect"] = parse_protect(settings.get("protect", "0.5"))
     config = TrainConfig(
         model=model,
@@ -40,7 +41,6 @@ def run(job: Job, model: Path, work: Path, results: Path) -> str:
         output=output,
         name=job.name,
         seed=job.seed,
-        eval_options=job.part == "final",
         resume=resume,
         **settings,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import product
 from pathlib import Path
@@ -169,8 +170,8 @@ def _means(runs: Iterable[RunResult]) -> Iterator[str]:
     for name in ("average_accuracy", "backward_transfer", "learning_accuracy"):
         values = [getattr(run.metrics, name).value for run in runs]
         yield f"{100 * mean(values):.1f} ({100 * min(values):.1f} to {100 * max(values):.1f})"
-    options = [mean(run.option_accuracy[-1]) for run in runs]
-    yield f"{100 * mean(options):.1f}"
+    options = mean(mean(run.option_accuracy[-1]) for run in runs)
+    yield "-" if math.isnan(options) else f"{100 * options:.1f}"
 
 
 def ablation_table(results: Path, protocol: Protocol) -> str:

@@ -24,7 +24,7 @@ MASTERS: tuple[Master, ...] = get_args(Master)
 DECAY_TO: tuple[DecayTo, ...] = get_args(DecayTo)
 PARALLEL = ("fsdp", "ddp")
 MOMENT_DTYPES = ("float32", "bfloat16")
-EVAL_ROWS = ("all", "seen")
+EVAL_ROWS = ("all", "seen", "learned")
 METHODS = (
     *("sculpt", "random", "first", "plain", "interpolate", "lora", "o-lora", "peft-osf", "replay", "ewc"),
     *("multitask", "per-task"),
@@ -160,7 +160,11 @@ class TrainConfig:
     eval_items: int | None = field(default=None, metadata=about("Test rows per task; not given, all.", least=1))
     eval_rows: str = field(
         default="all",
-        metadata=about("Measure on all tasks after each, or only on those seen so far.", choices=EVAL_ROWS),
+        metadata=about(
+            "Measure after each task on all of them, on those seen so far, or on the one just learned; after the last "
+            "on all.",
+            choices=EVAL_ROWS,
+        ),
     )
     eval_batch_size: int = field(default=16, metadata=about("Prompts that are answered together.", above=0))
     eval_options: bool = field(
@@ -213,6 +217,13 @@ class TrainConfig:
     def epochs_of(self, index: int) -> float:
         """Of the `index`-th task."""
         return self.epochs if self.task_epochs is None else self.task_epochs[index]
+
+    def measured_after(self, row: int, count: int) -> range:
+        """Indices of the tasks, of `count`, that are measured after `row` of them: before the first and after the last
+        all."""
+        if row in (0, count) or self.eval_rows == "all":
+            return range(count)
+        return range(row) if self.eval_rows == "seen" else range(row - 1, row)
 
     def _check_combinations(self) -> None:
         if self.sequence is not None and (self.order is not None or len(self.tasks) != 1):

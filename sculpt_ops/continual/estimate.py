@@ -104,7 +104,7 @@ def estimate(config: TrainConfig) -> Estimate:
         per_step = config.batch_size * config.gradient_accumulation_steps
         policy = _size_policy(config.protect, index + 1, len(tasks)) if config.protects else None
         ranks = None if policy is None or not sizes else [policy.rank_of(size) for size in sizes]
-        answered = sum(_measured_in(config, row, index) for row in range(len(tasks) + 1))
+        answered = sum(index in config.measured_after(row, len(tasks)) for row in range(len(tasks) + 1))
         made.append(
             TaskEstimate(
                 name=task.name,
@@ -158,10 +158,6 @@ def _item_seconds(
     greedy_answers(model, tokenizer, replace(task, test=chosen), batch_size=config.eval_batch_size, bf16=config.bf16)
     _wait(model)
     return (time.perf_counter() - start) / len(chosen)
-
-
-def _measured_in(config: TrainConfig, row: int, index: int) -> bool:
-    return config.eval_rows == "all" or row == 0 or index < row
 
 
 def _memory(config: TrainConfig, encoded: Sequence[EncodedTask]) -> int | None:

@@ -17,13 +17,11 @@ ZERO_SHOT_SETTINGS = ("model", "max_length", "chat_template", "dtype", "bf16", "
 
 
 def measure_row(run: Run, row: int) -> None:
-    """Answer the items of the tasks that `row` wants and has no answers of, and write the results.
-
-    Row 0 wants all tasks; row i, right after the i-th, all or only the first i, as eval_rows says.
-    """
+    """Answer the items of the tasks that are to be measured after `row` tasks and have no answers there, and write the
+    results."""
     there = {prediction.task for prediction in run.result.predictions if prediction.row == row}
-    seen = len(run.tasks) if row == 0 or run.config.eval_rows == "all" else row
-    missing = [index for index, task in enumerate(run.tasks[:seen]) if task.name not in there]
+    wanted = run.config.measured_after(row, len(run.tasks))
+    missing = [index for index in wanted if run.tasks[index].name not in there]
     if missing:
         _answer(run, row, missing)
         run.write()

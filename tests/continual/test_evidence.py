@@ -26,7 +26,19 @@ FOLDER = Path(__file__).parents[2] / "examples" / "evidence"
 TASKS = ["dbpedia", "agnews"]
 
 
-NAMES = ("protocol", "two_cores", "one_gpu", "results", "tables", "jobs", "running", "workers", "data")
+NAMES = (
+    "protocol",
+    "two_cores",
+    "one_gpu",
+    "long_sequence",
+    "results",
+    "tables",
+    "jobs",
+    "running",
+    "workers",
+    "sources",
+    "data",
+)
 
 
 @pytest.fixture
@@ -39,7 +51,7 @@ def modules(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, ModuleType]]:
         sys.modules.pop(name, None)
 
 
-@pytest.fixture(params=["two_cores", "one_gpu"])
+@pytest.fixture(params=["two_cores", "one_gpu", "long_sequence"])
 def protocol(request: pytest.FixtureRequest, modules: dict[str, Any]) -> Any:
     return getattr(modules[request.param], request.param.upper())
 
@@ -61,13 +73,8 @@ def tiny(modules: dict[str, Any]) -> Any:
         common={**full.common, "max_length": 64, "cpu": True, "bf16": False},
         configs={method: dict(list(full.configs[method].items())[:1]) for method in ("plain", "sculpt")},
         ablations=dict(list(full.ablations.items())[:1]),
+        datasets={"one": "TC/one", "two": "TC/two"},
     )
-
-
-@pytest.fixture
-def two_tasks(modules: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("protocol", "data", "jobs"):
-        monkeypatch.setattr(modules[name], "DATASETS", {"one": "TC/one", "two": "TC/two"})
 
 
 @pytest.fixture
@@ -145,7 +152,7 @@ def test_the_best_configuration_on_the_development_order_is_taken(
 def test_final_runs_wait_for_their_own_method_alone(modules: dict[str, Any], tiny: Any, tmp_path: Path) -> None:
     queue = modules["jobs"].Queue(tiny, "all", tmp_path)
     started = list(iter(queue.next, None))
-    assert [job.part for job in started] == ["entry"] * 5 + ["dev"] * 2
+    assert [job.part for job in started] == ["entry"] * 2 + ["dev"] * 2
     plain, sculpt = started[-2:]
     pack_dev(modules, tmp_path, "sculpt", sculpt.config, (0.5, 0.5))
     queue.done(sculpt)
@@ -180,14 +187,14 @@ def test_the_protocol_is_of_settings_that_there_are(modules: dict[str, Any], pro
         assert config.method == job.method or (config.method == "sculpt" and job.method in ("plain", "sculpt"))
         assert config.protects == (job.method in ("sculpt", "random"))
     assert max(map(len, protocol.configs.values())) <= 6
-    assert set(protocol.dev_order) <= set(modules["protocol"].DATASETS)
+    assert set(protocol.dev_order) <= set(protocol.datasets)
     assert all(sorted(order) == sorted(protocol.dev_order) for order in protocol.orders.values())
     assert tuple(protocol.dev_order) not in protocol.orders.values()
 
 
 def test_the_foremost_methods_begin_before_the_others(modules: dict[str, Any], tiny: Any, tmp_path: Path) -> None:
     queue = modules["jobs"].Queue(replace(tiny, foremost=("sculpt",)), "all", tmp_path)
-    entries = [queue.next() for _ in range(5)]
+    entries = [queue.next() for _ in range(2)]
     assert {job.part for job in entries} == {"entry"}
     sculpt = queue.next()
     assert (sculpt.part, sculpt.method) == ("dev", "sculpt")
@@ -196,13 +203,12 @@ def test_the_foremost_methods_begin_before_the_others(modules: dict[str, Any], t
     assert [(job.part, job.method) for job in iter(queue.next, None)] == [("final", "sculpt"), ("dev", "plain")]
 
 
-@pytest.mark.usefixtures("two_tasks")
 @pytest.mark.parametrize("count", [1, 2])
 def test_the_whole_of_it_on_a_tiny_model(
     modules: dict[str, Any], tiny: Any, model_folder: Path, write_benchmark: Path, tmp_path: Path, count: int
 ) -> None:
     work, results = tmp_path / "work", tmp_path / "results"
-    modules["data"].make_tasks(write_benchmark, model_folder, work, tiny)
+    modules["data"].make_tasks([write_benchmark], model_folder, work, tiny)
     run = functools.partial(modules["running"].run, model=model_folder, work=work, results=results)
     wanted = {"entry": 2, "dev": 2, "final": 2, "ablation": 1}
     for _ in range(2):
@@ -240,7 +246,6 @@ def fail_or_end(job: Any) -> str:
     return f"{job.label} is through"
 
 
-@pytest.mark.usefixtures("two_tasks")
 def test_a_run_that_fails_ends_no_other(
     modules: dict[str, Any], tiny: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -260,3 +265,31 @@ def test_nothing_begins_once_the_time_is_up(
     assert modules["workers"].work_off(queue, fail_or_end, count, seconds=0.0) == 0
     assert capsys.readouterr().out == ""
     assert queue.next().part == "entry"
+
+
+def test_the_three_layouts_give_prompts_of_the_same_form(modules: dict[str, Any], write_benchmark: Path) -> None:
+    tweets = write_benchmark / "datasets" / "emotion"
+    tweets.mkdir(parents=True)
+    (tweets / "mapping.txt").write_text("0\tanger\n1\tjoy\n")
+    for part in ("train", "test"):
+        (tweets / f"{part}_text.txt").write_text("so  cross \nso glad\n")
+        (tweets / f"{part}_labels.txt").write_text("0\n1\n")
+    intents = write_benchmark / "data"
+    intents.mkdir()
+    (intents / "domains.json").write_text(json.dumps({"work": ["pto_used", "payday"], "home": ["play_music"]}))
+    rows = [["how many days off did i take", "pto_used"], ["play jazz", "play_music"], ["when am i paid", "payday"]]
+    (intents / "data_full.json").write_text(json.dumps({"train": rows, "test": rows[2:]}))
+    paths = ("TC/one", "datasets/emotion", "data/data_full.json/work")
+    tasks = [modules["sources"].read_source([Path("nowhere"), write_benchmark], path) for path in paths]
+    for task in tasks:
+        for row in (*task.train, *task.test):
+            question, options, text, cue = row.prompt.split("\n")
+            assert question.endswith("Choose one from the option.")
+            assert options == f"Option: {', '.join(task.options)}"
+            assert text == " ".join(text.split())
+            assert cue == "Answer:"
+            assert row.answer in task.options
+    assert [row.answer for row in tasks[2].train] == ["pto used", "payday"]
+    assert [row.prompt.split("\n")[2] for row in tasks[1].test] == ["so cross", "so glad"]
+    with pytest.raises(ValueError, match=r"--data: none of .* has TC/three"):
+        modules["sources"].read_source([write_benchmark], "TC/three")

@@ -72,7 +72,7 @@ def test_every_field_is_an_option_with_a_help() -> None:
         ("remember: rank:4+rank:5", "remember: got"),
         ("remember: rank:4\nprotect: none", "remember: got 'rank:4' with protect none"),
         ("remember: inputs:0.9\nsides: block", "remember: got 'inputs:0.9' with sides 'block'"),
-        ("eval_rows: some", "eval_rows: got 'some', wanted one of all, seen"),
+        ("eval_rows: some", "eval_rows: got 'some', wanted one of all, seen, learned"),
         ("lr: 1: 2", "is not YAML"),
     ],
 )

@@ -280,6 +280,15 @@ def test_only_seen_tasks_are_measured_where_that_is_asked_for(short: dict[str, A
     assert RunResult.load(tmp_path / "out").metrics.average_accuracy.value == pytest.approx(final)
 
 
+def test_only_learned_tasks_are_measured_where_that_is_asked_for(short: dict[str, Any], tmp_path: Path) -> None:
+    three = {**short, "tasks": [*short["tasks"], replace(short["tasks"][0], name="again")]}
+    result = train(TrainConfig(**three, output=tmp_path / "out", eval_rows="learned"), quiet=True)
+    names = [task.name for task in three["tasks"]]
+    ends = {(row, name) for row in (0, 3) for name in names}
+    assert {(p.row, p.task) for p in result.predictions} == ends | {(1, names[0]), (2, names[1])}
+    assert not math.isnan(result.metrics.backward_transfer.value)
+
+
 def test_options_are_compared_unless_they_are_not_to_be(short: dict[str, Any], tmp_path: Path) -> None:
     compared = train(TrainConfig(**short, output=tmp_path / "a"), quiet=True)
     options = {"colours": {"black", "deep blue", "green", "white"}, "sounds": {"bark", "meow", "moo", "quack"}}
