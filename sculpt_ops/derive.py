@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -83,11 +83,12 @@ def remember_tasks(
     inputs: RememberInputs | None,
     before: Memory | None,
     batches: Iterable[Mapping[str, Any] | Tensor] | None,
-    ranks: Ranks | None,
+    groups: Sequence[Ranks],
 ) -> Memory:
     """`before`, None at the first task, with what the task that has just ended taught.
 
-    batches: rows of that task, for `inputs`. ranks: those of a model that is replicated, each with batches of its own.
+    batches: rows of that task, for `inputs`. groups: as in `input_covariances`. The same on all ranks; of sharded
+    matrices for `inputs` alone.
     Raises what `check_memory`, `input_sides` and `input_covariances` do, and torch.linalg.LinAlgError, naming the
     matrix, for one that holds NaN or Inf.
     """
@@ -100,7 +101,7 @@ def remember_tasks(
         remembered = _remember_changes(targets, before, changes, sides)
     if inputs is not None:
         remembered = {name: replace(each, input_side=fed[name]) for name, each in remembered.items()}
-        covariances = input_covariances(model, targets, batches, fed, ranks)
+        covariances = input_covariances(model, targets, batches, fed, groups)
         remembered = remember_inputs(remembered, covariances, inputs.energy)
     return Memory(remembered, before.start_weights)
 

@@ -48,9 +48,10 @@ def layer_importance(
     cosines = _Cosines(targets)
     run_batches(model, batches, next(iter(targets.values())).device, cosines.hooks(), cosines.begin)
     if any(is_dtensor(target) for target in targets.values()):
-        from .distributed.sharding import common_ranks
+        from .distributed.sharding import mesh_ranks
 
-        cosines.add_up(next(iter(common_ranks(targets).values())).ranks)
+        for ranks in mesh_ranks(targets):
+            cosines.add_up(ranks)
     means = cosines.means()
     if sum(means.values()) <= 0:
         means = {name: max(cosine, 0.0) for name, cosine in means.items()}

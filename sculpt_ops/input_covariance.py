@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import weakref
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -50,34 +50,39 @@ def input_covariances(
     targets: Mapping[str, Tensor],
     batches: Iterable[Mapping[str, Any] | Tensor] | None,
     sides: Mapping[str, Side],
-    ranks: Ranks | None = None,
+    groups: Sequence[Ranks] = (),
 ) -> dict[tuple[str, ...], Tensor]:
     """The sum of x xᵀ over the inputs x of every matrix, (d, d), one for all that are fed the same tensors.
 
     Batches, masks and what is raised are those of `importance.layer_importance`. A batch's products are summed in
-    float64, batches in float32 (float64 for float64 inputs): 4 d² bytes a distinct input. ranks: those of a model that
-    is replicated, each with batches of its own; collective.
+    float64, batches in float32 (float64 for float64 inputs): 4 d² bytes a distinct input. groups: of the ranks of a
+    model that is replicated or sharded, each rank with batches of its own, what is summed over one group after the
+    other; collective.
     """
     inputs = _Inputs({name: targets[name].shape[0 if side == "left" else 1] for name, side in sides.items()})
 
-    def measure() -> list[tuple[str, ...]]:
+    def measure(among: Sequence[Ranks]) -> list[tuple[str, ...]]:
+        if among:
+            found = among[-1].together("from_model", lambda: measure(among[:-1]))
+            if any(each != found[0] for each in found):
+                raise ValueError("batches: the layers that get the same inputs are others on other ranks")
+            return list(found[0])
         hooks = {id(targets[name]): inputs.hook(name) for name in sides}
         run_batches(model, batches, next(iter(targets.values())).device, hooks, inputs.begin)
         inputs.end()
         return list(inputs.checked())
 
-    if ranks is None:
-        measure()
-        return inputs.checked()
-    groups = ranks.together("from_model", measure)
-    if any(each != groups[0] for each in groups):
-        raise ValueError("batches: the layers that get the same inputs are others on other ranks")
-    from .distributed.agreement import collective
+    measure(groups)
+    sums = inputs.checked()
+    if groups:
+        from .distributed.agreement import collective
 
-    sums = {names: total.clone() for names, total in inputs.checked().items()}
-    for total in sums.values():
-        with collective("from_model"):
-            torch.distributed.all_reduce(total, group=ranks.group)
+        # A matrix that the first batch did not run may share its sum with another.
+        sums = {names: total.clone() for names, total in sums.items()}
+        for ranks in groups:
+            for total in sums.values():
+                with collective("from_model"):
+                    torch.distributed.all_reduce(total, group=ranks.group)
     return sums
 
 

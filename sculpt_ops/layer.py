@@ -264,12 +264,18 @@ def project_each_(pairs: Iterable[tuple[Tensor, LayerSubspace]]) -> None:
             layers = [layer for _, layer in part]
             foreach_project_(
                 [matrix for matrix, _ in part],
-                [layer.left for layer in layers],
-                [layer.right for layer in layers],
+                [_given(layer.left_basis, block) for layer in layers],
+                [_given(layer.right_basis, block) for layer in layers],
                 keep_lefts=[] if block else [layer.keep_left for layer in layers],
                 keep_rights=[] if block else [layer.keep_right for layer in layers],
                 block=block,
             )
+
+
+def _given(basis: Basis | None, block: bool) -> Tensor | None:
+    """What a call takes; None of a side of which nothing is protected, which would be two products for nothing."""
+    nothing = basis is None or (not block and not basis.keep and not basis.columns.shape[1])
+    return None if nothing or basis is None else basis.span()
 
 
 def _made_bytes(pair: tuple[Tensor, LayerSubspace]) -> int:

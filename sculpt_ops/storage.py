@@ -47,7 +47,7 @@ def load_subspaces(path: Path, own: Callable[[dict[str, tuple[int, int]]], Colle
     tensors, header = _FILE.read(path, lambda key: own is None)
     if own is not None:
         names = own({name: tuple(fields["shape"]) for name, fields in header["layers"].items()})
-        tensors, header = _FILE.read(path, lambda key: key.partition(":")[0] in names)
+        tensors, header = _FILE.read(path, lambda key: key.partition(":")[0] in names or ":remembered:" in key)
     return unpack(tensors, header, path)
 
 

@@ -121,7 +121,8 @@ class Subspaces(Mapping[str, LayerSubspace]):
         remember: protect besides, on the sides that are protected, what the tasks before taught: `Remember(0.12)`,
             `RememberInputs(0.95)` or a list of one each. `protect=0.0` protects that alone. previous has then to be of
             subspaces that were made with the same; without it there is nothing to remember yet. `Remember` keeps a copy
-            of the weights on the CPU for the next task. Not for sharded models.
+            of the weights on the CPU for the next task, and is not for sharded models. What is remembered of the inputs
+            every rank keeps whole, on the CPU.
         basis_dtype: torch.float16 or torch.bfloat16 stores bases in 16 bit. What is protected is then exactly the span
             of the rounded ones, 3e-4 or 2e-3 away from the singular vectors', for half the memory and k² more 16-bit
             numbers a side; a basis is made float32 where it is used, which takes k / 2d more time. None is float32
@@ -148,15 +149,15 @@ class Subspaces(Mapping[str, LayerSubspace]):
         memory: Memory | None = None
         shares: dict[str, float] = {}
         if changes is not None or inputs is not None:
-            if _is_sharded(model, found):
+            if changes is not None and _is_sharded(model, found):
                 raise ValueError(
-                    "remember: given with a sharded model, wanted None: what is remembered is joined from whole bases, "
-                    "which no rank has"
+                    "remember: Remember: given with a sharded model, wanted RememberInputs or None: a change is the "
+                    "difference of whole weights, which no rank has"
                 )
             batches = None if batches is None else list(batches) if isinstance(policy, Importance) else batches
             memory = memory_of(previous)
             earlier = {} if memory is None else memory.start_weights
-            memory = remember_tasks(model, found, sides, changes, inputs, memory, batches, _replicas(model))
+            memory = remember_tasks(model, found, sides, changes, inputs, memory, batches, _groups(model, found))
         importance: dict[str, float] = {}
         wanted: Mapping[str, Choice] | float
         if isinstance(policy, Importance):
@@ -402,7 +403,7 @@ def _derive(
     if _is_sharded(model, found):
         from .distributed.layers import derive_sharded
 
-        return derive_sharded(*settings)
+        return derive_sharded(*settings, remembered)
     if (ranks := _replicas(model)) is not None:
         from .distributed.layers import derive_replicated
 
@@ -421,6 +422,16 @@ def _replicas(model: nn.Module) -> Ranks | None:
     from .distributed.agreement import Ranks
 
     return Ranks.of(model.process_group)
+
+
+def _groups(model: nn.Module, found: Mapping[str, Tensor]) -> Sequence[Ranks]:
+    """Over which the ranks' batches are summed, one group after the other; none for a model on one rank."""
+    if _is_sharded(model, found):
+        from .distributed.sharding import mesh_ranks
+
+        return mesh_ranks(found)
+    replicas = _replicas(model)
+    return () if replicas is None else (replicas,)
 
 
 def _own_names(model: nn.Module) -> Callable[[Mapping[str, tuple[int, int]]], set[str]] | None:

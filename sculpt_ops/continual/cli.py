@@ -156,7 +156,7 @@ def plan(
     ] = None,
     sides: SideNames = TrainConfig.sides,
     targets: Targets = None,
-    others: Annotated[str, typer.Option(help=f"Weights without a basis: {', '.join(OTHERS)}.")] = TrainConfig.others,
+    others: Annotated[str, typer.Option(help=f"Weights without a basis: {', '.join(OTHERS)}.")] = "train",
     dtype: Annotated[str | None, typer.Option(help="Of the weights: float32 or bfloat16; not given, both.")] = None,
     bf16: Annotated[bool, typer.Option("--bf16/--no-bf16", help="bfloat16 autocast over float32 weights.")] = True,
     moment_dtype: Annotated[

@@ -12,6 +12,7 @@ from ..optim.options import DecayTo, State
 from ..optim.precision import Master
 from ..ranks import as_policy
 from .benchmark import SEQUENCES
+from .defaults import AUTO, left_open
 from .policies import Protect, format_protect, parse_protect, parse_remember
 from .tasks import Task
 
@@ -51,6 +52,8 @@ class TrainConfig:
     model: decoder-only or encoder-decoder.
     tasks: in training order; each entry a `Task`, a task folder, or a folder of task folders (taken by name).
     method: "plain" is the same optimizer without projection, as "sculpt" is with protect None.
+    protect, remember, others, lr: `AUTO` ("auto") takes what did best for the method, and stands here as that
+        afterwards; see `defaults.left_open`.
     protect: a float, `Rank`, `Energy`, `Importance` (measured on training rows of the task before, at the first task on
         its own) or "schedule", `Schedule(i, n)` at task i of n; None is plain fine-tuning with the same optimizer. Of
         "peft-osf" a float.
@@ -74,24 +77,29 @@ class TrainConfig:
     )
     output: str | Path = field(metadata=about("New folder for the model, run.json, predictions.jsonl and the report."))
     protect: Protect = field(
-        default=0.5,
+        default=AUTO,
         metadata=about(
-            "A share such as 0.5, or rank:64, energy:0.9, importance:0.1:0.8 (mrr and trr), schedule ((i - 1) / n at "
-            "task i of n); none is plain fine-tuning."
+            "Of the singular directions of the weights: a share such as 0.5, or rank:64, energy:0.9, "
+            "importance:0.1:0.8 (mrr and trr), schedule ((i - 1) / n at task i of n); none is plain fine-tuning. "
+            "Not given, what is remembered alone is protected."
         ),
     )
     remember: str | None = field(
-        default=None,
+        default=AUTO,
         metadata=about(
             "Protect what earlier tasks have changed: rank:0.12 (a share, or a number, of each change's singular "
-            "directions), inputs:0.95 (energy of the inputs of each layer), both joined by +."
+            "directions), inputs:0.95 (energy of the inputs of each layer), both joined by +, none. Not given, "
+            "inputs:0.95, with --protect none."
         ),
     )
     sides: str = field(default="both", metadata=about("Sides to protect.", choices=get_args(Sides)))
     targets: str | Sequence[str] | None = field(
         default=None, metadata=about("Glob pattern of weights to protect; may be given repeatedly.")
     )
-    others: str = field(default="train", metadata=about("Weights without a basis.", choices=OTHERS))
+    others: str = field(
+        default=AUTO,
+        metadata=about("Weights without a basis; not given, freeze, with --protect train.", choices=OTHERS),
+    )
     basis_dtype: str = field(default="float32", metadata=about("Of the bases.", choices=DTYPES))
     state: str = field(
         default="full", metadata=about("Adam's moments, of the whole weight or of its free space.", choices=STATES)
@@ -133,7 +141,14 @@ class TrainConfig:
         ),
     )
     name: str | None = field(default=None, metadata=about("What the report calls this run."))
-    lr: float = field(default=1e-5, metadata=about("Learning rate.", above=0))
+    lr: float = field(
+        default=AUTO,
+        metadata=about(
+            "Learning rate; not given, what did best for the method on a small model: 1e-4, with --protect and plain "
+            "2e-5. Larger models want less.",
+            above=0,
+        ),
+    )
     epochs: float = field(default=1.0, metadata=about("Per task.", above=0))
     task_epochs: Sequence[float] | None = field(
         default=None, metadata=about("Of each task, in order, in place of epochs: 5,3,7.")
@@ -205,6 +220,8 @@ class TrainConfig:
     resume: bool = field(default=False, metadata=about("Go on from the last checkpoint in the output."))
 
     def __post_init__(self) -> None:
+        for name, value in left_open(self).items():
+            object.__setattr__(self, name, value)
         check_sides(self.sides)
         for entry in fields(self):
             _check(entry, getattr(self, entry.name))

@@ -29,7 +29,8 @@ __all__ = ["Estimate", "TaskEstimate", "estimate"]
 @dataclass(frozen=True)
 class TaskEstimate:
     """tokens: of all its training, prompts and answers. ranks: the smallest and the largest of the protected matrices;
-    None where the weights or the data decide, and for nothing protected. seconds: of training and of evaluation."""
+    None where the weights, the data or what is remembered decide, and for nothing protected. seconds: of training and
+    of evaluation."""
 
     name: str
     train_rows: int
@@ -43,15 +44,18 @@ class TaskEstimate:
 
 @dataclass(frozen=True)
 class Estimate:
-    """matrices: how many are protected. memory: bytes at the peak of training, None where it is not known before the
-    ranks are. Seconds are extrapolated from one forward and backward pass and one batch of answers; the optimizer's
-    step and the decomposition are not in them."""
+    """matrices: how many are protected. memory: bytes at the peak of training, without the bases of what is remembered;
+    None where it is not known before the ranks are. Seconds are extrapolated from one forward and backward pass and one
+    batch of answers; the optimizer's step and the decomposition are not in them."""
 
     model: str
     parameters: int
     trained: int
     matrices: int
+    method: str
     protect: str
+    remember: str | None
+    lr: float
     memory: int | None
     tasks: Sequence[TaskEstimate]
 
@@ -69,9 +73,12 @@ class Estimate:
             for task in self.tasks
         ]
         peak = "not known beforehand" if self.memory is None else f"{self.memory / 2**30:.2f} GiB at the peak"
+        if self.remember is not None:
+            peak += ", without the bases of what is remembered"
         lines = [
             f"{self.model}: {self.parameters:,} parameters, {self.trained:,} trained, {self.matrices} matrices "
-            f"protected ({self.protect})",
+            "protected",
+            f"method: {self.method}, protect {self.protect}, remember {self.remember or 'none'}, lr {self.lr:g}",
             f"memory: {peak}",
             f"time: an estimate of {self.seconds:.0f} s, from one forward and backward pass and one batch of answers "
             "measured here; optimizer steps and decompositions not counted",
@@ -103,7 +110,8 @@ def estimate(config: TrainConfig) -> Estimate:
         mean = sum(map(_length, rows.train)) / max(len(rows.train), 1)
         per_step = config.batch_size * config.gradient_accumulation_steps
         policy = _size_policy(config.protect, index + 1, len(tasks)) if config.protects else None
-        ranks = None if policy is None or not sizes else [policy.rank_of(size) for size in sizes]
+        grows = index > 0 and config.remember is not None
+        ranks = None if policy is None or not sizes or grows else [policy.rank_of(size) for size in sizes]
         answered = sum(index in config.measured_after(row, len(tasks)) for row in range(len(tasks) + 1))
         made.append(
             TaskEstimate(
@@ -117,12 +125,17 @@ def estimate(config: TrainConfig) -> Estimate:
                 evaluation_seconds=answered * len(task.test) * item_seconds,
             )
         )
+    frozen = config.protects and config.others == "freeze"
+    trained = targets.values() if frozen else model.parameters()
     return Estimate(
         model=str(config.model),
         parameters=sum(weight.numel() for weight in model.parameters()),
-        trained=sum(weight.numel() for weight in model.parameters() if weight.requires_grad),
+        trained=sum(weight.numel() for weight in trained if weight.requires_grad),
         matrices=len(targets),
+        method=config.method,
         protect=format_protect(config.protect if config.protects else None),
+        remember=config.remember,
+        lr=config.lr,
         memory=_memory(config, encoded),
         tasks=made,
     )

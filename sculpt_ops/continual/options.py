@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
+from .defaults import AUTO
 from .settings import COMMAS, FIELDS, is_list, kind_of
 
 ARGUMENTS = ("model", "tasks")
@@ -53,6 +54,6 @@ def _help(name: str) -> str:
     text, choices = entry.metadata["help"], entry.metadata.get("choices")
     if choices is not None:
         text = f"{text.removesuffix('.')}: {', '.join(choices)}."
-    if entry.default is MISSING or entry.default is None or isinstance(entry.default, bool):
+    if entry.default in (MISSING, None, AUTO) or isinstance(entry.default, bool):
         return str(text)
     return f"{text}  [default: {entry.default}]"

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..names import canonical_parameters
+from ..remember import Remember
 from ..targets import resolve_targets
 from .benchmark import benchmark_note, load_sequence
 from .checkpoint import Checkpoints, Saved, check_same_run, leftovers, read_state
@@ -19,6 +20,7 @@ from .encoding import encode_task
 from .environment import versions
 from .methods import make_method
 from .modeling import longest_input, open_model
+from .policies import parse_remember
 from .progress import Progress
 from .result import RunResult
 from .run import Run
@@ -114,10 +116,10 @@ def prepare(config: TrainConfig, world: World, progress: Progress, tasks: list[T
             _check_same_data(state, earlier.tasks, rows, weights if world.first else state["weights"])
             result = replace(earlier, name=result.name, tasks=names, config=settings, versions=result.versions)
             progress.say(_where(saved, names))
-    if config.remember is not None and world.sharded:
+    if world.sharded and any(isinstance(each, Remember) for each in parse_remember(config.remember)):
         raise ValueError(
-            f"remember: got {config.remember!r} with FSDP, which spreads the bases over processes; wanted none, or "
-            "parallel ddp"
+            f"remember: got {config.remember!r} with FSDP, where no process has the whole weights whose change it is; "
+            "wanted inputs alone, none, or parallel ddp"
         )
     method = make_method(config, parallel=world.parallel is not None)
     return Run(config, world, progress, tasks, encoded, model, tokenizer, method, result, weights, rows, saved)

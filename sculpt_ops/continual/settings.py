@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from .config import TrainConfig
+from .defaults import AUTO
 from .policies import parse_protect
 
 __all__ = ["COMMAS", "FIELDS", "is_list", "is_optional", "kind_of", "make_config", "read_yaml"]
@@ -77,6 +78,8 @@ _HINTS = get_type_hints(TrainConfig)
 
 
 def _read(name: str, value: Any) -> Any:
+    if value == AUTO and FIELDS[name].default == AUTO:
+        return AUTO
     if name == "protect":
         return parse_protect(_text(name, "none" if value is None else value))
     if value is None or value == "none":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -47,6 +48,7 @@ def derive_sharded(
     previous: Mapping[str, LayerSubspace],
     advance: Callable[[], None],
     basis_dtype: torch.dtype | None,
+    remembered: Mapping[str, Remembered] | None,
 ) -> tuple[Layers, Sketches]:
     """`derive_layers` of DTensors, the work spread over their ranks; collective.
 
@@ -66,13 +68,16 @@ def derive_sharded(
         name: Place(_shape(matrix), shardings[name], owner)
         for (name, matrix), owner in zip(targets.items(), owners, strict=True)
     }
+    if remembered is not None:
+        # A file says which layers share a basis, and no rank knows which of another's do: here none does.
+        remembered = {name: _unshared(each) for name, each in remembered.items()}
     layers: Layers = {}
     sketches: Sketches = {}
     for names, wholes in whole_matrices("from_model", places, {name: [t] for name, t in targets.items()}):
         own = {name: whole for name, (whole,) in wholes.items()}
 
         def derive(own: Mapping[str, Tensor] = own) -> tuple[Layers, Sketches]:
-            found, taken = derive_layers(own, wanted, sides, previous, lambda: None, basis_dtype)
+            found, taken = derive_layers(own, wanted, sides, previous, lambda: None, basis_dtype, remembered)
             found = {name: replace(layer, owner=ranks.rank) for name, layer in found.items()}
             layers.update(found)
             sketches.update(taken)
@@ -266,6 +271,11 @@ def _rounds(places: Mapping[str, Place], size: int) -> list[list[str]]:
             rounds += [[] for _ in range(number + 1 - len(rounds))]
             rounds[number].append(name)
     return rounds
+
+
+def _unshared(remembered: Remembered) -> Remembered:
+    own: dict[str, Any] = {name: basis.detach() for name, basis in remembered.tensors().items()}
+    return replace(remembered, **own)
 
 
 def _in_place(layer: LayerSubspace, sides: Mapping[int, Tensor]) -> LayerSubspace:

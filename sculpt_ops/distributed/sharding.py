@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 from ..names import list_names
 from .agreement import Ranks
 
-__all__ = ["Sharding", "as_shard", "common_ranks", "moves_to_owner", "sharding_of"]
+__all__ = ["Sharding", "as_shard", "common_ranks", "mesh_ranks", "moves_to_owner", "sharding_of"]
 
 
 def moves_to_owner(m: int, n: int, width: int, size: int) -> bool:
@@ -102,6 +102,13 @@ def common_ranks(parameters: Mapping[str, Tensor]) -> dict[str, Sharding]:
     if not dist.is_initialized() or first.mesh.get_coordinate() is None:
         raise ValueError(f"{first_name}: this rank is not part of {first.mesh}")
     return shardings
+
+
+def mesh_ranks(parameters: Mapping[str, Tensor]) -> list[Ranks]:
+    """The group of every dimension of the mesh that `parameters` are on: what is summed over one after the other is
+    summed over all ranks, those of other replicas too. Raises what `common_ranks` does."""
+    mesh = next(iter(common_ranks(parameters).values())).mesh
+    return [Ranks.of(mesh.get_group(dim)) for dim in range(mesh.ndim)]
 
 
 def as_shard(tensor: Tensor) -> Tensor:

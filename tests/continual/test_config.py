@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -70,6 +71,30 @@ def test_processes_that_nobody_started_are_refused(
 def test_what_to_protect_is_read_as_it_is_written(text: str) -> None:
     assert format_protect(parse_protect(text)) == text
     TrainConfig("model", ["task"], "output", protect=parse_protect(text))
+
+
+@pytest.mark.parametrize(
+    ("given", "protect", "remember", "others", "lr"),
+    [
+        ({}, 0.0, "inputs:0.95", "freeze", 1e-4),
+        ({"method": "random"}, 0.0, "inputs:0.95", "freeze", 4e-5),
+        ({"protect": 0.25}, 0.25, None, "train", 2e-5),
+        ({"protect": 0.25, "remember": "rank:3", "others": "freeze", "lr": 1.0}, 0.25, "rank:3", "freeze", 1.0),
+        ({"remember": "rank:3"}, 0.0, "rank:3", "freeze", 1e-4),
+        ({"protect": None}, None, None, "train", 2e-5),
+        ({"method": "plain"}, None, None, "train", 2e-5),
+        ({"method": "first"}, 0.5, None, "train", 2e-5),
+        ({"method": "peft-osf"}, 0.5, None, "train", 3e-5),
+        ({"method": "lora", "others": "freeze"}, None, None, "freeze", 1e-3),
+    ],
+)
+def test_what_is_left_open_is_what_did_best_for_the_method(
+    given: dict[str, Any], protect: float | None, remember: str | None, others: str, lr: float
+) -> None:
+    config = TrainConfig("m", ["t"], "o", **given)
+    assert (config.protect, config.remember, config.others, config.lr) == (protect, remember, others, lr)
+    # A copy is of these, whatever it changes.
+    assert dataclasses.replace(config, seed=1).remember == remember
 
 
 def test_importance_alone_takes_the_published_ratios() -> None:

@@ -48,7 +48,7 @@ def test_every_field_is_an_option_with_a_help() -> None:
         assert field.metadata["help"]
         name = field.name.upper() if field.name in ("model", "tasks") else f"--{field.name.replace('_', '-')}"
         assert name in shown, name
-    for words in ("[default: 1e-05]", "both, left, right, block", "--config", "--dry-run", "--zero-shot"):
+    for words in ("both, left, right, block", "--config", "--dry-run", "--zero-shot"):
         assert words in shown
 
 
@@ -126,7 +126,12 @@ def test_a_dry_run_writes_nothing(run_file: Path, tmp_path: Path) -> None:
     # Zero-shot and after both tasks; zero-shot and after the second.
     assert first.evaluation_seconds == pytest.approx(1.5 * second.evaluation_seconds)
     plain = estimate(make_config(run_file, {"protect": "none"}))
-    assert plain.matrices == 0
+    assert (plain.matrices, plain.remember) == (0, None)
+    left_open = estimate(make_config(run_file, {"protect": "auto"}))
+    assert (left_open.protect, left_open.remember) == ("0", "inputs:0.95")
+    assert [task.ranks for task in left_open.tasks] == [(0, 0), None]
+    assert left_open.trained < plain.trained == left_open.parameters
+    assert "without the bases of what is remembered" in left_open.table()
     assert plain.memory is not None
     assert estimate(make_config(run_file, {"protect": "energy:0.9"})).memory is None
 

@@ -47,7 +47,7 @@ def test_killed_at_any_moment_a_run_goes_on_to_the_same_end(
         assert run["died"], run
         for figure in ("weights", "answers", "ranks", "losses"):
             assert run[figure] == straight[figure], (run["moment"], figure, ended.stderr[-4000:])
-        assert run["files"] == ["model", "predictions.jsonl", "run.json", "state.json"]
+        assert run["files"] == ["carried", "model", "predictions.jsonl", "run.json", "state.json"]
 
 
 @pytest.fixture

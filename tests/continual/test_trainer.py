@@ -83,7 +83,7 @@ def test_the_change_lies_outside_the_protected_directions(
 
 
 def test_the_leak_is_followed_over_time(short: dict[str, Any], tmp_path: Path) -> None:
-    change = {"max_steps": 11, "eval_items": 1, "order": ["colours"]}
+    change = {"max_steps": 11, "eval_items": 1, "order": ["colours"], "protect": 0.5}
     learned = train(TrainConfig(**{**short, **change}, output=tmp_path / "out"), quiet=True).learned[0]
     assert [step for step, _, _ in learned.leak_over_time] == [2, 4, 6, 8, 10, 11]
     assert all(0 < median <= largest < 1e-5 for _, median, largest in learned.leak_over_time)
@@ -176,7 +176,7 @@ def test_the_output_opens_with_nothing_of_ours(
     expected = [p.prediction for p in result.predictions if (p.row, p.task) == (2, "sounds")]
     assert [answers[list(toy_tasks[1].test).index(row)] for row in chosen] == expected
     files = sorted(path.name for path in (tmp_path / "out").iterdir())
-    assert files == ["model", "predictions.jsonl", "run.json", "state.json"]
+    assert files == ["carried", "model", "predictions.jsonl", "run.json", "state.json"]
 
 
 def test_the_same_seed_gives_the_same_run_and_another_seed_another(short: dict[str, Any], tmp_path: Path) -> None:

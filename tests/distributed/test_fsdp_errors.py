@@ -88,7 +88,7 @@ MISTAKES = {
     on_two_meshes: ("ValueError", r"blocks\.1\.weight is sharded over .* blocks\.0\.weight over"),
     partly_gathered: ("ValueError", r"head\.weight: not sharded.*reshard\(\)"),
     gathered: ("ValueError", r"not sharded.*reshard\(\)"),
-    remembering: ("ValueError", r"remember: given with a sharded model, wanted None"),
+    remembering: ("ValueError", r"remember: Remember: given with a sharded model"),
     with_bases_of_another_model: ("ValueError", r"blocks\.0\.weight .*bind\(model\)"),
     stepped_under_ddp: ("(ValueError|TypeError|RuntimeError)", r"DistributedDataParallel"),
 }
