@@ -14,6 +14,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from sculpt_ops.continual.tasks import Example
 
 PARTS = ("entry", "dev", "final")
+TEXT_OF, PASSAGES = "BoolQA/BoolQA", 100
 
 
 def make_tasks(roots: Sequence[Path], model: Path, folder: Path, protocol: Protocol) -> None:
@@ -34,6 +35,14 @@ def make_tasks(roots: Sequence[Path], model: Path, folder: Path, protocol: Proto
             _write(folder / part / name, "train", train, tokenizer)
             _write(folder / part / name, "test", measured, tokenizer)
             (folder / part / name / "options.json").write_text(json.dumps(task.options), encoding="utf-8")
+
+
+def make_text(roots: Sequence[Path], file: Path) -> None:
+    """Passages of Wikipedia that no task here is about, of the benchmark's BoolQA, for the model's perplexity."""
+    passages = [
+        row.prompt.partition("passage:")[2].rpartition("\n")[0].strip() for row in read_source(roots, TEXT_OF).test
+    ]
+    file.write_text("\n\n".join(list(dict.fromkeys(passages))[:PASSAGES]), encoding="utf-8")
 
 
 def _write(folder: Path, part: str, rows: Sequence[Example], tokenizer: PreTrainedTokenizerBase) -> None:

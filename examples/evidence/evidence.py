@@ -48,8 +48,15 @@ def main() -> int:
             from data import make_tasks
 
             make_tasks(arguments.data, model, work, protocol)
+        ability = list(arguments.ability or ())
+        if protocol.reads_text and arguments.data is not None:
+            ability.append(work / "wikipedia.txt")
+            if not ability[-1].exists():
+                from data import make_text
+
+                make_text(arguments.data, ability[-1])
         queue = Queue(protocol, arguments.stage, results, arguments.only)
-        one = functools.partial(run, model=model, work=work, results=results)
+        one = functools.partial(run, model=model, work=work, results=results, ability=ability)
         failed = work_off(queue, one, arguments.jobs, arguments.seconds)
     from tables import write_tables
 
@@ -64,6 +71,12 @@ def _arguments() -> argparse.Namespace:
         type=Path,
         action="append",
         help="folder of the O-LoRA benchmark, or one of the other repositories of long_sequence.py; may be repeated",
+    )
+    parser.add_argument(
+        "--ability",
+        type=Path,
+        action="append",
+        help="file of multiple-choice questions that runs of the comparison are measured on besides; may be repeated",
     )
     parser.add_argument("--model", type=Path, help="model folder; not given, the demo's SmolLM2-135M")
     parser.add_argument(

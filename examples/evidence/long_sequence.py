@@ -32,6 +32,7 @@ LONG_SEQUENCE = Protocol(
     },
     seeds=(0, 1, 2),
     foremost=("plain", "sculpt"),
+    reads_text=True,
     # Of every task what it had learned and what is left in the end; log-probabilities of 15 options an item would take
     # longer than the training.
     common={**TWO_CORES.common, "eval_rows": "learned", "eval_options": False},

@@ -20,16 +20,7 @@ ONE_GPU = Protocol(
     orders=TWO_CORES.orders,
     seeds=(0, 1, 2),
     foremost=("plain", "sculpt", "random", "peft-osf", "lora"),
-    # Nothing is kept between tasks: a run is shorter than what writing its state would take.
-    common={
-        "bf16": True,
-        "max_length": 256,
-        "batch_size": 16,
-        "eval_batch_size": 250,
-        "eval_rows": "seen",
-        "leak_every": 0,
-        "save_every": None,
-    },
+    common={**TWO_CORES.common, "batch_size": 16},
     # plain and sculpt three each, the others two: the rates that did well on two cores, and around them.
     configs={
         "plain": rates({"protect": "none"}, 2e-5, 4e-5, 8e-5),

@@ -31,6 +31,7 @@ class Protocol:
     configurations on `dev_order`, which the comparison on `orders` does not use. common: settings of every run; lr is
     every configuration's own. configs: by method. ablations: of "sculpt", one thing changed at a time, on `dev_order`.
     foremost: methods whose runs begin before those of the others; none means that all go side by side.
+    reads_text: whether the model's perplexity is measured too, on passages that no task is about.
     """
 
     train_items: int
@@ -45,6 +46,7 @@ class Protocol:
     configs: Mapping[str, Mapping[str, Settings]]
     ablations: Mapping[str, Settings] = field(default_factory=dict)
     foremost: Sequence[str] = ()
+    reads_text: bool = False
     datasets: Mapping[str, str] = field(default_factory=lambda: BENCHMARK)
 
     @property

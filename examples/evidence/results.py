@@ -46,6 +46,7 @@ def pack(result: RunResult, folder: Path, about: dict[str, Any]) -> None:
         "seconds_per_step": result.seconds_per_step,
         "evaluation_seconds": result.evaluation_seconds,
         "learned": [_task(task) for task in result.learned],
+        "ability": result.ability,
         "answers": answers,
     }
     folder.mkdir(parents=True, exist_ok=True)
@@ -88,7 +89,8 @@ def unpack(path: Path) -> tuple[RunResult, dict[str, Any]]:
     ]
     run = RunResult(record["name"], record["tasks"], str(path), record["config"], record["versions"])
     seconds = record["evaluation_seconds"]
-    return replace(run, learned=learned, predictions=predictions, evaluation_seconds=seconds), record
+    ability = record.get("ability", {})
+    return replace(run, learned=learned, predictions=predictions, evaluation_seconds=seconds, ability=ability), record
 
 
 def read_all(folder: Path) -> Iterator[tuple[RunResult, dict[str, Any]]]:

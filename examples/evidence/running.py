@@ -8,15 +8,24 @@ import shutil
 import subprocess
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from jobs import Job
 
+ABILITY_ITEMS = 150
 HERE = Path(__file__).resolve().parent
 
 
-def run(job: Job, model: Path, work: Path, results: Path) -> str:
-    """Train and measure; returns what came out in a line. A run that was cut short goes on, if it kept its state."""
+# Nothing that a result depends on: what a run would keep between tasks takes longer to write there than to make anew.
+ON_GPU = {"eval_batch_size": 250, "save_every": None}
+
+
+def run(job: Job, model: Path, work: Path, results: Path, ability: Sequence[Path] = ()) -> str:
+    """Train and measure; returns what came out in a line. A run that was cut short goes on, if it kept its state.
+
+    ability: files that runs of the comparison measure the model on before and after.
+    """
     import torch
     from results import pack
 
@@ -33,6 +42,10 @@ def run(job: Job, model: Path, work: Path, results: Path) -> str:
     # What the model answers before the first task is the same for all.
     first = work / "runs" / job.folder / ("zero-shot" if job.part != "entry" else f"zero-shot {job.order}")
     settings = dict(job.settings)
+    if torch.cuda.is_available():
+        settings |= ON_GPU
+    if job.part == "final" and ability:
+        settings |= {"ability": list(ability), "ability_items": ABILITY_ITEMS}
     settings.setdefault("eval_options", job.part == "final")
     settings["protect"] = parse_protect(settings.get("protect", "0.5"))
     config = TrainConfig(

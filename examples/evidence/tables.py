@@ -162,7 +162,29 @@ def final_tables(results: Path, protocol: Protocol) -> str:
             f"### Differences, paired by order and seed; 95 % over runs and test items. {WEIGHTS}\n\n"
             f"{table(('methods', 'pairs', *quality[:3]), differences)}"
         )
-    return "\n\n".join(parts)
+    parts.append(_ability_table({name: list(runs[name].values()) for name in methods}))
+    return "\n\n".join(part for part in parts if part)
+
+
+def _ability_table(runs: dict[str, list[RunResult]]) -> str:
+    """What the model can do besides the tasks, before the first of them and after the last."""
+    figures = next((list(run.ability["before"]) for each in runs.values() for run in each if run.ability), [])
+    figures = [name for name in figures if not name.endswith(" items")]
+    if not figures:
+        return ""
+    rows = []
+    for method, found in runs.items():
+        measured = [run.ability for run in found if "after" in run.ability]
+        if measured and not rows:
+            rows.append(("before", *(_mean_of(name, [each["before"] for each in measured]) for name in figures)))
+        if measured:
+            rows.append((method, *(_mean_of(name, [each["after"] for each in measured]) for name in figures)))
+    return f"### Besides the tasks, mean over runs. {WEIGHTS}\n\n{table(('after all tasks', *figures), rows)}"
+
+
+def _mean_of(name: str, figures: Sequence[dict[str, float]]) -> str:
+    value = mean(each[name] for each in figures)
+    return f"{100 * value:.1f} %" if name.endswith("accuracy") else f"{value:.1f}"
 
 
 def _means(runs: Iterable[RunResult]) -> Iterator[str]:

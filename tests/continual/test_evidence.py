@@ -101,7 +101,11 @@ def made(name: str, final: tuple[float, float], learned: float = 0.8, seed: int 
     ]
     config = {"model": "/somewhere/tiny", "tasks": [f"/somewhere/{t}" for t in TASKS], "output": "/o", "seed": seed}
     tasks = [LearnedTask(t, 320, 20, None, 40, 1.0, 2.0, [0.5], [(1, 1.0)], 10, majority=0.5) for t in TASKS]
-    return RunResult(name, TASKS, "/somewhere/out", config, {"torch": "2.13"}, [], tasks, predictions, [1.0, 1.0, 1.0])
+    ability = {when: {"q accuracy": share, "q items": 4.0} for when, share in (("before", 0.5), ("after", final[0]))}
+    return RunResult(
+        *(name, TASKS, "/somewhere/out", config, {"torch": "2.13"}, [], tasks, predictions, [1.0, 1.0, 1.0]),
+        ability=ability,
+    )
 
 
 def test_a_packed_run_is_the_same_run_without_its_folders(modules: dict[str, Any], tmp_path: Path) -> None:
@@ -170,6 +174,9 @@ def test_methods_are_compared_in_pairs(modules: dict[str, Any], protocol: Any, t
     text = modules["tables"].final_tables(tmp_path, protocol)
     assert f"| plain | 2 of {protocol.planned} | 62.5 (62.5 to 62.5) | -30.0" in text
     assert "| sculpt - plain | 2 | +12.5 (" in text
+    assert "| after all tasks | q accuracy |" in text
+    assert "| before | 50.0 % |" in text
+    assert "| sculpt | 75.0 % |" in text
     assert average_accuracy(made("x", (0.5, 0.75)).accuracy) == 0.625
 
 
@@ -209,7 +216,14 @@ def test_the_whole_of_it_on_a_tiny_model(
 ) -> None:
     work, results = tmp_path / "work", tmp_path / "results"
     modules["data"].make_tasks([write_benchmark], model_folder, work, tiny)
-    run = functools.partial(modules["running"].run, model=model_folder, work=work, results=results)
+    (tmp_path / "text.txt").write_text("what colour has the sky ? the sky is blue .\n")
+    run = functools.partial(
+        modules["running"].run,
+        model=model_folder,
+        work=work,
+        results=results,
+        ability=[tmp_path / "text.txt"],
+    )
     wanted = {"entry": 2, "dev": 2, "final": 2, "ablation": 1}
     for _ in range(2):
         assert modules["workers"].work_off(modules["jobs"].Queue(tiny, "all", results), run, count) == 0
@@ -228,6 +242,7 @@ def test_the_whole_of_it_on_a_tiny_model(
         "### Tasks that enter",
         "### Configurations",
         "### 4 test items a task",
+        "### Besides the tasks",
         "### Differences",
         "### One factor",
     ):
@@ -291,5 +306,13 @@ def test_the_three_layouts_give_prompts_of_the_same_form(modules: dict[str, Any]
             assert row.answer in task.options
     assert [row.answer for row in tasks[2].train] == ["pto used", "payday"]
     assert [row.prompt.split("\n")[2] for row in tasks[1].test] == ["so cross", "so glad"]
+    passages = write_benchmark / "BoolQA" / "BoolQA"
+    passages.mkdir(parents=True)
+    (passages / "labels.json").write_text(json.dumps(["True", "False"]))
+    asked = [{"sentence": f"question: is it {i} ?\npassage: Of {i // 2}.", "label": "True"} for i in range(4)]
+    for part in ("train", "test"):
+        (passages / f"{part}.json").write_text(json.dumps(asked))
+    modules["data"].make_text([write_benchmark], write_benchmark / "text.txt")
+    assert (write_benchmark / "text.txt").read_text().split("\n\n") == ["Of 0.", "Of 1."]
     with pytest.raises(ValueError, match=r"--data: none of .* has TC/three"):
         modules["sources"].read_source([write_benchmark], "TC/three")
