@@ -14,7 +14,7 @@ from sculpt_ops.continual import RunResult, Task, TrainConfig, train
 from sculpt_ops.continual.encoding import encode_task
 from sculpt_ops.ranks import Importance, Rank
 
-pytest.importorskip("transformers", reason="the trainer needs pip install sculpt-ops[train]")
+transformers = pytest.importorskip("transformers", reason="the trainer needs pip install sculpt-ops[train]")
 
 Weights = dict[str, torch.Tensor]
 
@@ -117,3 +117,21 @@ def test_abilities_are_measured_before_and_after(short: dict[str, Any], tmp_path
     assert RunResult.load(tmp_path / "out").ability == result.ability
     with pytest.raises(ValueError, match=r"missing\.txt"):
         train(TrainConfig(**{**settings, "ability": [tmp_path / "missing.txt"], "output": tmp_path / "no"}), quiet=True)
+
+
+def test_left_to_itself_a_run_protects_inputs_whichever_side_they_lie_on(
+    short: dict[str, Any], tokenizer: Any, tmp_path: Path
+) -> None:
+    """GPT-2 stores its matrices (in, out)."""
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(
+        vocab_size=len(tokenizer), n_positions=64, n_embd=32, n_layer=2, n_head=4, bos_token_id=0, eos_token_id=1
+    )
+    transformers.GPT2LMHeadModel(config).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    result = train(TrainConfig(**{**short, "model": tmp_path / "model"}, output=tmp_path / "out"), quiet=True)
+    first, second = result.learned
+    assert set(first.leak.values()) == {0.0}
+    assert len(second.leak_left) == 8
+    assert 0.0 < min(second.leak_left.values()) < max(second.leak_left.values()) < 1e-6
+    assert set(second.leak_right.values()) == {0.0}
