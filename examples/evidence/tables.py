@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import product
 from pathlib import Path
@@ -16,6 +17,7 @@ from sculpt_ops.continual import RunResult
 from sculpt_ops.continual.markdown import percent, table
 from sculpt_ops.continual.metrics import Estimate, average_accuracy
 from sculpt_ops.continual.paired import paired
+from sculpt_ops.continual.plots import draw_tradeoff
 
 BEGIN, END = "<!-- begin: {scale} -->\n", "<!-- end -->"
 WEIGHTS = "Weights dequantised from 4 bits; exploratory."
@@ -54,6 +56,7 @@ def write_tables(results: Path, readme: Path, protocol: Protocol, scale: str) ->
     sections = [
         entry_table(results, protocol),
         dev_table(results, protocol),
+        dev_picture(results, protocol, readme.parent),
         final_tables(results, protocol),
         ablation_table(results, protocol),
     ]
@@ -114,6 +117,16 @@ def dev_table(results: Path, protocol: Protocol) -> str:
         f"training rows a task. {WEIGHTS}\n\n"
         f"{table((*header, 'of the last change protected, %', ''), rows)}{forgets}"
     )
+
+
+def dev_picture(results: Path, protocol: Protocol, beside: Path) -> str:
+    """Draw every configuration that was tried, where `results` are; returns a link to it from `beside`."""
+    found = list(_in_order(results / "dev", protocol))
+    if not found:
+        return ""
+    path = results / "configurations.png"
+    draw_tradeoff([run for run, _ in found], [record["about"]["method"] for _, record in found], path)
+    return f"![average accuracy over learning accuracy]({os.path.relpath(path, beside)})"
 
 
 def _protected(record: dict[str, Any]) -> str:

@@ -117,30 +117,32 @@ def draw_curves(results: Sequence[RunResult], names: Sequence[str], path: Path) 
 
 
 def draw_tradeoff(results: Sequence[RunResult], names: Sequence[str], path: Path) -> None:
-    """Average accuracy over learning accuracy, a point a run with its 95 % intervals. On the line nothing is
-    forgotten."""
+    """Average accuracy over learning accuracy, a point a run with its 95 % intervals, runs of the same name alike. On
+    the line nothing is forgotten."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6.4, 4.6), layout="constrained", dpi=150)
     axes = figure.subplots()
+    kinds = list(dict.fromkeys(names))
     for index, (result, name) in enumerate(zip(results, names, strict=True)):
-        values = result.metrics
+        values, kind = result.metrics, kinds.index(name)
         across, up = values.learning_accuracy, values.average_accuracy
         axes.errorbar(
             100 * across.value,
             100 * up.value,
             xerr=[[100 * max(across.value - across.low, 0)], [100 * max(across.high - across.value, 0)]],
             yerr=[[100 * max(up.value - up.low, 0)], [100 * max(up.high - up.value, 0)]],
-            color=COLOURS[index % len(COLOURS)],
-            marker=MARKERS[index % len(MARKERS)],
+            color=COLOURS[kind % len(COLOURS)],
+            marker=MARKERS[(kind + kind // len(COLOURS)) % len(MARKERS)],
             markersize=6,
             elinewidth=0.9,
             linestyle="none",
-            label=name,
+            label=name if names.index(name) == index else None,
         )
-    low = max(0.0, min(*axes.get_xlim(), *axes.get_ylim()))
-    high = min(100.0, max(*axes.get_xlim(), *axes.get_ylim()))
-    axes.plot([low, high], [low, high], color=FAINT, linewidth=1.0, zorder=0)
+    # Has no part in the limits: one run that forgot everything would else squeeze all others into a corner.
+    limits = axes.get_xlim(), axes.get_ylim()
+    axes.axline((50.0, 50.0), slope=1.0, color=FAINT, linewidth=1.0, zorder=0)
+    axes.set(xlim=limits[0], ylim=limits[1])
     _frame(axes, "What is learned, and what of it is left", "average accuracy after the last task, %")
     axes.set_xlabel("learning accuracy, %: right after each task", fontsize=9, color=INK)
     figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=9)

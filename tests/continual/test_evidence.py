@@ -238,6 +238,8 @@ def test_the_whole_of_it_on_a_tiny_model(
     assert text.startswith("before\n")
     assert text.endswith("after\n")
     assert "old" not in text.splitlines()
+    assert "](results/configurations.png)" in text
+    assert (results / "configurations.png").stat().st_size > 10_000
     for heading in (
         "### Tasks that enter",
         "### Configurations",
