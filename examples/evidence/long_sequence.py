@@ -49,4 +49,9 @@ LONG_SEQUENCE = Protocol(
         ),
         "peft-osf": rates({"method": "peft-osf", "protect": "0.5"}, 2e-5, 5e-5, 1e-4, named="half, "),
     },
+    ablations={
+        **{name: {**settings, "lr": 1e-4} for name, settings in TWO_CORES.ablations.items()},
+        "bound: all tasks at once": {"method": "multitask", "lr": 5e-5},
+        "bound: every task from the first weights": {"method": "per-task", "lr": 5e-5},
+    },
 )

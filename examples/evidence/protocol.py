@@ -29,7 +29,8 @@ class Protocol:
 
     entry_items, dev_items: held-out training rows, to see whether a task enters, and (the first of them) to choose
     configurations on `dev_order`, which the comparison on `orders` does not use. common: settings of every run; lr is
-    every configuration's own. configs: by method. ablations: of "sculpt", one thing changed at a time, on `dev_order`.
+    every configuration's own. configs: by method. ablations: of "sculpt", one thing changed at a time, on `dev_order`;
+    bounds too, which are named so.
     foremost: methods whose runs begin before those of the others; none means that all go side by side.
     reads_text: whether the model's perplexity is measured too, on passages that no task is about.
     """

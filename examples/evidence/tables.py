@@ -210,7 +210,7 @@ def _means(runs: Iterable[RunResult]) -> Iterator[str]:
 
 
 def ablation_table(results: Path, protocol: Protocol) -> str:
-    """One factor changed at a time, on the development order."""
+    """One factor changed at a time, and bounds, on the development order."""
     found = {record["about"]["config"]: (run, record) for run, record in read_all(results / "ablation")}
     rows = [
         (config, *_values(run.metrics), _protected(record))
@@ -220,7 +220,7 @@ def ablation_table(results: Path, protocol: Protocol) -> str:
         return ""
     header = ("changed", "average accuracy, %", "backward transfer, points", "learning accuracy, %")
     return (
-        f"### One factor changed, development order, seed 0. {WEIGHTS}\n\n"
+        f"### One factor changed, and bounds, development order, seed 0. {WEIGHTS}\n\n"
         f"{table((*header, 'of the last change protected, %'), rows)}"
     )
 
