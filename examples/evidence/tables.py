@@ -138,12 +138,23 @@ def _protected(record: dict[str, Any]) -> str:
 def final_tables(results: Path, protocol: Protocol) -> str:
     """The chosen configurations on the orders and seeds of the comparison."""
     runs: dict[str, dict[tuple[str, int], RunResult]] = {}
+    protected: dict[str, list[float]] = {}
     for run, record in read_all(results / "final"):
         runs.setdefault(record["about"]["method"], {})[record["about"]["order"], run.config["seed"]] = run
+        if "protected_share" in (last := record["learned"][-1]):
+            protected.setdefault(record["about"]["method"], []).append(max(last["protected_share"]))
     if BASELINE not in runs:
         return ""
     methods = [name for name in protocol.configs if name in runs]
-    rows = [(name, f"{len(runs[name])} of {protocol.planned}", *_means(runs[name].values())) for name in methods]
+    rows = [
+        (
+            name,
+            f"{len(runs[name])} of {protocol.planned}",
+            *_means(runs[name].values()),
+            f"{100 * mean(protected[name]):.0f}" if name in protected else "-",
+        )
+        for name in methods
+    ]
 
     def pairs(first: Sequence[str], second: Sequence[str]) -> list[tuple[str, ...]]:
         """Every method of the first, or the one that there is, minus every other of the second."""
@@ -166,7 +177,7 @@ def final_tables(results: Path, protocol: Protocol) -> str:
     parts = [
         f"### {protocol.test_items} test items a task, mean over runs (smallest to largest). {WEIGHTS}\n\n"
         f"Orders {orders}; seeds {seeds}; on {devices}.\n\n"
-        f"{table(('method', 'runs', *quality), rows)}"
+        f"{table(('method', 'runs', *quality, 'protected directions in the last task, %'), rows)}"
     ]
     others = [name for name in methods if name not in (BASELINE, OURS)]
     differences = pairs(methods, [BASELINE]) + (pairs([OURS], others) if OURS in runs else [])

@@ -97,7 +97,12 @@ def learn(run: Run, index: int) -> None:
         losses=clock.losses,
         peak_memory_bytes=peak,
         layers={
-            name: {"shape": list(layer.shape), "rank": layer.rank, "energy": layer.energy}
+            name: {
+                "shape": list(layer.shape),
+                "rank": layer.rank,
+                "energy": layer.energy,
+                "protected": list(layer.protected_dims),
+            }
             for name, layer in (subspaces or {}).items()
         },
         leak={name: leak.total for name, leak in trace.last.items()},

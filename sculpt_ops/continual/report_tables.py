@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from statistics import median
+from typing import Any
 
 from ..names import group_names
 from .markdown import largest, plain, span, table
@@ -11,7 +12,16 @@ from .metrics import wilson_interval
 from .result import RunResult
 from .score import macro_f1
 
-__all__ = ["abilities", "accuracies", "answers", "protection", "remembered", "settings_table", "tasks_table"]
+__all__ = [
+    "abilities",
+    "accuracies",
+    "answers",
+    "growth",
+    "protection",
+    "remembered",
+    "settings_table",
+    "tasks_table",
+]
 
 # Not settings of the method: said elsewhere in the report, or where the files lie.
 LEFT_OUT = ("name", "tasks", "order", "output", "model")
@@ -79,15 +89,55 @@ def protection(result: RunResult, name: str) -> str:
     for pattern, weights in group_names(result.learned[0].layers).items():
         layers = [task.layers[weight] for task in result.learned for weight in weights]
         shapes = sorted({f"{m} x {n}" for m, n in (layer["shape"] for layer in layers)})
-        ranks = span([layer["rank"] for layer in layers], "d")
+        directions = _directions(layers)
         energies = span([100 * layer["energy"] for layer in layers], ".1f")
         leaks = (
             largest(side[weight] for side in sides for weight in weights if weight in side)
             for sides in zip(*((task.leak, task.leak_left, task.leak_right) for task in result.learned), strict=True)
         )
-        rows.append((f"`{pattern}`", ", ".join(shapes), ranks, energies, *leaks))
-    header = ("weights", "shape", "protected rank", "energy protected, %", "largest leak", "left side", "right side")
+        rows.append((f"`{pattern}`", ", ".join(shapes), directions, energies, *leaks))
+    header = (
+        "weights",
+        "shape",
+        "protected directions",
+        "energy of the weight's own, %",
+        "largest leak",
+        "left side",
+        "right side",
+    )
     return f"### Protected in {name}, over all tasks\n\n{table(header, rows)}"
+
+
+def _directions(layers: Sequence[dict[str, Any]]) -> str:
+    """The rank; where something is remembered besides, how many each side has."""
+    ranks = [layer["rank"] for layer in layers]
+    # Runs from before it was written down remembered nothing, or do not say what.
+    sides = list(zip(*(layer.get("protected", (layer["rank"],) * 2) for layer in layers), strict=True))
+    if all(dims in (0, rank) for side in sides for dims, rank in zip(side, ranks, strict=True)):
+        return span(ranks, "d")
+    return ", ".join(
+        f"{name} {span(side, 'd')}" for name, side in zip(("left", "right"), sides, strict=True) if any(side)
+    )
+
+
+def growth(results: Sequence[RunResult], names: Sequence[str]) -> str:
+    """How much of its sides is protected in every task, of runs that remember."""
+    rows = []
+    for result, name in zip(results, names, strict=True):
+        if not result.config.get("remember"):
+            continue
+        for task in result.learned:
+            shares = [
+                [dims / size for dims, size in zip(layer["protected"], layer["shape"], strict=True)]
+                for layer in task.layers.values()
+                if "protected" in layer
+            ]
+            if shares:
+                rows.append((name, task.name, *(f"{100 * median(side):.1f}" for side in zip(*shares, strict=True))))
+    if not rows:
+        return ""
+    header = ("method", "while learning", "left side", "right side")
+    return f"### Protected directions, % of all, median over the weights\n\n{table(header, rows)}"
 
 
 def remembered(results: Sequence[RunResult], names: Sequence[str]) -> str:

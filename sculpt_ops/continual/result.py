@@ -46,8 +46,9 @@ class LearnedTask:
     """One task's training. losses: (step, mean loss since the entry before) pairs.
 
     peak_memory_bytes: while deriving subspaces and training; of the GPU where one is used, else of the process.
-    layers: per protected weight its shape, rank and share of energy kept. leak: per protected weight the share of the
-    weight change that lies in the protected space, after the last step; leak_left and leak_right the shares of the
+    layers: per protected weight its shape, rank, share of energy kept, and the dimensions of its left and right
+    protected space, which are more than the rank where something is remembered. leak: per protected weight the share of
+    the weight change that lies in the protected space, after the last step; leak_left and leak_right the shares of the
     change inside the protected directions of one side, where that side is protected. leak_over_time: (step, median over
     the weights, the largest) triples; leak_seconds: spent measuring, part of train_seconds but of no step's. All empty
     for plain fine-tuning. remembered: per protected weight the share of the change by the task before that is

@@ -292,3 +292,24 @@ def test_rows_that_were_not_measured_are_left_empty(tmp_path: Path) -> None:
     accuracy = rows(text, "### Accuracy of plain, %")
     assert accuracy["after colours"] == ["80.0", "-", "-"]
     assert rows(text, "## Result")["plain"][4] == "-"
+
+
+def test_directions_that_are_remembered_are_counted(tmp_path: Path) -> None:
+    run = made(0.0)
+    learned = [
+        replace(
+            task,
+            layers={
+                WEIGHT.format(i): {"shape": [64, 32], "rank": 0, "energy": 0.0, "protected": [0, 4 * done + 8 * i]}
+                for i in range(3)
+            },
+            leak=dict.fromkeys(map(WEIGHT.format, range(3)), 1e-8),
+        )
+        for done, task in enumerate(run.learned)
+    ]
+    config = {**run.config, "remember": "inputs:0.95"}
+    text = write_report([replace(run, learned=learned, config=config)], tmp_path).read_text()
+    assert "| right 0 to 24 | 0.0 |" in text
+    # Medians: 8, 12 and 16 of 32.
+    for task, share in zip(TASKS, ("25.0", "37.5", "50.0"), strict=True):
+        assert f"| {task} | 0.0 | {share} |" in text
