@@ -25,8 +25,8 @@ OUT_OF_TIME = 124
 # Of what a stage prints: a sanitizer says what was wrong at the beginning.
 HEAD, TAIL = 3000, 4000
 PYTHON = sys.executable
-# Tests of the CPU kernels and of pure functions have nothing to find on a GPU. Those that no GPU has run yet come first:
-# twice the time was up before they were.
+# Tests of the CPU kernels and of pure functions have nothing to find on a GPU. Those that no GPU has run yet come
+# first: twice the time was up before they were.
 GPU_TESTS = (
     "tests/cuda/side_checks.py",
     "tests/on_device_checks.py",
