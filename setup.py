@@ -74,7 +74,7 @@ setup(
     ext_modules=[
         CppExtension(
             "sculpt_ops._C",
-            ["csrc/ops.cpp", *sources(CSRC / "cpu"), *sources(CSRC / "linalg")],
+            ["csrc/ops.cpp", "csrc/layout.cpp", *sources(CSRC / "cpu"), *sources(CSRC / "linalg")],
             include_dirs=[str(CSRC.resolve())],
             depends=headers(),
             extra_compile_args=[*FLAGS, *STABLE_ABI],

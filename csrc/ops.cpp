@@ -18,6 +18,8 @@ STABLE_TORCH_LIBRARY(sculpt, m) {
   m.def(
       "_foreach_project_products_(Tensor[] grads, Tensor[] lefts, Tensor[] rights, Tensor(a!)[] outs, int[] forms) "
       "-> ()");
+  // Private: what a list is looked up by (csrc/layout.cpp).
+  m.def("_layout(Tensor[] tensors) -> Tensor");
   m.def(
       "restore_(Tensor(a!) weight, Tensor? left, Tensor? left_image, Tensor? right, Tensor? right_image, *, "
       "Tensor? core=None, Tensor? reference=None, bool keep_left=False, bool keep_right=False, bool block=False) "

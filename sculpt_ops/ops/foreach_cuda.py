@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from .. import _host
@@ -19,6 +20,7 @@ from ..triton_kernels.tables import held
 from .checks import check_foreach, check_foreach_apart, check_written
 from .cuda_limits import why_not_sides
 from .heuristics import Backend, choose, forced_backend, gpu_of, triton_missing
+from .library import LIBRARY  # noqa: F401  (the ops exist once the library is loaded)
 from .library_products import form_of, is_product, project_cublas, project_products
 from .side_lists import side_lists
 from .variants import backend_of, cuda_missing, project_into
@@ -26,6 +28,7 @@ from .variants import backend_of, cuda_missing, project_into
 __all__ = ["Call", "foreach_into", "meet", "plan_call"]
 
 OP = "foreach_project_"
+_LAYOUT = torch.ops.sculpt._layout.default
 # Until the CUDA C++ kernel's lists have passed their tests on a GPU, they are for those who ask for them.
 LISTS_TESTED = bool(_host.thresholds["cuda_lists_tested"])
 
@@ -159,28 +162,21 @@ def foreach_into(
     forced = forced_backend()
     tensors = [t for tensors in (grads, lefts, rights) for t in tensors]
     given = [t for t in tensors if t is not None]
-    layout = (
-        len(grads),
-        tuple([t is None for t in tensors]),
-        tuple([t.shape for t in given]),
-        tuple([t.stride() for t in given]),
-        tuple([t.dtype for t in given]),
-        (tuple(keep_lefts), tuple(keep_rights), block, forced),
-    )
-    addresses = tuple([t.data_ptr() for t in given])
+    asked = (len(grads), tuple([t is None for t in tensors]), tuple(keep_lefts), tuple(keep_rights), block, forced)
     device = grads[0].device
 
     def locate() -> Call:
-        # An address is of one device alone: where all are known, asking for devices would be a tenth of a call's time.
-        devices = tuple([t.get_device() for t in given])
+        # An address is of one device alone, so that only here devices have to be asked for.
+        layout = tuple([(t.shape, t.stride(), t.dtype, t.get_device()) for t in given])
+        addresses = [t.data_ptr() for t in given]
         call: Call = held(
-            (layout, devices), lambda: plan_call(grads, lefts, rights, keep_lefts, keep_rights, block, forced), device
+            (asked, layout), lambda: plan_call(grads, lefts, rights, keep_lefts, keep_rights, block, forced), device
         )
         if meet(len(grads), addresses, call.lengths):
             check_foreach_apart(OP, grads, lefts, rights)
         return call._replace(groups=tuple(group.locate(grads, lefts, rights) for group in call.groups))
 
-    call: Call = held((layout, addresses), locate, device)
+    call: Call = held((asked, _LAYOUT(given).numpy().tobytes()), locate, device)
     for group in call.groups:
         group.launch()
     places, forms = call.products
