@@ -14,7 +14,7 @@ from .basis import Basis
 from .decompose import Choice, choose_method, top_subspaces
 from .input_covariance import input_covariances, input_sides
 from .layer import LayerSubspace, Sides, project_each_
-from .leak import sketch_weight
+from .leak import sketch_side, sketch_weight
 from .ops.finite import check_finite
 from .remember import (
     Memory,
@@ -94,7 +94,7 @@ def remember_tasks(
     """
     fed = {} if inputs is None else input_sides(model, targets, sides)
     if before is None:
-        return Memory.empty(targets)
+        return Memory({name: Remembered(input_side=fed.get(name, "right")) for name in targets})
     check_memory(targets, before, changes)
     remembered = dict(before.remembered)
     if changes is not None:
@@ -136,6 +136,29 @@ def protected_shares(
         project_each_([(free, layer)])
         norm = float(torch.linalg.vector_norm(change))
         shares[name] = float(torch.linalg.vector_norm(change - free)) / norm if norm > 0 else 0.0
+    return shares
+
+
+def sketch_sides(targets: Mapping[str, Tensor], remembered: Mapping[str, Remembered]) -> dict[str, Tensor]:
+    """`leak.sketch_side` of every matrix, of the side that its inputs lie on; on the CPU."""
+    return {name: sketch_side(matrix, name, remembered[name].input_side).cpu() for name, matrix in targets.items()}
+
+
+def sketched_shares(
+    layers: Mapping[str, LayerSubspace],
+    remembered: Mapping[str, Remembered],
+    before: Mapping[str, Tensor],
+    now: Mapping[str, Tensor],
+) -> dict[str, float]:
+    """||P dW|| / ||dW|| as in `protected_shares`, P of the input side alone, from two of `sketch_sides`; to about a
+    tenth where it is not near 0 or 1."""
+    shares: dict[str, float] = {}
+    for name, layer in layers.items():
+        basis = layer.right_basis if remembered[name].input_side == "right" else layer.left_basis
+        assert basis is not None
+        change = (now[name] - before[name]).to(basis.columns.device)
+        norm = float(torch.linalg.vector_norm(change))
+        shares[name] = float(torch.linalg.vector_norm(basis.protected(change))) / norm if norm > 0 else 0.0
     return shares
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
@@ -19,6 +20,7 @@ __all__ = [
     "measure_exact",
     "measure_sketched",
     "sketch_shape",
+    "sketch_side",
     "sketch_weight",
 ]
 
@@ -96,6 +98,13 @@ def sketch_weight(layer: LayerSubspace, weight: Tensor, name: str) -> Tensor:
     return torch.cat([*_product(weight, torch.cat([omega, z], dim=1)).split(SKETCH_COLUMNS, dim=1), z])
 
 
+def sketch_side(weight: Tensor, name: str, side: Literal["left", "right"]) -> Tensor:
+    """Omegaᵀ W, transposed, in float64, (n, 16), for the right side, W Omega (m, 16) for the left: of a change of W
+    since, from the difference, the share that a projector of that side keeps, whatever projector it is."""
+    omega = _signs(name, weight.shape[0 if side == "right" else 1]).to(weight.device)
+    return _product(weight, omega, transpose=side == "right")
+
+
 def sketch_shape(layer: LayerSubspace) -> tuple[int, int]:
     """Of what `sketch_weight` gives."""
     m, n = layer.shape
@@ -135,9 +144,9 @@ def _leak(
     )
 
 
-def _product(weight: Tensor, factor: Tensor) -> Tensor:
+def _product(weight: Tensor, factor: Tensor, transpose: bool = False) -> Tensor:
     """weight @ factor, summed in float64 without a copy of the weight: float32 sums would hide a leak of 1e-6."""
-    product: Tensor = torch.ops.sculpt._product(weight.detach(), factor)
+    product: Tensor = torch.ops.sculpt._product(weight.detach(), factor, transpose=transpose)
     return product
 
 

@@ -122,16 +122,13 @@ class Memory:
     """What the next task's subspaces are to know of the tasks before it.
 
     remembered: by name of the matrix. start_weights: on the CPU, as they were when the subspaces were made, for the
-    change that the next ones remember; empty without `Remember`.
+    change that the next ones remember; empty without `Remember`. start_sketches: in their place the sketches of
+    `leak.sketch_side`, on the CPU, where inputs alone are remembered; empty where neither is kept.
     """
 
     remembered: Mapping[str, Remembered] = field(default_factory=dict)
     start_weights: Mapping[str, Tensor] = field(default_factory=dict)
-
-    @classmethod
-    def empty(cls, names: Iterable[str]) -> Memory:
-        """Of matrices of which nothing is remembered yet."""
-        return cls({name: Remembered() for name in names})
+    start_sketches: Mapping[str, Tensor] = field(default_factory=dict)
 
     def from_here(self, found: Mapping[str, Tensor]) -> Memory:
         """The same with the weights `found` as start weights."""
@@ -140,6 +137,7 @@ class Memory:
     def tensors(self) -> Iterator[Tensor]:
         """All that is kept."""
         yield from self.start_weights.values()
+        yield from self.start_sketches.values()
         for remembered in self.remembered.values():
             yield from remembered.tensors().values()
 

@@ -74,6 +74,8 @@ def pack(subspaces: Subspaces, sketches: Mapping[str, Tensor]) -> tuple[dict[str
             tensors |= {f"{name}:remembered:{part}": basis for part, basis in remembered.tensors().items()}
             if name in memory.start_weights:
                 tensors[f"{name}:start"] = memory.start_weights[name]
+            if name in memory.start_sketches:
+                tensors[f"{name}:start sketch"] = memory.start_sketches[name]
     # Layers that get the same input share a basis.
     first: dict[int, str] = {}
     same = {key: first[id(tensor)] for key, tensor in tensors.items() if first.setdefault(id(tensor), key) != key}
@@ -106,8 +108,11 @@ def unpack(tensors: Mapping[str, Tensor], header: Header, source: Path | str) ->
             )
             for name, fields in header["layers"].items()
         }
-        starts = {name: tensors[f"{name}:start"] for name in layers if f"{name}:start" in tensors}
-        memory = Memory(remembered, starts)
+        starts, sketched = (
+            {name: tensors[f"{name}:{kind}"] for name in layers if f"{name}:{kind}" in tensors}
+            for kind in ("start", "start sketch")
+        )
+        memory = Memory(remembered, starts, sketched)
     return Parts(layers, sketches, unprotected, header["importance"], memory, header["remembered_share"])
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -13,7 +13,15 @@ from torch import Tensor, nn
 
 from .basis import BASIS_DTYPES
 from .decompose import Choice
-from .derive import derive_layers, progress_bar, protected_shares, remember_tasks, search_starts
+from .derive import (
+    derive_layers,
+    progress_bar,
+    protected_shares,
+    remember_tasks,
+    search_starts,
+    sketch_sides,
+    sketched_shares,
+)
 from .dtensor import is_dtensor, is_fsdp, stored_bytes
 from .guard import Guard, guard_optimizer
 from .importance import layer_importance
@@ -155,8 +163,8 @@ class Subspaces(Mapping[str, LayerSubspace]):
                     "difference of whole weights, which no rank has"
                 )
             batches = None if batches is None else list(batches) if isinstance(policy, Importance) else batches
-            memory = memory_of(previous)
-            earlier = {} if memory is None else memory.start_weights
+            earlier = memory_of(previous) or Memory()
+            memory = None if previous is None else earlier
             memory = remember_tasks(model, found, sides, changes, inputs, memory, batches, _groups(model, found))
         importance: dict[str, float] = {}
         wanted: Mapping[str, Choice] | float
@@ -174,8 +182,13 @@ class Subspaces(Mapping[str, LayerSubspace]):
             remembered = None if memory is None else memory.remembered
             layers, sketches = _derive(model, found, wanted, sides, previous or {}, advance, basis_dtype, remembered)
         if changes is not None and memory is not None:
-            shares = protected_shares(layers, found, earlier) if earlier else {}
+            shares = protected_shares(layers, found, earlier.start_weights) if earlier.start_weights else {}
             memory = memory.from_here(found)
+        elif memory is not None and not _is_sharded(model, found):
+            sides_now = sketch_sides(found, memory.remembered)
+            if earlier.start_sketches:
+                shares = sketched_shares(layers, memory.remembered, earlier.start_sketches, sides_now)
+            memory = replace(memory, start_sketches=sides_now)
         rest = {name: parameter for name, parameter in canonical_parameters(model)[0].items() if name not in found}
         if others == "freeze":
             for parameter in rest.values():
@@ -313,8 +326,9 @@ class Subspaces(Mapping[str, LayerSubspace]):
 
     def remembered_share(self) -> dict[str, float]:
         """||P dW|| / ||dW|| of what the last task has changed, P the projector onto what is protected now: 1.0 where
-        the next task cannot touch it. By name, of subspaces made with `Remember` after a task; 0.0 where nothing has
-        changed. Bases that are only derived anew protect next to none of it."""
+        the next task cannot touch it. By name, of subspaces made with `remember` after a task; 0.0 where nothing has
+        changed. With `RememberInputs` alone P is of the side that the inputs lie on, and the share is estimated from a
+        sketch of 16 rows; not known of sharded models. Bases that are only derived anew protect next to none of it."""
         return dict(self._remembered_share)
 
     def carry(self) -> Carried:

@@ -273,7 +273,9 @@ def test_layers_with_one_input_share_its_basis(tmp_path: Path) -> None:
     assert subspaces.remembered[MAPS[0]].inputs is subspaces.remembered[MAPS[2]].inputs
     alone = after(Mapped(), 0.9, inputs(0), sides="both", targets=["query.weight", "out.weight"])
     # Two more matrices, and no more bases.
-    more = sum(subspaces._sketches[name].nbytes for name in MAPS[1:3])
+    assert subspaces.memory_of_tasks is not None
+    sketches = (subspaces._sketches, subspaces.memory_of_tasks.start_sketches)
+    more = sum(each[name].nbytes for each in sketches for name in MAPS[1:3])
     assert subspaces.memory() == alone.memory() + more
     subspaces.save(tmp_path / "subspaces.safetensors")
     loaded = Subspaces.load(tmp_path / "subspaces.safetensors")
@@ -411,3 +413,31 @@ def test_batches_serve_importance_and_inputs_alike() -> None:
     first = derive(model, None, RememberInputs(0.9), targets=targets, protect=policy, batches=iter([inputs(0)]))
     second = derive(model, first, RememberInputs(0.9), targets=targets, protect=policy, batches=iter([inputs(0)]))
     assert second["query.weight"].protected_dims[1] > first["query.weight"].protected_dims[1]
+
+
+@pytest.mark.parametrize("saved", [False, True])
+def test_with_inputs_alone_the_protected_share_of_a_change_is_estimated(saved: bool, tmp_path: Path) -> None:
+    """Of a weight whose change lies among the remembered inputs, one where nothing of it does, and two in between."""
+    model = Mapped()
+    how = RememberInputs(1.0)
+    first = derive(model, None, how, targets=MAPS, protect=0.0)
+    assert first.remembered_share() == {}
+    if saved:
+        first.save(tmp_path / "first.safetensors")
+        first = Subspaces.load(tmp_path / "first.safetensors")
+    start = start_of(model)
+    rows = inputs(3)
+    known = torch.linalg.svd(rows.double().reshape(-1, 24), full_matrices=False).Vh[:5].mT
+    weights = dict(model.named_parameters())
+    for name, inside in (("query.weight", 1.0), ("key.weight", 0.0)):
+        change = gaussian(16, 24)
+        among = change @ known @ known.mT
+        weights[name].data += (among if inside else change - among).float()
+    for name in ("value.weight", "out.weight"):
+        weights[name].data += gaussian(*weights[name].shape).float()
+    second = derive(model, first, how, targets=MAPS, protect=0.0, batches=[rows])
+    shares, exact = second.remembered_share(), second.leak(start)
+    assert list(shares) == MAPS
+    assert (shares["query.weight"] > 1 - 1e-5, shares["key.weight"] < 1e-5) == (True, True)
+    for name, share in shares.items():
+        assert share == pytest.approx(exact[name].total, rel=0.3, abs=1e-5), name

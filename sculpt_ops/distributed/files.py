@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from ..tensor_file import DTYPES
@@ -34,7 +35,8 @@ def write_together(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     start = 8 + len(text)
-    temporary = path.with_name(f".{path.name}.writing")
+    # Of weights that are sharded in several groups, each writes the same: in files of their own until they are whole.
+    temporary = path.with_name(f".{path.name}.{dist.get_global_rank(ranks.group, 0)}.writing")
 
     def begin() -> None:
         if ranks.rank == 0:
