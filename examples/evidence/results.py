@@ -67,6 +67,8 @@ def _task(task: LearnedTask) -> dict[str, Any]:
     kept = {name: figures[name] for name in _KEPT}
     if task.layers:
         kept["rank_share"] = median(layer["rank"] / min(layer["shape"]) for layer in task.layers.values())
+    # A run that was begun before it was written down has tasks without.
+    if task.layers and all("protected" in layer for layer in task.layers.values()):
         kept["protected_share"] = [
             median(layer["protected"][side] / layer["shape"][side] for layer in task.layers.values()) for side in (0, 1)
         ]
