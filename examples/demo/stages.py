@@ -222,8 +222,8 @@ def _conclude(console: Console, plain: RunResult, protected: RunResult, output: 
         "AA: mean accuracy at the end. BWT: mean change of the earlier tasks since they were learned. Forgetting: mean "
         "loss of the earlier tasks from their best.\n"
         f"[bold]One seed[/], one learning rate, {items} test items a task: the intervals say how far other test items "
-        "could move a figure, not what another seed would do. At a lower rate plain fine-tuning forgets less, and learns "
-        "less: examples/evidence compares methods each at its best."
+        "could move a figure, not what another seed would do. Plain fine-tuning does best at a lower rate: "
+        "examples/evidence compares methods each at its best."
     )
     console.print("\nEverything measured, every answer and the plots:")
     console.print(f"  {report}", soft_wrap=True)
