@@ -11,6 +11,7 @@ from ..layer import Sides, check_sides
 from ..optim.options import DecayTo, State
 from ..optim.precision import Master
 from ..ranks import as_policy
+from ..remember import RememberInputs
 from .benchmark import SEQUENCES
 from .defaults import AUTO, left_open
 from .policies import Protect, format_protect, parse_protect, parse_remember
@@ -90,6 +91,13 @@ class TrainConfig:
             "Protect what earlier tasks have changed: rank:0.12 (a share, or a number, of each change's singular "
             "directions), inputs:0.95 (energy of the inputs of each layer), both joined by +, none. Not given, "
             "inputs:0.95, with --protect none."
+        ),
+    )
+    remember_text: str | Path | None = field(
+        default=None,
+        metadata=about(
+            "Text file whose inputs are protected from the first task on, for what the model can do already; with "
+            "inputs remembered."
         ),
     )
     sides: str = field(default="both", metadata=about("Sides to protect.", choices=get_args(Sides)))
@@ -263,6 +271,11 @@ class TrainConfig:
             )
         if self.remember is not None:
             self._check_remember(self.remember)
+        if self.remember_text is not None and not self.remembers_inputs:
+            raise ValueError(
+                f"remember_text: got {str(self.remember_text)!r} with remember {self.remember or 'none'}, wanted one "
+                "with inputs"
+            )
         if not self.fuse_backward:
             return
         if self.max_grad_norm > 0:
@@ -295,6 +308,11 @@ class TrainConfig:
         return self.method in SUBSPACE_METHODS and self.protect is not None
 
     @property
+    def remembers_inputs(self) -> bool:
+        """Whether the inputs of earlier tasks are protected."""
+        return any(isinstance(each, RememberInputs) for each in parse_remember(self.remember))
+
+    @property
     def title(self) -> str:
         """What the report calls the run."""
         if self.name is not None:
@@ -311,8 +329,8 @@ class TrainConfig:
         settings["tasks"] = [task.name if isinstance(task, Task) else str(task) for task in self.tasks]
         settings["protect"] = format_protect(self.protect)
         settings["name"] = self.title
-        for name in ("model", "output"):
-            settings[name] = str(settings[name])
+        for name in ("model", "output", "remember_text"):
+            settings[name] = None if settings[name] is None else str(settings[name])
         if not self.protects:
             settings.update(sides=None, others=None, basis_dtype=None, state=None)
             settings["protect"] = settings["protect"] if self.method == "peft-osf" else "none"

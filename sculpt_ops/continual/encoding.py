@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -64,6 +65,23 @@ def encode_task(
         raise ValueError(f"max_length: got {max_length}, wanted {least} or more for task {task.name}, with its answers")
     train, test = ([Encoded(_cut_middle(pair.prompt, room), pair.answer) for pair in part] for part in pairs[:2])
     return EncodedTask(train, test, longest + 1, [pair.answer for pair in pairs[2]], task.metric != "exact")
+
+
+def encode_text(path: Path, tokenizer: PreTrainedTokenizerBase, length: int, windows: int) -> list[Encoded]:
+    """As many windows of `length` tokens of a text file, spread evenly; the last eighth of each stands as the answer.
+
+    ValueError if there is no such file, or it has less than two tokens.
+    """
+    if not path.is_file():
+        raise ValueError(f"remember_text: there is no file {path}")
+    ids = tokenizer(path.read_text(encoding="utf-8"), verbose=False)["input_ids"]
+    if len(ids) < 2:
+        raise ValueError(f"remember_text: {path} has {len(ids)} tokens, wanted 2 or more")
+    length = min(length, len(ids))
+    last, windows = len(ids) - length, min(windows, -(-len(ids) // length))
+    starts = [last * index // max(windows - 1, 1) for index in range(windows)]
+    asked = length - max(1, length // 8)
+    return [Encoded(ids[start : start + asked], ids[start + asked : start + length]) for start in starts]
 
 
 class ChatTemplate:

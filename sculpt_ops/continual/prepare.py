@@ -16,9 +16,10 @@ from .benchmark import benchmark_note, load_sequence
 from .checkpoint import Checkpoints, Saved, check_same_run, leftovers, read_state
 from .config import TrainConfig
 from .distributed import World, restarted, shard
-from .encoding import encode_task
+from .encoding import Encoded, encode_task, encode_text
 from .environment import versions
 from .methods import make_method
+from .methods.sculpt import MEASURED_ROWS
 from .modeling import longest_input, open_model
 from .policies import parse_remember
 from .progress import Progress
@@ -122,7 +123,17 @@ def prepare(config: TrainConfig, world: World, progress: Progress, tasks: list[T
             "wanted inputs alone, none, or parallel ddp"
         )
     method = make_method(config, parallel=world.parallel is not None)
-    return Run(config, world, progress, tasks, encoded, model, tokenizer, method, result, weights, rows, saved)
+    text = remembered_text(config, tokenizer)
+    return Run(
+        config, world, progress, tasks, encoded, model, tokenizer, method, result, weights, rows, saved, text=text
+    )
+
+
+def remembered_text(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> list[Encoded]:
+    """As many rows of config.remember_text as of a task; none without one."""
+    if config.remember_text is None:
+        return []
+    return encode_text(Path(config.remember_text), tokenizer, config.max_length, MEASURED_ROWS)
 
 
 def _latest(config: TrainConfig, world: World, tasks: int) -> tuple[Saved | None, RunResult | None]:

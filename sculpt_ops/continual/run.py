@@ -12,7 +12,7 @@ from ..subspaces import Subspaces
 from .checkpoint import Checkpoints, Saved, write_state
 from .config import TrainConfig
 from .distributed import World
-from .encoding import Collator, EncodedTask
+from .encoding import Collator, Encoded, EncodedTask
 from .methods import Method, TaskContext
 from .progress import Progress
 from .result import RunResult
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 class Run:
     """weights, rows: hashes of the first weights, and of every task's rows. saved: the state that the run goes on from.
     previous: of the last task's subspaces, what the next task's are derived from. last: those of the last task of all,
-    if one more task would need them."""
+    if one more task would need them. text: of config.remember_text."""
 
     config: TrainConfig
     world: World
@@ -42,6 +42,7 @@ class Run:
     saved: Saved | None = None
     previous: Carried | None = None
     last: Subspaces | None = None
+    text: Sequence[Encoded] = ()
 
     @property
     def checkpoints(self) -> Checkpoints:
@@ -55,7 +56,7 @@ class Run:
     def context(self, index: int) -> TaskContext:
         """What the method is told at the `index`-th task."""
         collate = Collator(self.model, self.tokenizer)
-        return TaskContext(index, self.encoded, self.model, collate, self.config, self.previous)
+        return TaskContext(index, self.encoded, self.model, collate, self.config, self.previous, self.text)
 
     def write(self) -> None:
         """The results so far."""

@@ -135,3 +135,45 @@ def test_left_to_itself_a_run_protects_inputs_whichever_side_they_lie_on(
     assert len(second.leak_left) == 8
     assert 0.0 < min(second.leak_left.values()) < max(second.leak_left.values()) < 1e-6
     assert set(second.leak_right.values()) == {0.0}
+
+
+def test_what_a_text_feeds_the_layers_is_kept_from_the_first_task_on(
+    short: dict[str, Any], tokenizer: Any, tmp_path: Path
+) -> None:
+    text = tmp_path / "known.txt"
+    text.write_text("the old cat says meow . the sky is deep blue . " * 40)
+    settings = {**short, "remember": "inputs:0.9", "others": "freeze"}
+    plain = train(TrainConfig(**settings, output=tmp_path / "without"), quiet=True)
+    result = train(TrainConfig(**settings, output=tmp_path / "with", remember_text=text), quiet=True)
+    for before, task in zip((plain.learned[0], result.learned[0]), result.learned, strict=True):
+        for name, layer in task.layers.items():
+            assert layer["protected"][1] > before.layers[name]["protected"][1], name
+    # What the text feeds the first layer does not change while its own weights do.
+    start = transformers.AutoModelForCausalLM.from_pretrained(short["model"])
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "with" / "model")
+    other = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "without" / "model")
+    ids = torch.tensor([tokenizer(text.read_text())["input_ids"][:40]])
+    fed = start.model.layers[0].input_layernorm(start.model.embed_tokens(ids))
+    moved = [
+        float(
+            (each.model.layers[0].self_attn.q_proj(fed) - start.model.layers[0].self_attn.q_proj(fed)).detach().norm()
+        )
+        for each in (model, other)
+    ]
+    assert 0.0 < moved[0] < 0.5 * moved[1]
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        ({"remember": "rank:2"}, "remember_text: got 'known.txt' with remember rank:2, wanted one with inputs"),
+        ({"method": "plain"}, "remember_text: got 'known.txt' with remember none"),
+        ({}, "remember_text: there is no file known.txt"),
+    ],
+)
+def test_a_text_that_cannot_be_remembered_is_refused(
+    change: dict[str, Any], complaint: str, short: dict[str, Any], tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match=complaint):
+        train(TrainConfig(**short, **change, remember_text="known.txt", output=tmp_path / "out"), quiet=True)
+    assert not (tmp_path / "out").exists()

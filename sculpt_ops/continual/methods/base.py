@@ -18,7 +18,8 @@ __all__ = ["Method", "TaskContext"]
 
 @dataclass(frozen=True)
 class TaskContext:
-    """What a method is told at the `index`-th task. previous: of the task before, if it has left subspaces."""
+    """What a method is told at the `index`-th task. previous: of the task before, if it has left subspaces. text: of
+    config.remember_text."""
 
     index: int
     tasks: Sequence[EncodedTask]
@@ -26,6 +27,7 @@ class TaskContext:
     collate: Callable[[list[Encoded]], dict[str, Any]]
     config: TrainConfig
     previous: Carried | None = None
+    text: Sequence[Encoded] = ()
 
     @property
     def rows(self) -> list[Encoded]:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import random
+from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,7 +16,6 @@ from ...layer import LayerSubspace, check_sides, project_each_
 from ...leak import sketch_weight
 from ...ops import orthonormalize
 from ...ranks import Importance, Schedule
-from ...remember import RememberInputs
 from ...storage import pack, unpack
 from ...subspaces import Subspaces
 from ..policies import parse_remember
@@ -33,10 +34,18 @@ class Sculpt(Method):
         config, index = context.config, context.index
         if config.protect is None:
             return None
-        remember = parse_remember(config.remember)
+        options: dict[str, Any] = {
+            "remember": parse_remember(config.remember),
+            "sides": check_sides(config.sides),
+            "targets": config.targets,
+        }
+        previous: Mapping[str, LayerSubspace] | None = context.previous
         batches = None
-        if isinstance(config.protect, Importance) or any(isinstance(each, RememberInputs) for each in remember):
+        if isinstance(config.protect, Importance) or config.remembers_inputs:
             rows = context.tasks[max(index - 1, 0)].train
+            if index == 0 and context.text:
+                # As if the text had been a task: what is remembered before it is nothing.
+                rows, previous = list(context.text), Subspaces.from_model(context.model, protect=0.0, **options).carry()
             chosen = random.Random(0).sample(range(len(rows)), min(MEASURED_ROWS, len(rows)))
             # Of similar length together, so that little is padding.
             chosen.sort(key=lambda row: len(rows[row].prompt) + len(rows[row].answer))
@@ -46,12 +55,10 @@ class Sculpt(Method):
             context.model,
             protect=Schedule(index + 1, len(context.tasks)) if config.protect == "schedule" else config.protect,
             batches=batches,
-            previous=context.previous,
-            remember=remember,
-            sides=check_sides(config.sides),
-            targets=config.targets,
+            previous=previous,
             others="freeze" if config.others == "freeze" else "train",
             basis_dtype=getattr(torch, config.basis_dtype),
+            **options,
         )
 
 
