@@ -320,6 +320,7 @@ class TrainConfig:
         if not self.protects:
             return "plain" if self.method in SUBSPACE_METHODS else self.method
         remembered = "" if self.remember is None else f", remember {self.remember}"
+        remembered += "" if self.remember_text is None else f" and {Path(self.remember_text).name}"
         method = "" if self.method == "sculpt" else f"{self.method}, "
         return f"{method}protect {format_protect(self.protect)}, {self.sides}{remembered}"
 
