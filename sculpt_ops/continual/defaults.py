@@ -24,16 +24,17 @@ def left_open(config: TrainConfig) -> dict[str, Any]:
     """Values for those fields of `config` that are `AUTO`.
 
     Without `protect`, "sculpt" and "random" protect the inputs of earlier tasks alone and train nothing that cannot be
-    protected: 5.9 points of average accuracy over plain fine-tuning. With a `protect` of one's own they do what the
-    paper does: nothing is remembered, all else is trained.
+    protected: 5.9 points of average accuracy over plain fine-tuning. With a `protect` of one's own, or remember None,
+    they do what the paper does: nothing is remembered, all else is trained.
     """
-    by_inputs = config.protect == AUTO and config.method in ("sculpt", "random")
-    weights: float | None = 0.0 if by_inputs else SHARE if config.method in ("first", "peft-osf") else None
-    plain = not by_inputs and config.method in ("sculpt", "random")
+    derives = config.method in ("sculpt", "random")
+    # With nothing remembered either nothing at all would be protected.
+    by_inputs = derives and config.protect == AUTO and config.remember is not None
+    by_weights = derives or config.method in ("first", "peft-osf")
     values = {
-        "protect": weights,
+        "protect": 0.0 if by_inputs else SHARE if by_weights else None,
         "remember": REMEMBER if by_inputs else None,
         "others": "freeze" if by_inputs else "train",
-        "lr": RATE if plain else RATES.get(config.method, RATE),
+        "lr": RATE if derives and not by_inputs else RATES.get(config.method, RATE),
     }
     return {name: value for name, value in values.items() if getattr(config, name) == AUTO}

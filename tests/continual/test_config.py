@@ -82,6 +82,8 @@ def test_what_to_protect_is_read_as_it_is_written(text: str) -> None:
         ({"protect": 0.25, "remember": "rank:3", "others": "freeze", "lr": 1.0}, 0.25, "rank:3", "freeze", 1.0),
         ({"remember": "rank:3"}, 0.0, "rank:3", "freeze", 1e-4),
         ({"protect": None}, None, None, "train", 2e-5),
+        ({"remember": None}, 0.5, None, "train", 2e-5),
+        ({"remember": None, "protect": None}, None, None, "train", 2e-5),
         ({"method": "plain"}, None, None, "train", 2e-5),
         ({"method": "first"}, 0.5, None, "train", 2e-5),
         ({"method": "peft-osf"}, 0.5, None, "train", 3e-5),
