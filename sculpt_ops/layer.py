@@ -274,8 +274,7 @@ def project_each_(pairs: Iterable[tuple[Tensor, LayerSubspace]]) -> None:
 
 def _given(basis: Basis | None, block: bool) -> Tensor | None:
     """What a call takes; None of a side of which nothing is protected, which would be two products for nothing."""
-    nothing = basis is None or (not block and not basis.keep and not basis.columns.shape[1])
-    return None if nothing or basis is None else basis.span()
+    return None if basis is None or not (block or basis.keep or basis.columns.shape[1]) else basis.span()
 
 
 def _made_bytes(pair: tuple[Tensor, LayerSubspace]) -> int:

@@ -154,10 +154,11 @@ class Subspaces(Mapping[str, LayerSubspace]):
                 f"basis_dtype: got {basis_dtype}, wanted None for float64 parameters: {list_names(double)}"
             )
         changes, inputs = as_remember(remember, sides)
+        sharded = _is_sharded(model, found)
         memory: Memory | None = None
         shares: dict[str, float] = {}
         if changes is not None or inputs is not None:
-            if changes is not None and _is_sharded(model, found):
+            if changes is not None and sharded:
                 raise ValueError(
                     "remember: Remember: given with a sharded model, wanted RememberInputs or None: a change is the "
                     "difference of whole weights, which no rank has"
@@ -184,7 +185,7 @@ class Subspaces(Mapping[str, LayerSubspace]):
         if changes is not None and memory is not None:
             shares = protected_shares(layers, found, earlier.start_weights) if earlier.start_weights else {}
             memory = memory.from_here(found)
-        elif memory is not None and not _is_sharded(model, found):
+        elif memory is not None and not sharded:
             sides_now = sketch_sides(found, memory.remembered)
             if earlier.start_sketches:
                 shares = sketched_shares(layers, memory.remembered, earlier.start_sketches, sides_now)

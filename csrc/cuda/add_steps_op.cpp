@@ -52,8 +52,7 @@ void add_steps_(std::vector<Tensor> weights, std::vector<Tensor> lows, std::vect
   uses.check(kOp);
   const torch::stable::accelerator::DeviceGuard guard(device);
   const cudaStream_t stream = current_stream(device);
-  const cudaError_t error = add_steps(entries.data(), static_cast<int64_t>(n), !seeds.empty(),
-                                      stream);
+  const cudaError_t error = add_steps(entries.data(), static_cast<int64_t>(n), !seeds.empty(), stream);
   STD_TORCH_CHECK(error == cudaSuccess, kOp, ": ", n, " tensors, the first of shape ", shape(weights[0]), ": ",
                   cudaGetErrorString(error));
 }

@@ -39,9 +39,7 @@ def make_tasks(roots: Sequence[Path], model: Path, folder: Path, protocol: Proto
 
 def make_text(roots: Sequence[Path], file: Path) -> None:
     """Passages of Wikipedia that no task here is about, of the benchmark's BoolQA, for the model's perplexity."""
-    passages = [
-        row.prompt.partition("passage:")[2].rpartition("\n")[0].strip() for row in read_source(roots, TEXT_OF).test
-    ]
+    passages = [row.group.strip() for row in read_source(roots, TEXT_OF).test if row.group is not None]
     file.write_text("\n\n".join(list(dict.fromkeys(passages))[:PASSAGES]), encoding="utf-8")
 
 

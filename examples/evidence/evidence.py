@@ -89,7 +89,10 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--tables", action="store_true", help="run nothing, only write the tables")
     parser.add_argument("--results", type=Path, help="not given, results/SCALE")
     parser.add_argument("--work", type=Path, help="task folders and unfinished runs")
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    if arguments.data is None and (folder := os.environ.get("SCULPT_CL_BENCHMARK")):
+        arguments.data = [Path(folder)]
+    return arguments
 
 
 if __name__ == "__main__":

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from protocol import Protocol, Settings, rates
-from two_cores import TWO_CORES
-
-_INPUTS: Settings = {"protect": "0", "sides": "right", "others": "freeze"}
+from protocol import Protocol, rates
+from two_cores import INPUTS, TWO_CORES
 
 LONG_SEQUENCE = Protocol(
     datasets={
@@ -39,11 +37,11 @@ LONG_SEQUENCE = Protocol(
     configs={
         "plain": rates({"protect": "none"}, 2e-5, 5e-5, 1e-4),
         "sculpt": {
-            **rates({**_INPUTS, "remember": "inputs:0.95"}, 1e-4, 2e-4, named="inputs .95, "),
-            **rates({**_INPUTS, "remember": "inputs:0.9"}, 1e-4, named="inputs .9, "),
+            **rates({**INPUTS, "remember": "inputs:0.95"}, 1e-4, 2e-4, named="inputs .95, "),
+            **rates({**INPUTS, "remember": "inputs:0.9"}, 1e-4, named="inputs .9, "),
         },
         "random": rates(
-            {"method": "random", **_INPUTS, "remember": "inputs:0.95"},
+            {"method": "random", **INPUTS, "remember": "inputs:0.95"},
             *(5e-5, 1e-4, 2e-5),
             named="dimensions of inputs .95, ",
         ),

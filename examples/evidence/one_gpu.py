@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from protocol import Protocol, Settings, rates
-from two_cores import TWO_CORES
+from two_cores import INPUTS, TWO_CORES
 
-_INPUTS: Settings = {"protect": "0", "sides": "right", "others": "freeze"}
 _RANDOM: Settings = {"method": "random"}
 _OSF: Settings = {"method": "peft-osf", "protect": "0.5"}
 _EWC: Settings = {"method": "ewc", "ewc_rows": 32}
@@ -25,11 +24,11 @@ ONE_GPU = Protocol(
     configs={
         "plain": rates({"protect": "none"}, 2e-5, 4e-5, 8e-5),
         "sculpt": {
-            **rates({**_INPUTS, "remember": "inputs:0.95"}, 1e-4, 2e-4, named="inputs .95, "),
-            **rates({**_INPUTS, "remember": "inputs:0.9"}, 1e-4, named="inputs .9, "),
+            **rates({**INPUTS, "remember": "inputs:0.95"}, 1e-4, 2e-4, named="inputs .95, "),
+            **rates({**INPUTS, "remember": "inputs:0.9"}, 1e-4, named="inputs .9, "),
         },
         "random": rates(
-            {**_RANDOM, **_INPUTS, "remember": "inputs:0.95"}, 1e-4, 4e-5, named="dimensions of inputs .95, "
+            {**_RANDOM, **INPUTS, "remember": "inputs:0.95"}, 1e-4, 4e-5, named="dimensions of inputs .95, "
         ),
         "peft-osf": rates(_OSF, 1e-4, 3e-5, named="half, "),
         "lora": rates({"method": "lora"}, 1e-3, 3e-4, named="rank 8, "),

@@ -13,10 +13,9 @@ from pathlib import Path
 
 from jobs import Job
 
-ABILITY_ITEMS = 150
 HERE = Path(__file__).resolve().parent
-
-
+# Of each file of questions.
+ABILITY_ITEMS = 150
 # Nothing that a result depends on: what a run would keep between tasks takes longer to write there than to make anew.
 ON_GPU = {"eval_batch_size": 250, "save_every": None}
 

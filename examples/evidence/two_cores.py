@@ -6,11 +6,11 @@ from protocol import Protocol, Settings, rates
 
 _FROZEN: Settings = {"others": "freeze"}
 _CHANGES: Settings = {"protect": "0.25", "remember": "rank:0.12", **_FROZEN}
-_INPUTS: Settings = {"protect": "0", "sides": "right", **_FROZEN}
+INPUTS: Settings = {"protect": "0", "sides": "right", **_FROZEN}
 _OSF: Settings = {"method": "peft-osf"}
 # From the configuration of "sculpt" that did best on the four tasks agnews, dbpedia, IMDB, amazon, and from protection
 # by the weights alone.
-_BASE: Settings = {**_INPUTS, "remember": "inputs:0.95", "lr": 2e-4}
+_BASE: Settings = {**INPUTS, "remember": "inputs:0.95", "lr": 2e-4}
 _BY_WEIGHTS: Settings = {"protect": "0.5", **_FROZEN, "lr": 1e-4}
 
 TWO_CORES = Protocol(
@@ -41,12 +41,12 @@ TWO_CORES = Protocol(
     configs={
         "plain": rates({"protect": "none"}, 5e-5, 3e-5, 1e-4, 2e-5, 1e-5, 2e-4),
         "sculpt": {
-            "inputs .95, lr 2e-4": {**_INPUTS, "remember": "inputs:0.95", "lr": 2e-4},
-            "inputs .9, lr 1e-4": {**_INPUTS, "remember": "inputs:0.9", "lr": 1e-4},
+            "inputs .95, lr 2e-4": {**INPUTS, "remember": "inputs:0.95", "lr": 2e-4},
+            "inputs .9, lr 1e-4": {**INPUTS, "remember": "inputs:0.9", "lr": 1e-4},
             "weights .25 + changes .12, lr 1e-4": {**_CHANGES, "lr": 1e-4},
-            "inputs .9, lr 2e-4": {**_INPUTS, "remember": "inputs:0.9", "lr": 2e-4},
-            "inputs .95, lr 1e-4": {**_INPUTS, "remember": "inputs:0.95", "lr": 1e-4},
-            "inputs .95, lr 4e-4": {**_INPUTS, "remember": "inputs:0.95", "lr": 4e-4},
+            "inputs .9, lr 2e-4": {**INPUTS, "remember": "inputs:0.9", "lr": 2e-4},
+            "inputs .95, lr 1e-4": {**INPUTS, "remember": "inputs:0.95", "lr": 1e-4},
+            "inputs .95, lr 4e-4": {**INPUTS, "remember": "inputs:0.95", "lr": 4e-4},
         },
         "random": {
             "dimensions of .25 + .12, lr 1e-4": {"method": "random", **_CHANGES, "lr": 1e-4},
