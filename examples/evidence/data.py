@@ -14,7 +14,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from sculpt_ops.continual.tasks import Example
 
 PARTS = ("entry", "dev", "final")
-TEXT_OF, PASSAGES = "BoolQA/BoolQA", 100
+TEXT_OF = "BoolQA/BoolQA"
+MEASURED_PASSAGES, KNOWN_PASSAGES = 100, 150
 
 
 def make_tasks(roots: Sequence[Path], model: Path, folder: Path, protocol: Protocol) -> None:
@@ -37,10 +38,18 @@ def make_tasks(roots: Sequence[Path], model: Path, folder: Path, protocol: Proto
             (folder / part / name / "options.json").write_text(json.dumps(task.options), encoding="utf-8")
 
 
-def make_text(roots: Sequence[Path], file: Path) -> None:
-    """Passages of Wikipedia that no task here is about, of the benchmark's BoolQA, for the model's perplexity."""
-    passages = [row.group.strip() for row in read_source(roots, TEXT_OF).test if row.group is not None]
-    file.write_text("\n\n".join(list(dict.fromkeys(passages))[:PASSAGES]), encoding="utf-8")
+def make_texts(roots: Sequence[Path], measured: Path, known: Path) -> None:
+    """Passages of Wikipedia that no task here is about, of the benchmark's BoolQA: of its test rows for the model's
+    perplexity, of its training rows others to be remembered."""
+    source = read_source(roots, TEXT_OF)
+    passages = _passages(source.test)[:MEASURED_PASSAGES]
+    others = [passage for passage in _passages(source.train) if passage not in set(passages)][:KNOWN_PASSAGES]
+    for file, text in ((measured, passages), (known, others)):
+        file.write_text("\n\n".join(text), encoding="utf-8")
+
+
+def _passages(rows: Sequence[Example]) -> list[str]:
+    return list(dict.fromkeys(row.group.strip() for row in rows if row.group is not None))
 
 
 def _write(folder: Path, part: str, rows: Sequence[Example], tokenizer: PreTrainedTokenizerBase) -> None:

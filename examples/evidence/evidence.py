@@ -26,6 +26,7 @@ def main() -> int:
     from jobs import STAGES, Queue
     from long_sequence import LONG_SEQUENCE
     from one_gpu import ONE_GPU
+    from protocol import KNOWN_TEXT
     from running import run
     from two_cores import TWO_CORES
     from workers import work_off
@@ -51,10 +52,11 @@ def main() -> int:
         ability = list(arguments.ability or ())
         if protocol.reads_text and arguments.data is not None:
             ability.append(work / "wikipedia.txt")
-            if not ability[-1].exists():
-                from data import make_text
+            known = work / KNOWN_TEXT
+            if not (ability[-1].exists() and known.exists()):
+                from data import make_texts
 
-                make_text(arguments.data, ability[-1])
+                make_texts(arguments.data, ability[-1], known)
         queue = Queue(protocol, arguments.stage, results, arguments.only)
         one = functools.partial(run, model=model, work=work, results=results, ability=ability)
         failed = work_off(queue, one, arguments.jobs, arguments.seconds)

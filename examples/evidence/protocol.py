@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-__all__ = ["BENCHMARK", "TEXT_TOKENS", "Protocol", "Settings", "rates"]
+__all__ = ["BENCHMARK", "KNOWN_TEXT", "TEXT_TOKENS", "Protocol", "Settings", "rates"]
 
 # Of a `TrainConfig`; protect as `parse_protect` reads it.
 Settings = Mapping[str, Any]
@@ -21,6 +21,8 @@ BENCHMARK = {
 }
 # Of a text; its instruction and the cue to answer come on top.
 TEXT_TOKENS = 96
+# Passages that a configuration's remember_text may name; beside the task folders.
+KNOWN_TEXT = "known.txt"
 
 
 @dataclass(frozen=True)
@@ -32,7 +34,8 @@ class Protocol:
     every configuration's own. configs: by method. ablations: of "sculpt", one thing changed at a time, on `dev_order`;
     bounds too, which are named so.
     foremost: methods whose runs begin before those of the others; none means that all go side by side.
-    reads_text: whether the model's perplexity is measured too, on passages that no task is about.
+    reads_text: whether the model's perplexity is measured too, on passages that no task is about; and whether others of
+    that kind, `KNOWN_TEXT`, are there to be remembered.
     """
 
     train_items: int

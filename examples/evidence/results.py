@@ -59,7 +59,8 @@ def pack(result: RunResult, folder: Path, about: dict[str, Any]) -> None:
 
 def _without_folders(config: dict[str, Any]) -> dict[str, Any]:
     """Names in place of paths, which say where a machine keeps things."""
-    return {"model": Path(config["model"]).name, "tasks": [Path(task).name for task in config["tasks"]], "output": ""}
+    files = {name: Path(config[name]).name for name in ("model", "remember_text") if config.get(name)}
+    return {**files, "tasks": [Path(task).name for task in config["tasks"]], "output": ""}
 
 
 def _task(task: LearnedTask) -> dict[str, Any]:

@@ -47,6 +47,8 @@ def run(job: Job, model: Path, work: Path, results: Path, ability: Sequence[Path
         settings |= {"ability": list(ability), "ability_items": ABILITY_ITEMS}
     settings.setdefault("eval_options", job.part == "final")
     settings["protect"] = parse_protect(settings.get("protect", "0.5"))
+    if "remember_text" in settings:
+        settings["remember_text"] = work / settings["remember_text"]
     config = TrainConfig(
         model=model,
         tasks=[work / job.folder / name for name in job.tasks],

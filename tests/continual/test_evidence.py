@@ -99,7 +99,8 @@ def made(name: str, final: tuple[float, float], learned: float = 0.8, seed: int 
         if share is not None
         for item in range(20)
     ]
-    config = {"model": "/somewhere/tiny", "tasks": [f"/somewhere/{t}" for t in TASKS], "output": "/o", "seed": seed}
+    folders = {"model": "/somewhere/tiny", "tasks": [f"/somewhere/{t}" for t in TASKS], "output": "/o"}
+    config = {**folders, "remember_text": "/somewhere/known.txt", "seed": seed}
     tasks = [LearnedTask(t, 320, 20, None, 40, 1.0, 2.0, [0.5], [(1, 1.0)], 10, majority=0.5) for t in TASKS]
     ability = {when: {"q accuracy": share, "q items": 4.0} for when, share in (("before", 0.5), ("after", final[0]))}
     return RunResult(
@@ -191,9 +192,11 @@ def test_the_protocol_is_of_settings_that_there_are(modules: dict[str, Any], pro
     for job in every:
         settings = {**job.settings, "protect": parse_protect(job.settings.get("protect", "0.5"))}
         config = TrainConfig("model", ["task"], "output", **settings)
+        assert protocol.reads_text or config.remember_text is None
         if not job.config.startswith("bound: "):
-            assert config.method == job.method or (config.method == "sculpt" and job.method in ("plain", "sculpt"))
-            assert config.protects == (job.method in ("sculpt", "random"))
+            ours = job.method.startswith("sculpt")
+            assert config.method == job.method or (config.method == "sculpt" and (ours or job.method == "plain"))
+            assert config.protects == (ours or job.method == "random")
     assert max(map(len, protocol.configs.values())) <= 6
     assert set(protocol.dev_order) <= set(protocol.datasets)
     assert all(sorted(order) == sorted(protocol.dev_order) for order in protocol.orders.values())
@@ -312,10 +315,11 @@ def test_the_three_layouts_give_prompts_of_the_same_form(modules: dict[str, Any]
     passages = write_benchmark / "BoolQA" / "BoolQA"
     passages.mkdir(parents=True)
     (passages / "labels.json").write_text(json.dumps(["True", "False"]))
-    asked = [{"sentence": f"question: is it {i} ?\npassage: Of {i // 2}.", "label": "True"} for i in range(4)]
-    for part in ("train", "test"):
-        (passages / f"{part}.json").write_text(json.dumps(asked))
-    modules["data"].make_text([write_benchmark], write_benchmark / "text.txt")
-    assert (write_benchmark / "text.txt").read_text().split("\n\n") == ["Of 0.", "Of 1."]
+    asked = [{"sentence": f"question: is it {i} ?\npassage: Of {i // 2}.", "label": "True"} for i in range(8)]
+    for part, rows in (("train", asked), ("test", asked[:4])):
+        (passages / f"{part}.json").write_text(json.dumps(rows))
+    files = [write_benchmark / "measured.txt", write_benchmark / "known.txt"]
+    modules["data"].make_texts([write_benchmark], *files)
+    assert [file.read_text().split("\n\n") for file in files] == [["Of 0.", "Of 1."], ["Of 2.", "Of 3."]]
     with pytest.raises(ValueError, match=r"--data: none of .* has TC/three"):
         modules["sources"].read_source([write_benchmark], "TC/three")
