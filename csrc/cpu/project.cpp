@@ -188,16 +188,20 @@ void foreach_project_(std::vector<Tensor> grads, std::vector<Optional> lefts, st
       STD_TORCH_CHECK(!share_memory(grads[written[i].second], grads[written[j].second]), op,
                       ": grads: wanted entries with memory of their own, given entries ", written[i].second, " and ",
                       written[j].second, " that share memory");
-  // A basis of one entry inside the matrix of another would be read after it was overwritten.
+  // A basis of one entry inside the matrix of another would be read after it was overwritten. Column slices may lie
+  // within the span of an entry that begins long before them.
+  std::vector<uintptr_t> reach;
+  for (const auto& [extent, i] : written) reach.push_back(reach.empty() ? extent.end : std::max(reach.back(), extent.end));
   for (const auto* bases : {&lefts, &rights})
     for (size_t i = 0; i < count; ++i) {
-      if (!(*bases)[i]) continue;
+      if (!(*bases)[i] || (*bases)[i]->numel() == 0) continue;
       const Extent basis(*(*bases)[i]);
-      auto at = std::upper_bound(written.begin(), written.end(), basis.end,
-                                 [](uintptr_t end, const auto& w) { return end <= w.first.begin; });
-      STD_TORCH_CHECK(at == written.begin() || !basis.meets((at - 1)->first), op, ": ",
-                      bases == &lefts ? "lefts" : "rights", ": wanted memory of its own, given entry ", i,
-                      " that shares memory with one of grads");
+      const auto after = std::lower_bound(written.begin(), written.end(), basis.end,
+                                          [](const auto& w, uintptr_t end) { return w.first.begin < end; });
+      for (size_t at = after - written.begin(); at > 0 && reach[at - 1] > basis.begin; --at)
+        STD_TORCH_CHECK(!share_memory(grads[written[at - 1].second], *(*bases)[i]), op, ": ",
+                        bases == &lefts ? "lefts" : "rights", ": wanted memory of its own, given entry ", i,
+                        " that shares memory with entry ", written[at - 1].second, " of grads");
     }
   for (size_t i = 0; i < count; ++i)
     execute(grads[i], grads[i],

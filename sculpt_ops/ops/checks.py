@@ -6,7 +6,9 @@ Python because a message raised inside a stable-ABI kernel is lost on torch < 2.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Sequence
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -286,7 +288,9 @@ def check_apart(op: str, written_name: str, written: Tensor, **others: Tensor | 
 def check_foreach_apart(
     op: str, grads: Sequence[Tensor], lefts: Sequence[Tensor | None], rights: Sequence[Tensor | None]
 ) -> None:
-    """No two entries to be written, and no basis and entry, share memory. Reads addresses: eager only."""
+    """No two entries to be written, and no entry and basis of any, share memory. Reads addresses: eager only."""
+    for i, grad in enumerate(grads):
+        check_written(op, f"grads[{i}]", grad)
     order = sorted((_extent(grad), i) for i, grad in enumerate(grads) if grad.numel())
     for at, ((_, end), i) in enumerate(order):
         for (begin, _), j in order[at + 1 :]:
@@ -297,6 +301,15 @@ def check_foreach_apart(
                     f"{op}: grads: given entries {min(i, j)} and {max(i, j)} that share memory, wanted memory of "
                     "their own"
                 )
-    for i, grad in enumerate(grads):
-        check_written(op, f"grads[{i}]", grad)
-        check_apart(op, f"grads[{i}]", grad, **{f"lefts[{i}]": lefts[i], f"rights[{i}]": rights[i]})
+    begins = [begin for (begin, _), _ in order]
+    reach = list(accumulate((end for (_, end), _ in order), max))
+    for name, bases in (("lefts", lefts), ("rights", rights)):
+        for i, basis in enumerate(bases):
+            if basis is None or basis.numel() == 0:
+                continue
+            begin, end = _extent(basis)
+            # Column slices may lie within the span of an entry that begins long before them.
+            at = bisect_left(begins, end)
+            while at > 0 and reach[at - 1] > begin:
+                at -= 1
+                check_apart(op, f"grads[{order[at][1]}]", grads[order[at][1]], **{f"{name}[{i}]": basis})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 import sculpt_ops
+from sculpt_ops.ops.checks import check_foreach_apart
 
 from .accuracy import gaussian, orthonormal
 
@@ -165,6 +167,30 @@ def test_foreach_refuses_entries_that_share_memory_and_lists_of_other_lengths() 
     with pytest.raises(ValueError, match=r"entry 1.*left"):
         sculpt_ops.foreach_project_([matrix[:M], matrix[M:]], [left, left[:5]], [None, None])
     assert torch.equal(matrix, before)
+
+
+@pytest.mark.parametrize("by", ["op", "check"])
+def test_foreach_refuses_a_basis_inside_any_entry(by: str) -> None:
+    def call(grads: list[Tensor], lefts: list[Tensor | None]) -> None:
+        check = sculpt_ops.foreach_project_ if by == "op" else partial(check_foreach_apart, "foreach_project_")
+        check(grads, lefts, [None] * len(grads))
+
+    matrix = gaussian(100, 8, dtype=torch.float32)
+    left = orthonormal(100, 2, torch.float32)
+    long, short, below, beside = matrix[:, :4], matrix[:2, 4:], matrix[2:4, 4:], matrix[50:52, :2]
+    before = matrix.clone()
+    words = r"lefts.*memory"
+    # The entry that begins last before the basis, and one that begins before that and ends later.
+    with pytest.raises((ValueError, RuntimeError), match=words):
+        call([long, short], [left, beside])
+    with pytest.raises((ValueError, RuntimeError), match=words):
+        call([short, long], [beside, left])
+    with pytest.raises((ValueError, RuntimeError), match=words):
+        call([matrix[:2], matrix[2:]], [matrix[4:6, :2], None])
+    assert torch.equal(matrix, before)
+    call([long, short], [None, below[:, :2]])
+    call([long, short], [None, matrix[50:52, 4:6]])
+    call([long, short], [left, beside[:, :0]])
 
 
 RESTORE_WRONG: list[tuple[str, dict[str, Any], str]] = [
