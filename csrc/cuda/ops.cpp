@@ -48,6 +48,7 @@ void project_(Tensor grad, std::optional<Tensor> left, std::optional<Tensor> rig
   STD_TORCH_CHECK(left.has_value() || right.has_value(), kOp, ": left, right: wanted at least one basis, given none");
   const bool both = left.has_value() && right.has_value();
   STD_TORCH_CHECK(both || !block, kOp, ": block: wanted only with both bases, given with one");
+  STD_TORCH_CHECK(!block || !(keep_left || keep_right), kOp, ": block: wanted no keep_left and no keep_right with it");
   const int64_t m = grad.size(0), n = grad.size(1);
   check_side("left", left, grad, m, keep_left);
   check_side("right", right, grad, n, keep_right);
@@ -71,10 +72,14 @@ void project_(Tensor grad, std::optional<Tensor> left, std::optional<Tensor> rig
   const bool fit = n % 8 == 0 && (!left || left_plan.fits) && (!right || right_plan.fits);
   if (fit && !block && device.major == 9) {
     void* const matrix = grad.mutable_data_ptr();
-    if (left)
-      error = project_side_sm90a(matrix, left->const_data_ptr(), m, n, r, false, left_float, keep_left, left_plan, on);
+    SideEntry first, second;
+    if (left) error = side_entry(matrix, left->const_data_ptr(), m, n, r, false, keep_left, left_plan, 0, first);
     if (right && error == cudaSuccess)
-      error = project_side_sm90a(matrix, right->const_data_ptr(), m, n, s, true, right_float, keep_right, right_plan, on);
+      error = side_entry(matrix, right->const_data_ptr(), m, n, s, true, keep_right, right_plan, 0, second);
+    if (left && error == cudaSuccess) error = side_runs(false, left_float, left_plan);
+    if (right && error == cudaSuccess) error = side_runs(true, right_float, right_plan);
+    if (left && error == cudaSuccess) error = project_side_sm90a(first, false, left_float, left_plan, on);
+    if (right && error == cudaSuccess) error = project_side_sm90a(second, true, right_float, right_plan, on);
   } else {
     STD_TORCH_CHECK(both && !(keep_left || keep_right), kOp,
                     ": left, right: wanted a GPU of capability 9.0, rows of a multiple of 8 numbers, and ranks of 1 to ",

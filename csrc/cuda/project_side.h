@@ -20,15 +20,18 @@ struct SideEntry {
 // As much as `sculpt_ops/ops/side_lists.py` makes room for; CUDA 12 and 13 align the boxes differently.
 static_assert(sizeof(SideEntry) <= 256);
 
-// G -= U (Uᵀ G), with `right` G -= (G U) Uᵀ, with `keep` what is subtracted there: G bfloat16 (m x n), U (m x r or n x r)
-// bfloat16, or float32 if `split`; both contiguous, aligned to 16 bytes, n a multiple of 8. `plan` is `side_panels` of
-// these. cudaErrorInvalidValue where it does not fit; G is then as it was.
-cudaError_t project_side_sm90a(void* grad, const void* basis, int64_t m, int64_t n, int64_t r, bool right, bool split,
-                               bool keep, const SidePanels& plan, cudaStream_t stream);
-
-// The entry of such a matrix in a list whose entries before have `first_panel` panels.
+// The entry of a matrix G, bfloat16 (m x n), with U (m x r or n x r), bfloat16, or float32 if split; both contiguous,
+// aligned to 16 bytes, n a multiple of 8. In a list, entries before have `first_panel` panels. cudaErrorInvalidValue where
+// `plan`, which is `side_panels` of these, does not fit.
 cudaError_t side_entry(void* grad, const void* basis, int64_t m, int64_t n, int64_t r, bool right, bool keep,
                        const SidePanels& plan, int64_t first_panel, SideEntry& entry);
+
+// Whether the current device runs what has such a plan: asked before the first of two sides is written.
+cudaError_t side_runs(bool right, bool split, const SidePanels& plan);
+
+// G -= U (Uᵀ G), with `right` G -= (G U) Uᵀ, with an entry's `keep` what is subtracted there.
+cudaError_t project_side_sm90a(const SideEntry& entry, bool right, bool split, const SidePanels& plan,
+                               cudaStream_t stream);
 
 // A list in the device's memory, of matrices that have the same `plan` but for their sizes (`rows` as large as the largest
 // wants), in one launch; `panels` are those of all.

@@ -26,11 +26,9 @@
 #include <cuda_bf16.h>
 #include <cuda_runtime.h>
 
-#include <algorithm>
-
 #include "common/side_panels.h"
-#include "cuda/active_clusters.h"
 #include "cuda/bulk.h"
+#include "cuda/cluster_launch.h"
 #include "cuda/side_boxes.h"
 #include "cuda/wgmma.h"
 
@@ -440,54 +438,49 @@ Kernel kernel_of(const SidePanels& plan, bool split, bool right) {
   return split ? kernel_of<true, false>(plan) : kernel_of<false, false>(plan);
 }
 
-cudaError_t launch(const SideEntry& one, const SideEntry* list, int64_t panels, bool right, bool split,
-                   const SidePanels& plan, cudaStream_t stream) {
-  const Kernel kernel = plan.fits ? kernel_of(plan, split, right) : nullptr;
+cudaError_t prepare(bool right, bool split, const SidePanels& plan, cudaStream_t stream, ClusterLaunch& launch,
+                    Kernel& kernel) {
+  kernel = plan.fits ? kernel_of(plan, split, right) : nullptr;
   if (kernel == nullptr) return cudaErrorInvalidValue;
-  cudaLaunchAttribute attribute{};
-  attribute.id = cudaLaunchAttributeClusterDimension;
-  attribute.val.clusterDim.x = static_cast<unsigned>(plan.cluster);
-  attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3(static_cast<unsigned>(plan.cluster * std::min<int64_t>(panels, 1024)));
-  config.blockDim = dim3(kThreads);
-  config.dynamicSmemBytes = static_cast<size_t>(plan.bytes);
-  config.stream = stream;
-  config.attrs = &attribute;
-  config.numAttrs = 1;
-  int device = 0, clusters = 0;
-  cudaError_t error = cudaGetDevice(&device);
-  if (error == cudaSuccess) error = active_clusters(reinterpret_cast<const void*>(kernel), plan, device, config, clusters);
-  if (error != cudaSuccess) return error;
-  // A GPU whose GPCs are cut smaller than the cluster.
-  if (clusters < 1) return cudaErrorInvalidConfiguration;
-  config.gridDim = dim3(static_cast<unsigned>(plan.cluster * std::min<int64_t>(panels, clusters)));
+  return launch.prepare(reinterpret_cast<const void*>(kernel), plan, kThreads, stream);
+}
+
+cudaError_t project(const SideEntry& one, const SideEntry* list, int64_t panels, bool right, bool split,
+                    const SidePanels& plan, cudaStream_t stream) {
+  ClusterLaunch launch;
+  Kernel kernel;
+  if (const cudaError_t error = prepare(right, split, plan, stream, launch, kernel); error != cudaSuccess) return error;
+  launch.cover(panels, plan);
   const Sizes size{static_cast<int>(plan.rows), static_cast<int>(plan.cluster), static_cast<int>(plan.owned),
                    static_cast<int>(plan.slots), static_cast<int>(plan.stages),
                    static_cast<int>(box_rows(plan, right))};
-  return cudaLaunchKernelEx(&config, kernel, one, list, panels, size);
+  return cudaLaunchKernelEx(&launch.config, kernel, one, list, panels, size);
 }
 
 }  // namespace
 
 cudaError_t side_entry(void* grad, const void* basis, int64_t m, int64_t n, int64_t r, bool right, bool keep,
                        const SidePanels& plan, int64_t first_panel, SideEntry& entry) {
+  if (!plan.fits) return cudaErrorInvalidValue;
   entry.basis = basis, entry.m = m, entry.n = n, entry.r = static_cast<int>(r), entry.keep = keep;
   entry.first_panel = first_panel, entry.panels = ((right ? m : n) + plan.width - 1) / plan.width;
   return boxes_of(grad, m, n, right, plan, entry.map);
 }
 
-cudaError_t project_side_sm90a(void* grad, const void* basis, int64_t m, int64_t n, int64_t r, bool right, bool split,
-                               bool keep, const SidePanels& plan, cudaStream_t stream) {
-  if (!plan.fits) return cudaErrorInvalidValue;
-  SideEntry one;
-  const cudaError_t error = side_entry(grad, basis, m, n, r, right, keep, plan, 0, one);
-  return error == cudaSuccess ? launch(one, nullptr, one.panels, right, split, plan, stream) : error;
+cudaError_t side_runs(bool right, bool split, const SidePanels& plan) {
+  ClusterLaunch launch;
+  Kernel kernel;
+  return prepare(right, split, plan, nullptr, launch, kernel);
+}
+
+cudaError_t project_side_sm90a(const SideEntry& entry, bool right, bool split, const SidePanels& plan,
+                               cudaStream_t stream) {
+  return project(entry, nullptr, entry.panels, right, split, plan, stream);
 }
 
 cudaError_t project_sides_sm90a(const SideEntry* list, int64_t panels, bool right, bool split, const SidePanels& plan,
                                 cudaStream_t stream) {
-  return launch(SideEntry{}, list, panels, right, split, plan, stream);
+  return project(SideEntry{}, list, panels, right, split, plan, stream);
 }
 
 }  // namespace sculpt

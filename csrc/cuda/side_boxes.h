@@ -21,14 +21,14 @@ inline cudaError_t boxes_of(void* grad, int64_t m, int64_t n, bool right, const 
   using Encode = CUresult (*)(CUtensorMap*, CUtensorMapDataType, cuuint32_t, void*, const cuuint64_t*, const cuuint64_t*,
                               const cuuint32_t*, const cuuint32_t*, CUtensorMapInterleave, CUtensorMapSwizzle,
                               CUtensorMapL2promotion, CUtensorMapFloatOOBfill);
-  static void* found = nullptr;
-  if (found == nullptr) {
+  static void* const found = [] {
+    void* function = nullptr;
     cudaDriverEntryPointQueryResult result{};
     const cudaError_t error =
-        cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &found, 12000, cudaEnableDefault, &result);
-    if (error != cudaSuccess) return error;
-    if (result != cudaDriverEntryPointSuccess) return cudaErrorNotSupported;
-  }
+        cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &result);
+    return error == cudaSuccess && result == cudaDriverEntryPointSuccess ? function : nullptr;
+  }();
+  if (found == nullptr) return cudaErrorNotSupported;
   const cuuint64_t sizes[] = {static_cast<cuuint64_t>(n), static_cast<cuuint64_t>(m)};
   const cuuint64_t strides[] = {static_cast<cuuint64_t>(n) * 2};
   const cuuint32_t wide = static_cast<cuuint32_t>(plan.width), along = static_cast<cuuint32_t>(box_rows(plan, right));

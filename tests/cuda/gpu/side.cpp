@@ -27,7 +27,9 @@ extern "C" int side(void* grad, const void* basis, int64_t m, int64_t n, int64_t
   if (!plan.fits) return -1;
   emulated::forget();
   allow(grad, basis, m, n, r, right != 0, split != 0);
-  return sculpt::project_side_sm90a(grad, basis, m, n, r, right != 0, split != 0, keep != 0, plan, nullptr);
+  sculpt::SideEntry entry;
+  if (sculpt::side_entry(grad, basis, m, n, r, right != 0, keep != 0, plan, 0, entry)) return -2;
+  return sculpt::project_side_sm90a(entry, right != 0, split != 0, plan, nullptr);
 }
 
 struct Given {
