@@ -43,13 +43,13 @@ _KRYLOV_SHARE, _WARM_SHARE = 0.08, 0.25
 _RESOLVED = 1e4
 
 
-def choose_method(m: int, n: int, rank: int, dtype: torch.dtype, device_type: str, *, columns: int = 0) -> Method:
+def choose_method(m: int, n: int, rank: int, device_type: str, *, columns: int = 0) -> Method:
     """How `top_subspace` begins with an m x n matrix: "rsvd" (block Krylov) for a rank that is a small share of
     min(m, n), "svd" for tiny matrices, otherwise "gram". A spectrum that a method cannot resolve is handed on, to
     float64 and from "gram" in float64 to "svd".
 
     device_type: on "cuda" eigenvectors cost so little beside the launches of a Krylov space that "rsvd" begins at a
-        size of 8192, elsewhere at 1024. dtype: makes no difference; float32 was measured. columns: of the `start`.
+        size of 8192, elsewhere at 1024 (measured in float32). columns: of the `start`.
     """
     size = min(m, n)
     if size <= _TINY:
@@ -193,7 +193,7 @@ def _without_gram(task: _Task, seed: int) -> TopSubspace | None:
     rank = task.size if callable(wanted) else wanted if isinstance(wanted, int) else 1
     columns = 0 if task.start is None else task.start.shape[1]
     m, n = matrix.shape
-    method = choose_method(m, n, rank, matrix.dtype, matrix.device.type, columns=columns)
+    method = choose_method(m, n, rank, matrix.device.type, columns=columns)
     if method == "svd":
         return _from_svd(task)
     if method == "gram":

@@ -172,9 +172,7 @@ def _searched(layer: LayerSubspace) -> bool:
     basis, rank = layer.right_basis, layer.rank
     if basis is None or basis.keep or not rank:
         return False
-    stored = basis.columns
-    dtype = torch.promote_types(stored.dtype, torch.float32)
-    return choose_method(*layer.shape, rank, dtype, stored.device.type, columns=rank) == "rsvd"
+    return choose_method(*layer.shape, rank, basis.columns.device.type, columns=rank) == "rsvd"
 
 
 def _start(layer: LayerSubspace | None, matrix: Tensor) -> Tensor | None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
@@ -46,7 +47,9 @@ def load_subspaces(path: Path, own: Callable[[dict[str, tuple[int, int]]], Colle
     """
     tensors, header = _FILE.read(path, lambda key: own is None)
     if own is not None:
-        names = own({name: tuple(fields["shape"]) for name, fields in header["layers"].items()})
+        with _whole(path):
+            shapes = {name: tuple(fields["shape"]) for name, fields in header["layers"].items()}
+        names = own(shapes)
         tensors, header = _FILE.read(path, lambda key: key.partition(":")[0] in names or ":remembered:" in key)
     return unpack(tensors, header, path)
 
@@ -92,6 +95,20 @@ def pack(subspaces: Subspaces, sketches: Mapping[str, Tensor]) -> tuple[dict[str
 
 def unpack(tensors: Mapping[str, Tensor], header: Header, source: Path | str) -> Parts:
     """What `pack` has taken apart; ValueError, naming the `source`, if it does not go together."""
+    with _whole(source):
+        return _unpack(tensors, header, source)
+
+
+@contextmanager
+def _whole(source: Path | str) -> Iterator[None]:
+    """Of a header that lacks something the error names the file."""
+    try:
+        yield
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{source}: its header is not one of subspaces: {error!r}") from error
+
+
+def _unpack(tensors: Mapping[str, Tensor], header: Header, source: Path | str) -> Parts:
     from .subspaces import Parts, Unprotected
 
     tensors = {**tensors, **{key: tensors[first] for key, first in header["same"].items()}}

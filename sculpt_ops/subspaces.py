@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -191,12 +191,13 @@ class Subspaces(Mapping[str, LayerSubspace]):
                 shares = sketched_shares(layers, memory.remembered, earlier.start_sketches, sides_now)
             memory = replace(memory, start_sketches=sides_now)
         rest = {name: parameter for name, parameter in canonical_parameters(model)[0].items() if name not in found}
+        trained = {name for name, parameter in rest.items() if parameter.requires_grad and others == "train"}
+        subspaces = cls(layers, sketches, _unprotected(rest, trained), importance, memory, shares)
+        subspaces._parameters = {name: weakref.ref(parameter) for name, parameter in found.items()}
+        subspaces._spread()
         if others == "freeze":
             for parameter in rest.values():
                 parameter.requires_grad_(False)
-        subspaces = cls(layers, sketches, _summarise(rest), importance, memory, shares)
-        subspaces._parameters = {name: weakref.ref(parameter) for name, parameter in found.items()}
-        subspaces._spread()
         return subspaces
 
     def __getitem__(self, name: str) -> LayerSubspace:
@@ -466,9 +467,9 @@ def _own_names(model: nn.Module) -> Callable[[Mapping[str, tuple[int, int]]], se
     return own
 
 
-def _summarise(rest: Mapping[str, Tensor]) -> list[Unprotected]:
+def _unprotected(rest: Mapping[str, Tensor], trained: Collection[str]) -> list[Unprotected]:
     return [
-        Unprotected(pattern, len(names), sum(rest[name].numel() for name in names), trained)
-        for trained in (True, False)
-        for pattern, names in group_names(n for n, p in rest.items() if p.requires_grad == trained).items()
+        Unprotected(pattern, len(names), sum(rest[name].numel() for name in names), is_trained)
+        for is_trained in (True, False)
+        for pattern, names in group_names(name for name in rest if (name in trained) == is_trained).items()
     ]

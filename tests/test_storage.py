@@ -1,3 +1,4 @@
+import json
 import sys
 from pathlib import Path
 
@@ -63,6 +64,11 @@ def test_load_refuses_other_files(tmp_path: Path) -> None:
     save_file(tensors | {"square:sketch": torch.zeros(32, 16, dtype=torch.float64)}, path, metadata)
     with pytest.raises(ValueError, match=r"the sketch of square has shape \(32, 16\), wanted \(96, 16\)"):
         Subspaces.load(path)
+    ((key, header),) = metadata.items()
+    for content in (json.dumps(json.loads(header) | {"layers": {"square": {}}}), header.replace("unprotected", "x")):
+        save_file(tensors, path, {key: content})
+        with pytest.raises(ValueError, match=r"subspaces\.safetensors: its header is not one of subspaces"):
+            Subspaces.load(path)
     with pytest.raises(FileNotFoundError):
         Subspaces.load(tmp_path / "absent.safetensors")
 

@@ -85,8 +85,8 @@ def captured(matrix: Tensor, top: TopSubspace) -> float:
     ],
 )
 def test_method_follows_shape_and_rank(m: int, n: int, rank: int, columns: int, method: str) -> None:
-    assert choose_method(m, n, rank, torch.float32, "cpu", columns=columns) == method
-    assert choose_method(n, m, rank, torch.float32, "cpu", columns=columns) == method
+    assert choose_method(m, n, rank, "cpu", columns=columns) == method
+    assert choose_method(n, m, rank, "cpu", columns=columns) == method
 
 
 @pytest.mark.parametrize(
@@ -104,8 +104,8 @@ def test_method_follows_shape_and_rank(m: int, n: int, rank: int, columns: int, 
     ],
 )
 def test_method_on_a_gpu(m: int, n: int, rank: int, columns: int, method: str) -> None:
-    assert choose_method(m, n, rank, torch.float32, "cuda", columns=columns) == method
-    assert choose_method(n, m, rank, torch.float32, "cuda", columns=columns) == method
+    assert choose_method(m, n, rank, "cuda", columns=columns) == method
+    assert choose_method(n, m, rank, "cuda", columns=columns) == method
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

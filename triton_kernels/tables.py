@@ -18,7 +18,11 @@ _captured: dict[int, Any] = {}
 
 
 def is_capturing(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    """Whether a CUDA graph is being captured on the current stream of `device`."""
+    if device.type != "cuda":
+        return False
+    with torch.cuda.device(device):
+        return torch.cuda.is_current_stream_capturing()
 
 
 def held(key: Hashable, make: Callable[[], T], device: torch.device) -> T:

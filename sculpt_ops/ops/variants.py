@@ -118,15 +118,14 @@ def _asked(matrix: Tensor, left: Tensor | None, right: Tensor | None) -> str:
 
 def backend_of(grad: Tensor, left: Tensor | None, right: Tensor | None, block: bool, matrices: int = 1) -> Backend:
     """What the heuristics choose for this matrix, one of so many of a list; at least one basis is there."""
-    basis = left if left is not None else right
-    assert basis is not None
+    dtypes = [basis.dtype for basis in (left, right) if basis is not None]
     return choose(
         grad.shape[-2],
         grad.shape[-1],
         None if left is None else left.shape[-1],
         None if right is None else right.shape[-1],
         grad.dtype,
-        basis.dtype,
+        torch.float32 if torch.float32 in dtypes else dtypes[0],
         batch=matrices * grad.shape[:-2].numel(),
         gpu=gpu_of(grad.device.index if grad.is_cuda else None),
         triton=triton_missing() is None,

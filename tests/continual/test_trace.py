@@ -10,7 +10,7 @@ import pytest
 from sculpt_ops.continual import Example, load_tasks
 from sculpt_ops.continual.benchmark import LONG_TASKS, SEQUENCES, load_sequence
 from sculpt_ops.continual.tasks import read_task
-from sculpt_ops.continual.trace import METRICS, TRACE_EPOCHS, TRACE_TASKS, read_trace_task
+from sculpt_ops.continual.trace import METRICS, TRACE_TASKS, read_trace_task
 
 ROWS = [{"prompt": "Stance:\n", "answer": "A"}, {"prompt": "Stance: ", "answer": " C "}]
 
@@ -41,7 +41,6 @@ def test_a_folder_is_a_task_with_the_papers_metric(tmp_path: Path) -> None:
     assert tasks["MeetingBank"].test == [Example("Summary:", "one\ntwo")]
     sequence = load_sequence("trace", tmp_path)
     assert (sequence.name, tuple(task.name for task in sequence.tasks), sequence.note) == ("trace", TRACE_TASKS, None)
-    assert [TRACE_EPOCHS[name] for name in TRACE_TASKS] == [5, 3, 7, 5, 3, 5, 5, 7]
 
 
 @pytest.mark.parametrize(

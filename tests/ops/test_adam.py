@@ -248,7 +248,7 @@ def test_python_refuses_what_the_cuda_kernel_would(wrong: str, called: list[str]
 def test_counts_on_the_cpu_are_refused_while_a_graph_is_captured(
     called: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(adam_ops, "_capturing", lambda device: True)
+    monkeypatch.setattr(adam_ops, "is_capturing", lambda device: True)
     case = a_case([(6,), (5,)])
     with pytest.raises(RuntimeError, match=r"_adam_: counts: given on the CPU while .*capturable=True"):
         adam_cuda_(*case, **HYPERPARAMETERS)

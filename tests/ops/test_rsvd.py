@@ -322,7 +322,7 @@ def test_finite_numbers_whose_squares_overflow_are_not_refused() -> None:
 
 
 def test_graph_capture_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys.modules["sculpt_ops.ops.rsvd"], "capturing", lambda _: True)
+    monkeypatch.setattr(sys.modules["sculpt_ops.ops.rsvd"], "is_capturing", lambda _: True)
     with pytest.raises(RuntimeError, match="rsvd: matrix: given during CUDA graph capture, wanted a call outside it"):
         sculpt_ops.rsvd(A, 1)
 

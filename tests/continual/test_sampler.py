@@ -8,11 +8,12 @@ from pathlib import Path
 import pytest
 
 from sculpt_ops.continual.encoding import Collator, Encoded
-from sculpt_ops.continual.grouping import GroupedByLength
+from sculpt_ops.continual.sampler import LengthGrouped
 
 transformers = pytest.importorskip("transformers", reason="the trainer needs pip install sculpt-ops[train]")
 
 ROWS = [Encoded([5] * random.Random(number).randint(1, 40), [6, 1]) for number in range(203)]
+LENGTHS = [len(row.prompt) + len(row.answer) for row in ROWS]
 
 
 def padded(order: list[int], batch: int) -> int:
@@ -21,7 +22,7 @@ def padded(order: list[int], batch: int) -> int:
 
 
 def test_all_rows_once_and_little_padding() -> None:
-    order = list(GroupedByLength(ROWS, 8))
+    order = list(LengthGrouped(LENGTHS, 8, seed=0))
     assert sorted(order) == list(range(len(ROWS)))
     tokens = sum(len(row.prompt) for row in ROWS)
     assert padded(order, 8) < 1.2 * tokens
@@ -29,15 +30,15 @@ def test_all_rows_once_and_little_padding() -> None:
 
 
 def test_the_order_is_that_of_seed_and_epoch() -> None:
-    sampler = GroupedByLength(ROWS, 8, seed=3)
+    sampler = LengthGrouped(LENGTHS, 8, seed=3)
     first = list(sampler)
     sampler.set_epoch(1)
     second = list(sampler)
     assert first != second
-    again = GroupedByLength(ROWS, 8, seed=3)
+    again = LengthGrouped(LENGTHS, 8, seed=3)
     again.set_epoch(1)
     assert list(again) == second
-    assert list(GroupedByLength(ROWS, 8, seed=4)) != first
+    assert list(LengthGrouped(LENGTHS, 8, seed=4)) != first
 
 
 def test_trainer_sets_the_epoch(
@@ -47,8 +48,8 @@ def test_trainer_sets_the_epoch(
     collate = Collator(llama, tokenizer)
 
     class Trainer(transformers.Trainer):
-        def _get_train_sampler(self, train_dataset: object = None) -> GroupedByLength:
-            return GroupedByLength(ROWS, 8)
+        def _get_train_sampler(self, train_dataset: object = None) -> LengthGrouped:
+            return LengthGrouped(LENGTHS, 8, seed=0)
 
     def record(rows: list[Encoded]) -> dict[str, object]:
         seen.extend(len(row.prompt) for row in rows)
@@ -65,7 +66,7 @@ def test_trainer_sets_the_epoch(
         disable_tqdm=True,
     )
     Trainer(model=llama, args=arguments, train_dataset=ROWS, data_collator=record).train()
-    sampler = GroupedByLength(ROWS, 8)
+    sampler = LengthGrouped(LENGTHS, 8, seed=0)
     expected = list(sampler)
     sampler.set_epoch(1)
     expected += list(sampler)
