@@ -1,7 +1,7 @@
 # make setup   a virtual environment in .venv with the pinned packages and the built extension
 # make test    everything that must hold: tests, ruff, mypy, kernels compiled for every architecture
 # make demo    the main job on a real model, at most 10 minutes on two cores once packages are installed
-# make evidence DATA=FOLDER   what each method forgets, on the O-LoRA benchmark's data: hours, can be stopped and goes on
+# make evidence DATA=FOLDER   what each method forgets, on the O-LoRA benchmark's data: days on two cores; can be stopped, and goes on
 # make bench   the CPU benchmark tables in bench/results
 PYTHON ?= python3
 VENV := .venv
