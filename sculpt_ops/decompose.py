@@ -78,7 +78,7 @@ def top_subspace(
             and tells early where it is not.
         start: (n, j), float32, or float64 with a float64 matrix: a basis of nearly the right space, such as `right` of
             the matrix as it was a task ago. Used where "rsvd" is.
-        seed: of the random columns of "rsvd". Same seed, same device: the same bits.
+        seed: of the random columns of "rsvd". Same seed, same device, same number of threads: the same bits.
 
     A DTensor (Replicate and Shard in any combination) takes "gram" in float64 at every rank, and no `start`; the bases
     are DTensors, those of the longer side split along it. All ranks of the mesh call together.
@@ -237,7 +237,7 @@ def _from_grams(tasks: Sequence[_Task], double: bool) -> list[TopSubspace | None
         rank = task.rank(squares, total)
         # Below what float64 resolves a float32 matrix holds nothing but its own rounding.
         settled = double and task.matrix.dtype is not torch.float64
-        if settled or rank == size or _resolved(squares, rank, dtype):
+        if settled or _resolved(squares, rank, dtype):
             near, rest = vector[:, size - rank :].flip(1), vector[:, : size - rank]
             results.append(task.result("gram", near, squares[:rank], total, rest=rest))
         else:

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
+import numpy as np
 from torch import Tensor
 
 from .linalg import smallest_rank
@@ -170,10 +171,11 @@ def as_policy(
         return Fraction(1.0 - unfreeze_rank_ratio)
     if protect is None:
         return Fraction(0.5)
-    if isinstance(protect, float):
+    if isinstance(protect, float | np.floating):
+        protect = float(protect)
         _check_share("protect", protect)
         return Fraction(protect)
-    if isinstance(protect, int):
+    if isinstance(protect, int | np.integer):
         raise TypeError(
             f"protect={protect!r} could be a share or a number of directions: write protect={float(protect)} "
             f"for a share of min(m, n) or protect=Rank({int(protect)}) for a rank"

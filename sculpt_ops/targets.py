@@ -55,7 +55,8 @@ def resolve_targets(model: nn.Module, targets: str | Sequence[str] | None = None
         pattern that matches an alias of a tied parameter selects the stored parameter.
 
     Raises ValueError if the architecture is unknown and no pattern is given, if a pattern matches nothing, or if a
-    matched parameter cannot be projected: frozen, quantised, wrapped by LoRA, on the meta device, sharded, or not 2-d.
+    matched parameter cannot be projected: frozen, quantised, wrapped by LoRA, on the meta device, sharded, empty or not
+    2-d.
     """
     parameters, aliases = canonical_parameters(model)
     found: dict[str, nn.Parameter] = {}
@@ -127,6 +128,8 @@ def _unfit(name: str, parameter: Tensor, quantised_model: bool) -> str | None:
         return "on the meta device, without values (load the weights first, without offloading)"
     if parameter.ndim != 2:
         return f"not a 2-d matrix but of shape {tuple(parameter.shape)} (narrow targets= to matrices)"
+    if parameter.numel() == 0:
+        return f"empty, of shape {tuple(parameter.shape)} (leave them out with targets=)"
     if not parameter.requires_grad:
         return "frozen (call requires_grad_(True) on them, or leave them out with targets=)"
     return None

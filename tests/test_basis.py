@@ -88,6 +88,12 @@ def test_reflector_splits_the_space_it_was_made_from(space: str, dtype: torch.dt
     assert largest((Q @ span)[k:]) <= ORTHONORMAL[dtype]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_span_of_a_reflector_is_orthonormal_at_the_size_of_a_model(dtype: torch.dtype) -> None:
+    span = store(orthonormal(576, 288, torch.float64), "reflector", dtype).span().double()
+    assert largest(span.mT @ span - torch.eye(288).double()) <= 3e-7
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("width", [0, 1, 12, D])
 def test_free_basis_keeps_its_span(width: int, dtype: torch.dtype) -> None:

@@ -362,6 +362,8 @@ def test_unusable_options_are_refused() -> None:
         ValueError, match=r"moment_dtype must be torch\.float32, torch\.bfloat16 or None, got torch\.fl"
     ):
         AdamW(parameters, moment_dtype=torch.float16)
+    with pytest.raises(ValueError, match=r"moment_dtype=torch\.bfloat16 cannot be combined with float64 parameters"):
+        AdamW([nn.Parameter(torch.zeros(4, 4).double())], moment_dtype=BF16)
     for option in ("fused", "differentiable"):
         with pytest.raises(ValueError, match=f"{option}=True cannot be combined with master, moment_dtype or decay_to"):
             AdamW(parameters, master="split", **{option: True})  # type: ignore[arg-type]

@@ -1,5 +1,6 @@
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -90,8 +91,10 @@ def test_unusable_arguments_are_refused() -> None:
     for bad in (2.0, True, "4"):
         with pytest.raises(TypeError, match="rank must be an int"):
             Rank(bad)  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match=r"protect=Rank\(64\)"):
-        as_policy(64)
+    for count in (64, np.int64(64)):
+        with pytest.raises(TypeError, match=r"protect=Rank\(64\)"):
+            as_policy(count)  # type: ignore[arg-type]
+    assert as_policy(np.float32(0.5)) == as_policy(0.5)  # type: ignore[arg-type]
     for bad in ("half", Rank, Importance):
         with pytest.raises(TypeError, match=r"protect must be a float, Rank\(\.\.\.\), Energy\(\.\.\.\), Importance"):
             as_policy(bad)  # type: ignore[arg-type]

@@ -143,6 +143,7 @@ def test_unfit_targets_are_listed_in_one_error() -> None:
     layers[1].self_attn.k_proj.weight = nn.Parameter(torch.zeros(4, 4, dtype=torch.uint8), requires_grad=False)
     layers[0].mlp.up_proj = _LoraLinear(layers[0].mlp.up_proj)
     layers[1].mlp.up_proj.to("meta")
+    layers[1].mlp.down_proj.weight = nn.Parameter(torch.zeros(0, 4))
     with pytest.raises(ValueError, match="cannot be protected") as caught:
         resolve_targets(model)
     message = str(caught.value)
@@ -151,6 +152,7 @@ def test_unfit_targets_are_listed_in_one_error() -> None:
         ("model.layers.1.self_attn.k_proj.weight", "torch.uint8"),
         ("model.layers.0.mlp.up_proj.base_layer.weight", "merge_and_unload"),
         ("model.layers.1.mlp.up_proj.weight", "meta device"),
+        ("model.layers.1.mlp.down_proj.weight", "empty"),
     ):
         assert name in message
         assert advice in message

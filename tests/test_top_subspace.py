@@ -69,6 +69,14 @@ def captured(matrix: Tensor, top: TopSubspace) -> float:
     )
 
 
+def test_all_values_keep_their_digits() -> None:
+    """A Gram matrix in float32 has the smallest of these 10 times too large."""
+    spectrum = torch.exp(-torch.arange(40.0, dtype=torch.float64) / 3)
+    matrix = with_spectrum(64, 40, spectrum)[0].float()
+    values = top_subspace(matrix, 40).singular_values
+    torch.testing.assert_close(values.double(), torch.linalg.svdvals(matrix.double()), rtol=1e-2, atol=0.0)
+
+
 @pytest.mark.parametrize(
     ("m", "n", "rank", "columns", "method"),
     [

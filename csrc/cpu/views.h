@@ -54,8 +54,8 @@ inline View entry(const Optional& t, const Tensor& matrix, int64_t index) {
 inline bool rows_contiguous(const View& v) { return !v.data || v.cols <= 1 || v.col_stride == 1; }
 inline bool cols_contiguous(const View& v) { return !v.data || v.rows <= 1 || v.row_stride == 1; }
 
-inline Tensor contiguous_copy(const Tensor& t) {
-  Tensor copy = torch::stable::empty(t.sizes(), t.scalar_type());
+inline Tensor contiguous_copy(const Tensor& t, std::optional<ScalarType> type = {}) {
+  Tensor copy = torch::stable::empty(t.sizes(), type.value_or(t.scalar_type()));
   torch::stable::copy_(copy, t);
   return copy;
 }

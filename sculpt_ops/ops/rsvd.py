@@ -68,26 +68,52 @@ def rsvd(
             a double backward.
     """
     check_rsvd("matrix", matrix, rank, start, oversample, n_iter)
-    dtype, width = torch.promote_types(matrix.dtype, torch.float32), min(rank + oversample, *matrix.shape[-2:])
-    if not torch.compiler.is_compiling() and is_capturing(matrix.device) and not jacobi_on_gpu(dtype, width):
-        raise RuntimeError(
-            "rsvd: matrix: given during CUDA graph capture, wanted a call outside it: the library's decompositions "
-            "synchronise; sketch and orthonormalize can be captured"
-        )
+    # Not while exporting, which would take the smaller of the two for the only one.
+    if not torch.compiler.is_compiling() and is_capturing(matrix.device):
+        width = min(rank + oversample, *matrix.shape[-2:])
+        if not jacobi_on_gpu(torch.promote_types(matrix.dtype, torch.float32), width):
+            raise RuntimeError(
+                "rsvd: matrix: given during CUDA graph capture, wanted a call outside it: the library's decompositions "
+                "synchronise; sketch and orthonormalize can be captured"
+            )
     refuse_forward_mode("rsvd", matrix, start)
     if start is not None:
         check_finite("rsvd", "start", start)
+    options = {"oversample": oversample, "n_iter": n_iter, "seed": seed}
     # NaN and Inf reach every entry of the small factor: looking there is free, at the matrix it took 3 % of the time.
     try:
-        triplets: tuple[Tensor, Tensor, Tensor] = _RSVD(
-            matrix, rank, start, oversample=oversample, n_iter=n_iter, seed=seed
-        )
+        triplets: tuple[Tensor, Tensor, Tensor] = _RSVD(matrix, rank, start, **options)
     except RuntimeError:  # the library's SVD of such a factor
         check_finite("rsvd", "matrix", matrix)
-        raise
-    if has_values(matrix) and not triplets[1].isfinite().all():
+        if not has_values(matrix) or _in_range(_peaks(matrix)):
+            raise
+    else:
+        if not has_values(matrix) or _in_range(triplets[1][..., :1]):
+            return triplets
         check_finite("rsvd", "matrix", matrix)
-    return triplets
+    exponents = _peaks(matrix).frexp().exponent
+    U, S, V = _RSVD(_times_power_of_two(matrix, -exponents), rank, start, **options)
+    return U, _times_power_of_two(S, exponents.squeeze(-1)), V
+
+
+def _peaks(matrix: Tensor) -> Tensor:
+    """The largest magnitude (..., 1, 1) of each matrix."""
+    return matrix.detach().abs().amax((-2, -1), keepdim=True)
+
+
+def _in_range(values: Tensor) -> bool:
+    """Whether squares of numbers around these are far from the ends of what their dtype has; zeros are."""
+    widest = 400 if values.dtype is torch.float64 else 40
+    exponents = values.detach().frexp().exponent
+    return bool(values.isfinite().all() and exponents.abs().le(widest).all())
+
+
+def _times_power_of_two(matrix: Tensor, exponents: Tensor) -> Tensor:
+    """In two steps: 2^149, which the smallest float32 takes, is none itself."""
+    matrix = matrix.to(torch.promote_types(matrix.dtype, torch.float32))
+    one = torch.ones_like(exponents, dtype=matrix.dtype)
+    half = exponents // 2
+    return matrix * torch.ldexp(one, half) * torch.ldexp(one, exponents - half)
 
 
 @torch.library.register_fake("sculpt::rsvd")

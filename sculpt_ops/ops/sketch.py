@@ -39,7 +39,7 @@ def sketch(
     Args:
         input: (..., m, n), float32, float64, bfloat16 or float16; any strides.
         q: columns of Ω, 0 or more; may exceed m and n.
-        seed: any 64-bit integer.
+        seed: any signed 64-bit integer.
         transpose: sketch the rows: ``inputᵀ @ Ω`` with Ω (..., m, q).
         rademacher: entries of Ω are -1 or 1 instead of normal.
         row, column: where in the whole Ω its first row and column lie. ``sketch(A, 16, column=8)`` is the last 16

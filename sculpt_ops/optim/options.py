@@ -69,6 +69,10 @@ class Options:
         special = self.master != "none" or self.moment_dtype is not None or self.decay_to != "zero"
         what = "subspaces" if protected else "master, moment_dtype or decay_to"
         for group in groups if protected or special else ():
+            if self.stochastic_moments and any(p.dtype is torch.float64 for p in group["params"]):
+                raise ValueError(
+                    "moment_dtype=torch.bfloat16 cannot be combined with float64 parameters; leave it None"
+                )
             for option in ("fused", "differentiable"):
                 if group[option]:
                     raise ValueError(f"{option}=True cannot be combined with {what}; set {option}=False in every group")

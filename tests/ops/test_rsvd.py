@@ -246,6 +246,38 @@ def test_export() -> None:
     torch.testing.assert_close(program.run_decompositions().module()(*args), Module()(*args))
 
 
+def test_export_of_any_height() -> None:
+    class Wrapped(torch.nn.Module):
+        def forward(self, matrix: Tensor) -> tuple[Tensor, ...]:
+            return sculpt_ops.rsvd(matrix, 2)
+
+    rows = torch.export.Dim("rows", min=6, max=100)
+    program: Any = torch.export.export(Wrapped(), (gaussian(9, 5),), dynamic_shapes=({0: rows},))
+    assert_all_equal(program.module()(gaussian(60, 5)), sculpt_ops.rsvd(gaussian(60, 5), 2))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "scale"),
+    [
+        *((torch.float32, scale) for scale in (2.0**122, 2.0**-100)),
+        *((torch.bfloat16, scale) for scale in (2.0**122, 2.0**-100)),
+        *((torch.float64, scale) for scale in (2.0**1000, 2.0**520, 2.0**-560, 2.0**-1000)),
+    ],
+)
+def test_matrices_whose_squares_have_no_number(dtype: torch.dtype, scale: float) -> None:
+    plain = torch.stack([matrix_of("slow", 60, 70), matrix_of("slow", 60, 70, 5)]).to(dtype).requires_grad_()
+    scaled = (plain.detach() * torch.tensor([[[scale]], [[1.0]]], dtype=dtype)).requires_grad_()
+    expected, (U, S, V) = sculpt_ops.rsvd(plain, RANK), sculpt_ops.rsvd(scaled, RANK)
+    S = S / torch.tensor([[scale], [1.0]], dtype=S.dtype)
+    for found, wanted in zip((U, S, V), expected, strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-3)
+    assert not sculpt_ops.rsvd(torch.zeros_like(plain), RANK)[1].any()
+    for matrix, values in ((plain, expected[1]), (scaled, S)):
+        values[1].sum().backward()
+        assert matrix.grad is not None
+    torch.testing.assert_close(scaled.grad, plain.grad, rtol=1e-2, atol=1e-3)
+
+
 def test_vmap_is_the_batched_call() -> None:
     batch, start = gaussian(4, 7, 9), gaussian(4, 9, 2, seed=3)
 

@@ -30,6 +30,18 @@ SHAPES = [
 ]
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("half", ["left", "right", "neither"])
+def test_two_sides_with_a_float32_basis_are_rounded_once(dtype: torch.dtype, half: str) -> None:
+    """Most is removed, so that what is rounded in between is large beside the result."""
+    grad = gaussian(64, 72, dtype=dtype)
+    left, right = orthonormal(64, 60, torch.float32), orthonormal(72, 70, torch.float32)
+    left, right = left.to(dtype) if half == "left" else left, right.to(dtype) if half == "right" else right
+    expected = reference.project(grad.double(), left.double(), right.double())
+    found = sculpt_ops.project(grad, left, right)
+    assert float((found.double() - expected).abs().max()) <= 2 * torch.finfo(dtype).eps * float(expected.abs().max())
+
+
 def sides(left: Tensor, right: Tensor, flags: dict[str, bool]) -> list[tuple[Tensor | None, Tensor | None]]:
     wanted = [(left, None), (None, right), (left, right)]
     if flags.get("block"):
