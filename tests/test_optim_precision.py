@@ -2,6 +2,7 @@
 
 import copy
 import io
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -370,3 +371,26 @@ def test_unusable_options_are_refused() -> None:
     for stochastic in ({"master": "stochastic"}, {"moment_dtype": BF16}):
         with pytest.raises(ValueError, match="capturable=True cannot be combined with stochastic rounding"):
             AdamW(parameters, capturable=True, **stochastic)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("dtype", [BF16, torch.float16])
+def test_16_bit_weights_without_more_bits_are_warned_of_once(dtype: torch.dtype) -> None:
+    def stepped(options: dict[str, Any], dtype: torch.dtype, guarded: bool = False) -> list[str]:
+        model = nn.Linear(8, 8, bias=False, dtype=dtype)
+        subspaces = Subspaces.from_model(model, 0.5, targets="weight")
+        optimizer = AdamW(model.parameters(), subspaces=subspaces, **options)
+        if guarded:
+            subspaces.guard(optimizer)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            for _ in range(2):
+                model.weight.grad = torch.ones_like(model.weight)
+                optimizer.step()
+        return [str(warning.message) for warning in caught if "16 bit" in str(warning.message)]
+
+    (message,) = stepped({}, dtype)
+    assert "guard(optimizer)" in message
+    assert not stepped({}, dtype, guarded=True)
+    assert not stepped({}, torch.float32)
+    if dtype is BF16:
+        assert not stepped({"master": "split"}, dtype)

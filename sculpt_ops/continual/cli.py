@@ -26,13 +26,7 @@ app = typer.Typer(
 )
 
 Model = Annotated[str, typer.Argument(help="Model folder (or hub name) that from_pretrained opens.")]
-Protect = Annotated[
-    str,
-    typer.Option(
-        help="A share such as 0.5, or rank:64, energy:0.9, importance:0.1:0.8 (mrr and trr), schedule ((i - 1) / n at "
-        "task i of n); none is plain fine-tuning."
-    ),
-]
+Protect = Annotated[str, typer.Option(help="A share of the directions such as 0.5, or rank:64, energy:0.9.")]
 SideNames = Annotated[str, typer.Option(help=f"Sides to protect: {', '.join(get_args(Sides))}.")]
 Targets = Annotated[list[str] | None, typer.Option(help="Glob pattern of weights to protect; may be given repeatedly.")]
 RemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run model code that comes with the checkpoint.")]

@@ -82,15 +82,15 @@ class TrainConfig:
         metadata=about(
             "Of the singular directions of the weights: a share such as 0.5, or rank:64, energy:0.9, "
             "importance:0.1:0.8 (mrr and trr), schedule ((i - 1) / n at task i of n); none is plain fine-tuning. "
-            "Not given, what is remembered alone is protected."
+            "Default: only what is remembered is protected."
         ),
     )
     remember: str | None = field(
         default=AUTO,
         metadata=about(
             "Protect what earlier tasks have changed: rank:0.12 (a share, or a number, of each change's singular "
-            "directions), inputs:0.95 (energy of the inputs of each layer), both joined by +, none. Not given, "
-            "inputs:0.95, with --protect none."
+            "directions), inputs:0.95 (energy of the inputs of each layer), both joined by +, none. Default: "
+            "inputs:0.95; none where --protect is given."
         ),
     )
     remember_text: str | Path | None = field(
@@ -106,7 +106,7 @@ class TrainConfig:
     )
     others: str = field(
         default=AUTO,
-        metadata=about("Weights without a basis; not given, freeze, with --protect train.", choices=OTHERS),
+        metadata=about("Weights without a basis. Default: freeze; train where --protect is given.", choices=OTHERS),
     )
     basis_dtype: str = field(default="float32", metadata=about("Of the bases.", choices=DTYPES))
     state: str = field(

@@ -11,9 +11,8 @@ from typing import Annotated, Any
 import typer
 
 from .defaults import AUTO
-from .settings import COMMAS, FIELDS, is_list, kind_of
+from .settings import ARGUMENTS, COMMAS, FIELDS, is_list, kind_of
 
-ARGUMENTS = ("model", "tasks")
 METAVARS = {int: "INTEGER", float: "FLOAT", str: "TEXT"}
 
 

@@ -13,9 +13,11 @@ from .config import TrainConfig
 from .defaults import AUTO
 from .policies import parse_protect
 
-__all__ = ["COMMAS", "FIELDS", "is_list", "is_optional", "kind_of", "make_config", "read_yaml"]
+__all__ = ["ARGUMENTS", "COMMAS", "FIELDS", "is_list", "is_optional", "kind_of", "make_config", "read_yaml"]
 
 FIELDS = {entry.name: entry for entry in fields(TrainConfig)}
+# Given by their place on the command line.
+ARGUMENTS = ("model", "tasks")
 # Fields that are several values, which a flag is given repeatedly for, or one with commas.
 LISTS = ("tasks", "targets", "order", "ability", "task_epochs")
 # One flag for all values.
@@ -37,9 +39,8 @@ def make_config(path: str | Path | None = None, flags: Mapping[str, Any] | None 
             raise ValueError(f"{name}: no such setting{f', did you mean {near[0]}?' if near else ''}")
     for name, entry in FIELDS.items():
         if entry.default is MISSING and name not in given:
-            raise ValueError(
-                f"{name}: missing; give it on the command line (--{name}, or its place) or in the file of --config"
-            )
+            place = name.upper() if name in ARGUMENTS else f"--{name}"
+            raise ValueError(f"{name}: missing; give it on the command line ({place}) or in the file of --config")
     return TrainConfig(**{name: _read(name, value) for name, value in given.items()})
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -149,6 +150,8 @@ class AdamW(torch.optim.AdamW):
             for state in self.state.values():
                 state.pop("start", None)
         self._bound = bound
+        narrow = any(parameter.dtype.itemsize == 2 for parameter in bound)
+        self._rounds = narrow and self._options.master == "none"
 
     def _move_moments(self, bound: dict[Tensor, LayerSubspace]) -> None:
         """Moments of the full shape to where the layers of `bound` want them: at an owner, or sharded."""
@@ -190,12 +193,24 @@ class AdamW(torch.optim.AdamW):
         self._options.check_groups(self.param_groups, bool(self._bound))
         check_still_bound(self, self._bound)
         self._check_capture()
+        self._warn_of_rounding()
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         self._step(None)
         return loss
+
+    def _warn_of_rounding(self) -> None:
+        """Once; whoever guards has a hook."""
+        if self._rounds and not self._optimizer_step_post_hooks:
+            warnings.warn(
+                "protected weights in 16 bit: each step is rounded to them, so that much of the change ends up in the "
+                "protected space; pass master='split' (bfloat16), call subspaces.guard(optimizer), or train float32 "
+                "weights under autocast",
+                stacklevel=4,
+            )
+            self._rounds = False
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As torch's; drops compressed gradients too."""
@@ -445,3 +460,4 @@ class AdamW(torch.optim.AdamW):
         super().__setstate__(state)
         self._projected = {}
         self._in_backward = False
+        self._rounds = False
