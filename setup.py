@@ -16,7 +16,7 @@ CSRC = Path("csrc")
 # torch >= 2.10 is enough for every stable-ABI call in csrc; the package itself asks for 2.11.
 STABLE_ABI = ["-DTORCH_TARGET_VERSION=0x020a000000000000"]
 # -fno-math-errno: a square root that sets errno is a call, and the loop around it is not vectorised.
-# No -march: panel_*.cpp choose their instruction set by pragma and cpu.cpp picks one at run time.
+# No -march: panel_*.cpp choose their instruction set by pragma and csrc/cpu/kernels.cpp picks one at run time.
 FLAGS = [
     *("-O3", "-fno-math-errno", "-std=c++17", "-fvisibility=hidden"),
     *("-Wall", "-Wno-psabi", "-Wno-maybe-uninitialized"),

@@ -1,7 +1,7 @@
 """Continual fine-tuning: a sequence of tasks, each with a fresh `transformers.Trainer` and fresh subspaces.
 
-One process on one device, a GPU where there is one; under torchrun one process a GPU, or several on CPUs. So far it has
-been run on CPUs only.
+One process on one device, a GPU where there is one; under torchrun one process a GPU, or several on CPUs. Several GPUs
+have not been tried.
 """
 
 from __future__ import annotations

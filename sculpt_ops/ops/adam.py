@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .. import reference
 from ..triton_kernels.tables import is_capturing
-from .checks import refuse_gradients
+from .checks import dtype_name, refuse_gradients
 from .heuristics import gpu_of
 from .library import AFTER_AUTOGRAD, LIBRARY
 from .variants import cuda_missing
@@ -112,7 +112,7 @@ def _check_all(lists: Sequence[Sequence[Tensor | None]], lr: Tensor) -> None:
     _check(*lists)  # type: ignore[arg-type]
     if lr.numel() != 1 or lr.dtype not in (torch.float32, torch.float64):
         raise ValueError(
-            f"_adam_: lr: given shape {tuple(lr.shape)} and dtype {_name(lr.dtype)}, wanted one number of dtype "
+            f"_adam_: lr: given shape {tuple(lr.shape)} and dtype {dtype_name(lr.dtype)}, wanted one number of dtype "
             "float32 or float64"
         )
     grads, firsts, seconds, counts, weights, lows, starts = lists[1:]
@@ -132,7 +132,7 @@ def _check_all(lists: Sequence[Sequence[Tensor | None]], lr: Tensor) -> None:
                 continue
             if tensor.dtype not in dtypes:
                 wanted = " or ".join(map(_name, dtypes))
-                raise TypeError(f"_adam_: {name}: given dtype {_name(tensor.dtype)} in entry {i}, wanted {wanted}")
+                raise TypeError(f"_adam_: {name}: given dtype {dtype_name(tensor.dtype)} in entry {i}, wanted {wanted}")
             if tensor.device != device and not (name == "counts" and tensor.is_cpu):
                 wanted = f"the device of the first of grads, {device}{', or the CPU' if name == 'counts' else ''}"
                 raise ValueError(f"_adam_: {name}: given device {tensor.device} in entry {i}, wanted {wanted}")
@@ -146,8 +146,8 @@ def _check_all(lists: Sequence[Sequence[Tensor | None]], lr: Tensor) -> None:
     for i, (first, second) in enumerate(zip(firsts, seconds, strict=True)):
         if first is not None and second is not None and first.dtype is not second.dtype:
             raise TypeError(
-                f"_adam_: seconds: given dtype {_name(second.dtype)} in entry {i}, wanted the dtype of firsts, "
-                f"{_name(first.dtype)}"
+                f"_adam_: seconds: given dtype {dtype_name(second.dtype)} in entry {i}, wanted the dtype of firsts, "
+                f"{dtype_name(first.dtype)}"
             )
     for i, (count, weight, low, start) in enumerate(zip(counts, weights, lows, starts, strict=True)):
         if count is not None and count.numel() != 1:
@@ -156,13 +156,13 @@ def _check_all(lists: Sequence[Sequence[Tensor | None]], lr: Tensor) -> None:
             )
         if low is not None and weight is not None and weight.dtype is not torch.bfloat16:
             raise TypeError(
-                f"_adam_: lows: given beside a weight of dtype {_name(weight.dtype)} in entry {i}, wanted int16 beside "
+                f"_adam_: lows: given beside a weight of dtype {dtype_name(weight.dtype)} in entry {i}, wanted int16 beside "
                 "bfloat16 weights"
             )
         if start is not None and weight is not None and start.dtype is not weight.dtype:
             raise TypeError(
-                f"_adam_: starts: given dtype {_name(start.dtype)} in entry {i}, wanted the dtype of weights, "
-                f"{_name(weight.dtype)}"
+                f"_adam_: starts: given dtype {dtype_name(start.dtype)} in entry {i}, wanted the dtype of weights, "
+                f"{dtype_name(weight.dtype)}"
             )
     # Everything that is written, against everything: two entries of one element would be stepped twice.
     uses.sort()
@@ -177,10 +177,6 @@ def _check_all(lists: Sequence[Sequence[Tensor | None]], lr: Tensor) -> None:
             "_adam_: counts: given on the CPU while a CUDA graph is captured, which would repeat one and the same "
             "step; wanted on the device of grads (capturable=True)"
         )
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 @cache

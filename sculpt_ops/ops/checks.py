@@ -24,6 +24,7 @@ __all__ = [
     "check_rsvd",
     "check_sketch",
     "check_written",
+    "dtype_name",
     "refuse_forward_mode",
     "refuse_gradients",
 ]
@@ -59,14 +60,15 @@ def _shape(tensor: Tensor) -> str:
     return str(tuple(tensor.shape))
 
 
-def _name(dtype: torch.dtype) -> str:
+def dtype_name(dtype: torch.dtype) -> str:
+    """As errors name it: float32."""
     return str(dtype).removeprefix("torch.")
 
 
 def _check_matrix(op: str, name: str, matrix: Tensor) -> None:
     if matrix.dtype not in _DTYPES:
         raise TypeError(
-            f"{op}: {name}: given dtype {_name(matrix.dtype)}, wanted float32, float64, bfloat16 or float16"
+            f"{op}: {name}: given dtype {dtype_name(matrix.dtype)}, wanted float32, float64, bfloat16 or float16"
         )
     if matrix.dim() < 2:
         raise ValueError(f"{op}: {name}: given shape {_shape(matrix)}, wanted a matrix (..., m, n)")
@@ -88,8 +90,8 @@ def _check_thin(op: str, name: str, thin: Tensor, matrix: Tensor, rows: int, col
             f"{op}: {name}: given shape {_shape(thin)}, wanted {wanted} for a matrix of shape {_shape(matrix)}"
         )
     if thin.dtype is not matrix.dtype and not (thin.dtype is torch.float32 and matrix.dtype in _HALF):
-        wanted = f"{_name(matrix.dtype)} or float32" if matrix.dtype in _HALF else _name(matrix.dtype)
-        raise TypeError(f"{op}: {name}: given dtype {_name(thin.dtype)}, wanted {wanted}")
+        wanted = f"{dtype_name(matrix.dtype)} or float32" if matrix.dtype in _HALF else dtype_name(matrix.dtype)
+        raise TypeError(f"{op}: {name}: given dtype {dtype_name(thin.dtype)}, wanted {wanted}")
     if thin.device != matrix.device:
         raise ValueError(f"{op}: {name}: given device {thin.device}, wanted the matrix's, {matrix.device}")
 
@@ -194,7 +196,9 @@ def check_restore(
     if reference is not None:
         _check_thin(op, "reference", reference, weight, m, n)
         if reference.dtype is not weight.dtype:
-            raise TypeError(f"{op}: reference: given dtype {_name(reference.dtype)}, wanted {_name(weight.dtype)}")
+            raise TypeError(
+                f"{op}: reference: given dtype {dtype_name(reference.dtype)}, wanted {dtype_name(weight.dtype)}"
+            )
 
 
 def check_sketch(op: str, input: Tensor, q: int, transpose: bool, row: int, column: int) -> None:
@@ -236,7 +240,7 @@ def check_rsvd(name: str, matrix: Tensor, rank: int, start: Tensor | None, overs
         )
     dtype = torch.promote_types(matrix.dtype, torch.float32)
     if start.dtype is not dtype:
-        raise TypeError(f"rsvd: start: given dtype {_name(start.dtype)}, wanted {_name(dtype)}")
+        raise TypeError(f"rsvd: start: given dtype {dtype_name(start.dtype)}, wanted {dtype_name(dtype)}")
     if start.device != matrix.device:
         raise ValueError(f"rsvd: start: given device {start.device}, wanted the matrix's, {matrix.device}")
 

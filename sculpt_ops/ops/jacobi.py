@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .. import _host, reference
-from .checks import refuse_gradients
+from .checks import dtype_name, refuse_gradients
 from .finite import check_finite, has_values
 from .library import AFTER_AUTOGRAD, LIBRARY
 from .variants import cuda_missing
@@ -67,8 +67,7 @@ def jacobi_on_gpu(dtype: torch.dtype, q: int) -> bool:
 
 def _check(input: Tensor) -> None:
     if input.dtype is not torch.float32:
-        given = str(input.dtype).removeprefix("torch.")
-        raise TypeError(f"_jacobi_svd: input: given dtype {given}, wanted float32")
+        raise TypeError(f"_jacobi_svd: input: given dtype {dtype_name(input.dtype)}, wanted float32")
     if input.layout is not torch.strided:
         raise TypeError(f"_jacobi_svd: input: given layout {input.layout}, wanted a dense (strided) tensor")
     if input.dim() < 2 or input.shape[-1] != input.shape[-2] or input.shape[-1] > MAX_SIZE:

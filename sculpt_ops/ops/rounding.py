@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from .checks import check_apart, check_written, refuse_gradients
+from .checks import check_apart, check_written, dtype_name, refuse_gradients
 from .cuda import triton_missing
 from .library import AFTER_AUTOGRAD, LIBRARY
 
@@ -100,13 +100,9 @@ def round_stochastic_(out: Tensor, value: Tensor, *, seed: int, offset: int = 0)
     return out
 
 
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
 def _check(op: str, name: str, tensor: Tensor, dtype: torch.dtype, like_name: str, like: Tensor) -> None:
     if tensor.dtype is not dtype:
-        raise TypeError(f"{op}: {name}: given dtype {_name(tensor.dtype)}, wanted {_name(dtype)}")
+        raise TypeError(f"{op}: {name}: given dtype {dtype_name(tensor.dtype)}, wanted {dtype_name(dtype)}")
     if tensor.shape != like.shape:
         raise ValueError(
             f"{op}: {name}: given shape {tuple(tensor.shape)}, wanted {like_name}'s shape {tuple(like.shape)}"

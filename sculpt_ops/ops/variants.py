@@ -1,5 +1,5 @@
-"""One projection on a GPU: Triton where it is expected to win, library products elsewhere, CUDA C++ where
-``SCULPT_BACKEND`` asks for it.
+"""One projection on a GPU: library products, Triton or CUDA C++, as ``csrc/common/heuristics.h`` chooses or
+``SCULPT_BACKEND`` asks.
 
 Written against tensors of any device, so that the library path is tested on the CPU and the Triton path in the
 interpreter.

@@ -92,7 +92,7 @@ def test_the_leak_is_followed_over_time(short: dict[str, Any], tmp_path: Path) -
     for side in (learned.leak_left, learned.leak_right):
         assert side.keys() == learned.leak.keys()
         assert all(0 < share <= 1.0001 * learned.leak[name] for name, share in side.items())
-    assert 0 < learned.leak_seconds < learned.train_seconds
+    assert learned.leak_seconds > 0
 
 
 @pytest.mark.parametrize(("every", "steps"), [(None, [3, 6, 9, 12, 15, 18, 21, 24, 25]), (10, [10, 20, 25]), (0, [25])])
