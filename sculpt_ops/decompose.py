@@ -17,7 +17,6 @@ from .bases import Method, TopSubspace
 from .block_krylov import find_rank, find_share
 from .dtensor import is_dtensor
 from .linalg import LinAlgError, smallest_rank
-from .ops.checks import _check_matrix, _name
 from .ops.finite import check_finite
 
 __all__ = ["Choice", "choose_method", "top_subspace", "top_subspaces"]
@@ -271,7 +270,7 @@ def _squared_norm(matrix: Tensor) -> float:
 
 def _check_arguments(matrix: Tensor, rank: int | None, energy: float | None, start: Tensor | None) -> None:
     op = "top_subspace"
-    _check_matrix(op, "matrix", matrix)
+    check_matrix(op, "matrix", matrix)
     shape = tuple(matrix.shape)
     if len(shape) != 2 or 0 in shape:
         raise ValueError(f"{op}: matrix: given shape {shape}, wanted (m, n) with m, n >= 1")
@@ -297,7 +296,7 @@ def _check_arguments(matrix: Tensor, rank: int | None, energy: float | None, sta
         )
     wanted = torch.promote_types(matrix.dtype, torch.float32)
     if start.dtype is not wanted:
-        raise TypeError(f"{op}: start: given dtype {_name(start.dtype)}, wanted {_name(wanted)}")
+        raise TypeError(f"{op}: start: given dtype {dtype_name(start.dtype)}, wanted {dtype_name(wanted)}")
     if start.device != matrix.device:
         raise ValueError(f"{op}: start: given device {start.device}, wanted the matrix's, {matrix.device}")
     check_finite(op, "start", start)

@@ -1,4 +1,4 @@
-"""The op families: schemas in C++ (csrc/ops.cpp), CPU kernels in C++, CUDA through library products, Triton or CUDA C++."""
+"""The op families: schemas in C++ (csrc/ops.cpp), CPU kernels in C++, on CUDA library products, Triton or CUDA C++."""
 
 from . import adam as _adam  # noqa: F401  (registers the fake, Autograd and CUDA kernels)
 from . import cuda as _cuda  # noqa: F401  (registers the CUDA kernels)

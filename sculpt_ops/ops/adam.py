@@ -131,7 +131,7 @@ def _check_all(lists: Sequence[Sequence[Tensor | None]], lr: Tensor) -> None:
             if tensor is None:
                 continue
             if tensor.dtype not in dtypes:
-                wanted = " or ".join(map(_name, dtypes))
+                wanted = " or ".join(map(dtype_name, dtypes))
                 raise TypeError(f"_adam_: {name}: given dtype {dtype_name(tensor.dtype)} in entry {i}, wanted {wanted}")
             if tensor.device != device and not (name == "counts" and tensor.is_cpu):
                 wanted = f"the device of the first of grads, {device}{', or the CPU' if name == 'counts' else ''}"
@@ -156,8 +156,8 @@ def _check_all(lists: Sequence[Sequence[Tensor | None]], lr: Tensor) -> None:
             )
         if low is not None and weight is not None and weight.dtype is not torch.bfloat16:
             raise TypeError(
-                f"_adam_: lows: given beside a weight of dtype {dtype_name(weight.dtype)} in entry {i}, wanted int16 beside "
-                "bfloat16 weights"
+                f"_adam_: lows: given beside a weight of dtype {dtype_name(weight.dtype)} in entry {i}, wanted int16 "
+                "beside bfloat16 weights"
             )
         if start is not None and weight is not None and start.dtype is not weight.dtype:
             raise TypeError(

@@ -18,6 +18,7 @@ __all__ = [
     "check_apart",
     "check_foreach",
     "check_foreach_apart",
+    "check_matrix",
     "check_orthonormalize",
     "check_project",
     "check_restore",
@@ -65,7 +66,7 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _check_matrix(op: str, name: str, matrix: Tensor) -> None:
+def check_matrix(op: str, name: str, matrix: Tensor) -> None:
     if matrix.dtype not in _DTYPES:
         raise TypeError(
             f"{op}: {name}: given dtype {dtype_name(matrix.dtype)}, wanted float32, float64, bfloat16 or float16"
@@ -128,7 +129,7 @@ def check_project(
     name: str = "grad",
 ) -> None:
     """Shapes, dtypes, devices and flags of one projection; under tracing too."""
-    _check_matrix(op, name, grad)
+    check_matrix(op, name, grad)
     m, n = grad.shape[-2:]
     if left is not None:
         _check_basis(op, "left", left, grad, m)
@@ -203,7 +204,7 @@ def check_restore(
 
 def check_sketch(op: str, input: Tensor, q: int, transpose: bool, row: int, column: int) -> None:
     """A matrix, and a test matrix whose rows and columns // 4 are 32-bit words of the counter; under tracing too."""
-    _check_matrix(op, "input", input)
+    check_matrix(op, "input", input)
     if q < 0:
         raise ValueError(f"{op}: q: given {q}, wanted 0 or more columns")
     rows = input.shape[-2 if transpose else -1]
@@ -215,7 +216,7 @@ def check_sketch(op: str, input: Tensor, q: int, transpose: bool, row: int, colu
 
 def check_orthonormalize(input: Tensor) -> None:
     """A matrix with at least as many rows as columns; under tracing too."""
-    _check_matrix("orthonormalize", "input", input)
+    check_matrix("orthonormalize", "input", input)
     m, q = input.shape[-2:]
     if q > m:
         raise ValueError(f"orthonormalize: input: given shape {_shape(input)}, wanted (..., m, q) with q at most m")
@@ -223,7 +224,7 @@ def check_orthonormalize(input: Tensor) -> None:
 
 def check_rsvd(name: str, matrix: Tensor, rank: int, start: Tensor | None, oversample: int, n_iter: int) -> None:
     """A matrix, a rank that it has, and columns to start from that fit it; under tracing too."""
-    _check_matrix("rsvd", name, matrix)
+    check_matrix("rsvd", name, matrix)
     smaller = min(matrix.shape[-2:])
     if not 1 <= rank <= smaller:
         raise ValueError(f"rsvd: rank: given {rank}, wanted 1 to {smaller} for a matrix of shape {_shape(matrix)}")
