@@ -17,6 +17,7 @@ from .bases import Method, TopSubspace
 from .block_krylov import find_rank, find_share
 from .dtensor import is_dtensor
 from .linalg import LinAlgError, smallest_rank
+from .ops.checks import check_matrix, dtype_name
 from .ops.finite import check_finite
 
 __all__ = ["Choice", "choose_method", "top_subspace", "top_subspaces"]
