@@ -17,21 +17,24 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
 from ..subspaces import Subspaces
 from .distributed import World
-from .modeling import load_model
+from .modeling import load_model, read_about
 from .result import PREDICTIONS_FILE, RUN_FILE, RunResult, write_text
 from .shards import load_weights, save_weights
 
-__all__ = ["Checkpoints", "Saved", "check_same_run", "leftovers", "read_state", "write_state"]
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+__all__ = ["Checkpoints", "Saved", "check_same_run", "has_states", "leftovers", "read_state", "write_state"]
 
 FOLDER = "checkpoint"
 CARRIED = "carried"
@@ -40,11 +43,14 @@ MANIFEST_FILE = "manifest.json"
 SUBSPACES_FILE = "subspaces.safetensors"
 METHOD_FILE = "method.safetensors"
 SETUP_FILE = "setup.json"
-# Of the settings, those that a run may go on with in another way; of the batch's parts only the product counts, and the
-# tasks are compared by their names and rows.
+TASKS_FILE = "tasks.json"
+_EARLIER = "remove {} to go on from what was saved before it"
+# Of the settings, those that a run may go on with in another way; of the batch's parts only the product counts, the
+# tasks are compared by their names and rows, and the model by its weights.
 FREE = frozenset(
     {"output", "name", "save_every", "leak_every", "resume", "cpu", "eval_batch_size", "parallel", "processes"}
     | {"ddp_timeout", "batch_size", "gradient_accumulation_steps", "rows_per_step", "report_to", "tasks", "order"}
+    | {"model"}
 )
 
 
@@ -60,7 +66,13 @@ class Saved:
 
     @property
     def _start(self) -> Path:
-        return self.folder if self.finished else self.folder.parent / "start"
+        """What the task begins with: its own folder, or the run's, of a finished run that the task was added to."""
+        start = self.folder.parent / "start"
+        return self.folder if self.finished else start if start.is_dir() else self.folder.parents[2]
+
+    @property
+    def _from_model(self) -> bool:
+        return self._start.name != "start"
 
     def result(self, output: Path) -> RunResult:
         """The run at the end of the task before, or later: with its answers, if there are some already."""
@@ -69,12 +81,12 @@ class Saved:
             return latest
         if self.task == 0:
             raise ValueError(f"resume: {output / RUN_FILE} is missing, which {self.folder} goes on from")
-        return replace(RunResult.load(self._start), output=str(output))
+        return replace(RunResult.load(self._start).until(self.task), output=str(output))
 
-    def load_weights(self, model: nn.Module) -> None:
+    def load_weights(self, model: PreTrainedModel) -> None:
         """Those at the end of the task before, into `model`, which has those before the first."""
-        if self.finished:
-            load_model(self.folder / "model", model)
+        if self.task and self._from_model:
+            load_model(self._start / "model", model)
         elif self.task:
             load_weights(self._start / "weights", model)
 
@@ -82,7 +94,14 @@ class Saved:
         """What the method carries on from the task before: its state and the subspaces of that task."""
         from safetensors.torch import load_file
 
-        folder = self.folder / CARRIED if self.finished else self._start
+        folder = self._start
+        if self.task and self._from_model:
+            about, folder = read_about(folder / "model"), folder / CARRIED
+            if about is not None and about["carried"]:
+                _check_manifest(folder, "one more task cannot go on without it: name another output")
+                of = json.loads((folder / TASKS_FILE).read_text(encoding="utf-8"))
+                if of != about["tasks"]:
+                    raise ValueError(f"resume: {folder} is of the tasks {', '.join(of)}, the model of others")
         method, subspaces = folder / METHOD_FILE, folder / SUBSPACES_FILE
         return (
             load_file(method) if method.exists() else {},
@@ -91,9 +110,16 @@ class Saved:
 
     def subspaces(self, model: nn.Module) -> tuple[Subspaces | None, float]:
         """Within a task: its subspaces, bound to `model`, and the seconds they took to derive."""
-        path = self.folder.parent / SUBSPACES_FILE
-        seconds = json.loads((self.folder.parent / SETUP_FILE).read_text(encoding="utf-8"))["derive_seconds"]
-        return (Subspaces.load(path, model) if path.exists() else None), seconds
+        path, setup = self.folder.parent / SUBSPACES_FILE, self.folder.parent / SETUP_FILE
+        try:
+            record = json.loads(setup.read_text(encoding="utf-8"))
+            seconds, size = float(record["derive_seconds"]), record["subspaces_bytes"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"resume: {setup} is damaged ({error}); {_EARLIER.format(self.folder.parent)}") from error
+        if size is None:
+            return None, seconds
+        _check_sizes(self.folder.parent, {path.name: size}, _EARLIER.format(self.folder.parent))
+        return Subspaces.load(path, model), seconds
 
 
 class Checkpoints:
@@ -111,7 +137,9 @@ class Checkpoints:
             steps += _numbered(folder, "step")
             if steps:
                 step, state = steps[-1]
-                _check_manifest(state)
+                _check_manifest(state, _EARLIER.format(state))
+                if state != steps[0][1] and steps[0][0] is None:
+                    _check_manifest(steps[0][1], f"nothing goes on without it: name another output than {self.output}")
                 return Saved(state, task - 1, step)
         return None
 
@@ -139,7 +167,8 @@ class Checkpoints:
             if subspaces is not None:
                 subspaces.save(folder / SUBSPACES_FILE)
             if self.world.first:
-                write_text(folder / SETUP_FILE, json.dumps({"derive_seconds": seconds}))
+                size = None if subspaces is None else (folder / SUBSPACES_FILE).stat().st_size
+                write_text(folder / SETUP_FILE, json.dumps({"derive_seconds": seconds, "subspaces_bytes": size}))
 
     def save(self, index: int, step: int, write: Callable[[Path], None]) -> None:
         """Have every rank `write` its part of the `index`-th task's state after `step` steps into one folder; what is
@@ -149,11 +178,13 @@ class Checkpoints:
             write(folder)
         self._remove([path for number, path in _numbered(task, "step") if number < step])
 
-    def finish(self, method: Mapping[str, Tensor], carried: Subspaces | None) -> None:
+    def finish(self, tasks: Sequence[str], method: Mapping[str, Tensor], carried: Subspaces | None) -> None:
         """At the end of the run, whose results and model are written: keep what one more task would go on from."""
         if method or carried is not None:
             with self._new(self.output / CARRIED) as folder:
                 self._write_carried(folder, method, carried)
+                if self.world.first:
+                    write_text(folder / TASKS_FILE, json.dumps(list(tasks)))
         else:
             self._remove([self.output / CARRIED])
         self.clear()
@@ -227,17 +258,20 @@ def _said(folder: Path) -> Iterator[None]:
         ) from error
 
 
-def _check_manifest(folder: Path) -> None:
-    before = f"remove {folder} to go on from what was saved before it"
+def _check_manifest(folder: Path, advice: str) -> None:
     try:
         sizes = json.loads((folder / MANIFEST_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ValueError(f"resume: {folder} is incomplete, its {MANIFEST_FILE} cannot be read; {before}") from error
+        raise ValueError(f"resume: {folder} is incomplete, its {MANIFEST_FILE} cannot be read; {advice}") from error
+    _check_sizes(folder, sizes, advice)
+
+
+def _check_sizes(folder: Path, sizes: Mapping[str, int], advice: str) -> None:
     for name, size in sizes.items():
         path = folder / name
         if not path.exists() or path.stat().st_size != size:
             found = f"has {path.stat().st_size} bytes of {size}" if path.exists() else "is missing"
-            raise ValueError(f"resume: {path} {found}; {before}")
+            raise ValueError(f"resume: {path} {found}; {advice}")
 
 
 def check_same_run(saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
@@ -250,6 +284,12 @@ def check_same_run(saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
             f"resume: the run was started with {saved.get('rows_per_step')} rows an optimizer step, batch_size times "
             f"gradient_accumulation_steps times processes are {now.get('rows_per_step')}"
         )
+
+
+def has_states(output: Path) -> bool:
+    """Whether there is any state of a task, whole or not."""
+    tasks = [folder for _, folder in _numbered(output / FOLDER, "task")]
+    return any((folder / "start").is_dir() or _numbered(folder, "step") for folder in tasks)
 
 
 def read_state(output: Path) -> dict[str, Any] | None:
@@ -282,7 +322,7 @@ def write_state(result: RunResult, weights: str, rows: Mapping[str, str]) -> Non
 def leftovers(output: Path) -> list[str]:
     """What lies in the output folder that no run of ours has put there."""
     ours = {FOLDER, CARRIED, RUN_FILE, PREDICTIONS_FILE, STATE_FILE, "model", "logs", "report.md"}
-    ours |= {f"{name}.tmp" for name in ours} | {f"{FOLDER}.old"}
+    ours |= {f"{name}.tmp" for name in ours} | {f"{FOLDER}.old", "model.old"}
     found = output.iterdir() if output.is_dir() else ()
     return sorted(path.name for path in found if path.name not in ours and path.suffix != ".png")
 

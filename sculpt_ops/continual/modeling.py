@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ..names import list_names
 from .distributed import World
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+# Beside the weights of a run: the tasks that they have learned, and whether something is carried on from them.
+ABOUT_FILE = "sculpt.json"
 
 
 def open_model(
@@ -21,8 +26,10 @@ def open_model(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A decoder-only or encoder-decoder model and its tokenizer from a folder or a hub name.
 
-    ValueError if there is none, if it is an adapter, or if its weights are quantised: those cannot be trained in full.
+    ValueError if there is none, if it is an adapter, if weights are missing or cut short, or if they are quantised:
+    those cannot be trained in full.
     """
+    from safetensors import SafetensorError
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
     local = Path(source).is_dir()
@@ -37,27 +44,60 @@ def open_model(
             raise ValueError("its weights are quantised, full fine-tuning needs float weights")
         kind = AutoModelForSeq2SeqLM if settings.is_encoder_decoder else AutoModelForCausalLM
         with _no_bars():
-            model = kind.from_pretrained(source, dtype=getattr(torch, dtype), **options)
-        return model, AutoTokenizer.from_pretrained(source, **options)
-    except (OSError, ValueError) as error:
+            model, found = kind.from_pretrained(
+                source, dtype=getattr(torch, dtype), output_loading_info=True, **options
+            )
+        tokenizer = AutoTokenizer.from_pretrained(source, **options)
+    except (OSError, ValueError, SafetensorError) as error:
         raise ValueError(f"model: cannot open {source}: {str(error).splitlines()[0]}") from error
+    if missing := sorted(found["missing_keys"]):
+        # transformers draws them at random.
+        raise ValueError(f"model: {source} has no weights for {list_names(missing)}")
+    return model, tokenizer
 
 
-def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, world: World) -> None:
+def save_model(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, world: World, about: Mapping[str, Any]
+) -> None:
     """Write under a temporary name, then rename; to be called by every rank. The first one gathers a sharded model's
-    weights in its CPU memory."""
+    weights in its CPU memory. about: of the run, what is written beside them (`read_about`).
+
+    OSError if the disk is full; a model that was there is then as it was.
+    """
+    from safetensors import SafetensorError
+
     temporary = folder.with_name(folder.name + ".tmp")
     gathered = _gather(model) if world.sharded else None
 
     def write() -> None:
-        for earlier in (temporary, folder):
-            shutil.rmtree(earlier, ignore_errors=True)
-        with _no_bars():
-            model.save_pretrained(temporary, state_dict=gathered, is_main_process=True)
-        tokenizer.save_pretrained(temporary)
+        shutil.rmtree(temporary, ignore_errors=True)
+        try:
+            with _no_bars():
+                model.save_pretrained(temporary, state_dict=gathered, is_main_process=True)
+            tokenizer.save_pretrained(temporary)
+            (temporary / ABOUT_FILE).write_text(json.dumps(about) + "\n", encoding="utf-8")
+        except (OSError, SafetensorError) as error:
+            raise OSError(f"output: cannot write {folder}: {error}; make room, then --resume") from error
+        # Never half a model under its name.
+        earlier = folder.with_name(folder.name + ".old")
+        shutil.rmtree(earlier, ignore_errors=True)
+        if folder.exists():
+            folder.replace(earlier)
         temporary.replace(folder)
+        shutil.rmtree(earlier, ignore_errors=True)
 
     world.on_first("saving the model", write)
+
+
+def read_about(folder: Path) -> dict[str, Any] | None:
+    """What `save_model` was told of the run; None of a model that it did not write."""
+    path = folder / ABOUT_FILE
+    if not path.exists():
+        return None
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"resume: {path} is damaged ({error})") from error
 
 
 @torch.no_grad()

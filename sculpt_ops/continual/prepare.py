@@ -3,27 +3,28 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import random
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..names import canonical_parameters
 from ..remember import Remember
 from ..targets import resolve_targets
 from .benchmark import benchmark_note, load_sequence
-from .checkpoint import Checkpoints, Saved, check_same_run, leftovers, read_state
+from .checkpoint import STATE_FILE, Checkpoints, Saved, check_same_run, has_states, leftovers, read_state
 from .config import TrainConfig
 from .distributed import World, restarted, shard
 from .encoding import Encoded, encode_task, encode_text
 from .environment import versions
 from .methods import make_method
 from .methods.sculpt import MEASURED_ROWS
-from .modeling import longest_input, open_model
+from .modeling import longest_input, open_model, read_about
 from .policies import parse_remember
 from .progress import Progress
-from .result import RunResult
+from .result import RUN_FILE, RunResult
 from .run import Run
 from .shards import fingerprint
 from .tasks import Task, hold_out, load_tasks
@@ -31,7 +32,7 @@ from .tasks import Task, hold_out, load_tasks
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["finished_run", "open_for_training", "prepare", "read_tasks"]
+__all__ = ["check_finished", "finished_run", "open_for_training", "prepare", "read_tasks"]
 
 # The same for every run, whatever its seed, so that runs are compared on the same items.
 SELECTION_SEED = 0
@@ -40,13 +41,27 @@ Opened = tuple["PreTrainedModel", "PreTrainedTokenizerBase", str]
 
 
 def finished_run(config: TrainConfig) -> RunResult | None:
-    """The run that is to be resumed, if its model is written; its tasks may be fewer than those of `config`."""
+    """The run that is to be resumed, as it was when its model was written; its tasks may be fewer than those of
+    `config`, and there may be results, but no state, of one more that was begun."""
     output = Path(config.output)
-    # The checkpoint goes last, so that a run cut short while it writes its model is not taken for finished.
-    if not _resumed(config) or (output / "checkpoint").exists() or not (output / "model").is_dir():
+    # States go last, so that a run cut short while it writes its model is not taken for finished.
+    if not _resumed(config) or has_states(output) or not (output / "model").is_dir():
         return None
-    result = RunResult.load(output)
-    return result if result.complete else None
+    result, about = RunResult.load(output), read_about(output / "model")
+    if about is None:
+        return result if result.complete else None
+    return result.until(len(about["tasks"]))
+
+
+def check_finished(config: TrainConfig, world: World, tasks: Sequence[Task], done: RunResult) -> None:
+    """ValueError unless a run of these settings and tasks is the one that is `done`, as far as that is known without
+    opening the model."""
+    check_same_run(done.config, _settings(config, world))
+    before, now = (Path(str(model)) for model in (done.config["model"], config.model))
+    if before.resolve() != now.resolve():
+        raise ValueError(f"resume: the run was started with model={before}, this one has {now}")
+    if (state := read_state(Path(config.output))) is not None:
+        _check_same_data(state, done.tasks, {task.name: _hash_rows(task) for task in tasks}, state["weights"])
 
 
 def read_tasks(config: TrainConfig, world: World) -> list[Task]:
@@ -102,20 +117,25 @@ def prepare(config: TrainConfig, world: World, progress: Progress, tasks: list[T
     encoded = [encode_task(task, tokenizer, config.max_length, seq2seq, config.chat_template) for task in tasks]
     names = [task.name for task in tasks]
     note = benchmark_note(names, config.sequence)
-    settings = config.to_dict() | {"rows_per_step": config.batch_size * config.gradient_accumulation_steps * world.size}
-    if world.parallel is not None:
-        settings |= {"parallel": world.parallel, "processes": world.size}
+    settings = _settings(config, world)
     output = Path(config.output)
     result = RunResult(config.title, names, str(output), settings, versions(world.device), [note] if note else [])
     rows = {task.name: _hash_rows(task) for task in tasks}
     saved = None
     state = read_state(output) if _resumed(config) else None
+    if state is None and _resumed(config):
+        _check_nothing_learned(output)
     if state is not None:
         saved, earlier = _latest(config, world, len(tasks))
         if earlier is not None:
             check_same_run(earlier.config, settings)
             _check_same_data(state, earlier.tasks, rows, weights if world.first else state["weights"])
-            result = replace(earlier, name=result.name, tasks=names, config=settings, versions=result.versions)
+            ability = dict(earlier.ability)
+            if len(earlier.learned) < len(names):
+                ability.pop("after", None)
+            result = replace(
+                earlier, name=result.name, tasks=names, config=settings, versions=result.versions, ability=ability
+            )
             progress.say(_where(saved, names))
     if world.sharded and any(isinstance(each, Remember) for each in parse_remember(config.remember)):
         raise ValueError(
@@ -155,6 +175,21 @@ def _latest(config: TrainConfig, world: World, tasks: int) -> tuple[Saved | None
     return None, earlier
 
 
+def _settings(config: TrainConfig, world: World) -> dict[str, Any]:
+    """As a run's results hold them."""
+    settings = config.to_dict() | {"rows_per_step": config.batch_size * config.gradient_accumulation_steps * world.size}
+    if world.parallel is not None:
+        settings |= {"parallel": world.parallel, "processes": world.size}
+    return settings
+
+
+def _check_nothing_learned(output: Path) -> None:
+    """A run whose state.json is gone is not begun again over what it has learned."""
+    earlier = RunResult.load(output) if (output / RUN_FILE).exists() else None
+    if has_states(output) or (output / "model").is_dir() or (earlier is not None and earlier.learned):
+        raise ValueError(f"resume: {output / STATE_FILE} is missing, without which no run goes on; name another output")
+
+
 def _resumed(config: TrainConfig) -> bool:
     return config.resume or restarted()
 
@@ -183,7 +218,8 @@ def _check_same_data(state: dict[str, object], earlier: list[str], rows: dict[st
 
 
 def _hash_rows(task: Task) -> str:
-    digest = hashlib.sha256()
+    """Of everything that decides what is trained on and how answers count."""
+    digest = hashlib.sha256(json.dumps([task.metric, task.options and list(task.options)]).encode())
     for part in (task.train, task.test):
         for example in part:
             digest.update(f"{len(example.prompt)} {example.prompt} {len(example.answer)} {example.answer}\n".encode())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -127,6 +127,17 @@ class RunResult:
         """Whether all tasks were measured after the last."""
         table = self.correct
         return len(table) == len(self.tasks) + 1 and all(table[-1])
+
+    def until(self, count: int) -> RunResult:
+        """As it was when `count` tasks had been learned."""
+        if len(self.learned) <= count:
+            return self
+        return replace(
+            self,
+            learned=self.learned[:count],
+            predictions=[entry for entry in self.predictions if entry.row <= count],
+            evaluation_seconds=self.evaluation_seconds[: count + 1],
+        )
 
     @property
     def metrics(self) -> Metrics:

@@ -14,7 +14,7 @@ from .distributed import World, join_world
 from .learn import learn
 from .measure import measure_abilities, measure_row, take_over
 from .modeling import save_model
-from .prepare import finished_run, open_for_training, prepare, read_tasks
+from .prepare import check_finished, finished_run, open_for_training, prepare, read_tasks
 from .progress import Progress
 from .result import RunResult
 from .run import Run
@@ -49,7 +49,9 @@ def _train(config: TrainConfig, zero_shot: RunResult | None, world: World, quiet
     progress = Progress(quiet or not world.first)
     tasks = world.together("reading the tasks", lambda: read_tasks(config, world))
     done = world.together("opening the output", lambda: finished_run(config))
-    if done is not None and done.tasks == [task.name for task in tasks]:
+    names = [task.name for task in tasks]
+    if done is not None and done.complete and done.tasks == names:
+        world.together("opening the output", lambda: check_finished(config, world, tasks, done))
         Checkpoints(Path(config.output), world).clear()
         return done
     progress.say(f"opening {config.model}")
@@ -73,8 +75,9 @@ def _train(config: TrainConfig, zero_shot: RunResult | None, world: World, quiet
     state = run.method.state()
     run.method.finish(run.model)
     measure_abilities(run, "after")
-    save_model(run.model, run.tokenizer, Path(config.output) / "model", world)
-    run.checkpoints.finish(state, run.last)
+    about = {"tasks": names, "carried": bool(state) or run.last is not None}
+    save_model(run.model, run.tokenizer, Path(config.output) / "model", world, about)
+    run.checkpoints.finish(names, state, run.last)
     return run.result
 
 

@@ -1,7 +1,8 @@
 """Kills a run at every moment at which it changes something on disk, and in between, and goes on from what is left.
 
-    kill_moments.py SETTINGS.json FOLDER EVERY
+    kill_moments.py SETTINGS.json FOLDER EVERY [FIRST]
 
+FIRST: the run is one of the first FIRST tasks that was finished, and that the others are added to.
 Prints what a run led to as one JSON object, then the same for every EVERY-th moment, at which it was killed and then
 resumed. A moment is the end of an optimizer step, right before a file gets its name, or a folder half removed. Every
 run is a process of its own, forked so that the packages are imported once.
@@ -100,15 +101,24 @@ def forked(work: Callable[[], dict[str, Any]], file: Path) -> dict[str, Any] | N
     return json.loads(file.read_text()) if status == 0 else {"failed": True}
 
 
-def main(settings: dict[str, Any], folder: Path, every: int) -> None:
+def main(settings: dict[str, Any], folder: Path, every: int, first: int = 0) -> None:
     torch.set_num_threads(1)
-    answer = folder / "answer.json"
-    straight = forked(lambda: run(TrainConfig(**settings, output=folder / "straight"), None), answer)
+    answer, base = folder / "answer.json", folder / "base"
+    if first:
+        tasks = settings["tasks"][:first]
+        assert forked(lambda: run(TrainConfig(**{**settings, "tasks": tasks}, output=base), None), answer) is not None
+
+    def begun(output: Path, wanted: int | None) -> dict[str, Any]:
+        if first:
+            shutil.copytree(base, output)
+        return run(TrainConfig(**settings, output=output, resume=bool(first)), wanted)
+
+    straight = forked(lambda: begun(folder / "straight", None), answer)
     assert straight is not None
     print(json.dumps(straight), flush=True)
     for moment, name in list(enumerate(straight["moments"]))[::every]:
         output = folder / f"killed-{moment}"
-        died = forked(lambda: run(TrainConfig(**settings, output=output), moment), answer)  # noqa: B023
+        died = forked(lambda: begun(output, moment), answer)  # noqa: B023
         resumed = forked(lambda: run(TrainConfig(**settings, output=output, resume=True), None), answer)  # noqa: B023
         files = sorted(path.name for path in output.iterdir())
         print(json.dumps({"moment": name, "died": died is None, "files": files, **(resumed or {})}), flush=True)
@@ -116,4 +126,4 @@ def main(settings: dict[str, Any], folder: Path, every: int) -> None:
 
 
 if __name__ == "__main__":
-    main(json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2]), int(sys.argv[3]))
+    main(json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2]), *map(int, sys.argv[3:]))

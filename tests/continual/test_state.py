@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,33 +17,46 @@ import pytest
 import torch
 
 from sculpt_ops.continual import RunResult, Task, TrainConfig, learn, train, trainer
+from sculpt_ops.continual.distributed import World
 
 pytest.importorskip("transformers", reason="the trainer needs pip install sculpt-ops[train]")
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
+@pytest.mark.parametrize(
+    ("first", "save_every", "every"),
+    [(0, 1, 2), (1, 1, 3), (1, None, 3)],
+    ids=["new", "added to", "added to, not kept"],
+)
 def test_killed_at_any_moment_a_run_goes_on_to_the_same_end(
-    short: dict[str, Any], toy_tasks: list[Task], write_task: Callable[[Task], Path], tmp_path: Path
+    first: int,
+    save_every: int | None,
+    every: int,
+    short: dict[str, Any],
+    toy_tasks: list[Task],
+    write_task: Callable[[Task], Path],
+    tmp_path: Path,
 ) -> None:
     tasks = [str(write_task(task)) for task in toy_tasks]
     settings = {
         **short,
         "model": str(short["model"]),
         "tasks": tasks,
-        "save_every": 1,
+        "save_every": save_every,
         "eval_items": 1,
         "group_by_length": True,
     }
     (tmp_path / "settings.json").write_text(json.dumps(settings))
     # Forked processes of a parent that has threads may hang.
     alone = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-    command = [sys.executable, Path(__file__).with_name("kill_moments.py"), tmp_path / "settings.json", tmp_path, "2"]
+    script, given = Path(__file__).with_name("kill_moments.py"), tmp_path / "settings.json"
+    command = [sys.executable, script, given, tmp_path, str(every), str(first)]
     ended = subprocess.run(command, cwd=ROOT, env=alone, capture_output=True, text=True, timeout=500, check=False)
     assert ended.returncode == 0, ended.stderr[-4000:]
     straight, *killed = map(json.loads, ended.stdout.splitlines())
     # Both tasks pass by the same moments, an odd number of them: every second one has each kind of them.
-    assert len(killed) > 20
+    assert len(killed) >= (8 if first else 21)
     for run in killed:
         assert run["died"], run
         for figure in ("weights", "answers", "ranks", "losses"):
@@ -148,8 +162,6 @@ def test_a_state_that_is_gone_is_said_to_be(cut_short: Callable[..., dict[str, A
 def test_other_weights_or_rows_are_refused(
     cut_short: Callable[..., dict[str, Any]], toy_tasks: list[Task], model_folder: Path, tmp_path: Path
 ) -> None:
-    from dataclasses import replace
-
     from safetensors.torch import load_file, save_file
 
     model = shutil.copytree(model_folder, tmp_path / "model")
@@ -177,8 +189,6 @@ def test_a_task_is_added(
     cut_short: Callable[..., dict[str, Any]],
     tmp_path: Path,
 ) -> None:
-    from dataclasses import replace
-
     third = replace(toy_tasks[0], name="again")
     settings = {**short, "output": tmp_path / "out", "resume": True}
     if finished:
@@ -212,3 +222,61 @@ def test_on_a_full_disk_the_last_state_stays(
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert [path for path in before if not path.exists()] == []
     assert resumed(settings).complete
+
+
+def test_a_finished_run_is_not_taken_for_another(
+    short: dict[str, Any], toy_tasks: list[Task], tmp_path: Path, t5_folder: Path
+) -> None:
+    settings = {**short, "output": tmp_path / "out", "resume": True}
+    done = train(TrainConfig(**settings), quiet=True)
+    assert resumed(settings).predictions == done.predictions
+    for change, complaint in (
+        ({"method": "ewc", "protect": None, "remember": None}, "resume: the run was started with"),
+        ({"model": t5_folder}, "resume: the run was started with model="),
+        ({"tasks": [replace(toy_tasks[0], metric="rouge-l", options=None), toy_tasks[1]]}, "the rows of task colours"),
+    ):
+        with pytest.raises(ValueError, match=complaint):
+            resumed(settings, **change)
+    (tmp_path / "out" / "state.json").unlink()
+    third = replace(toy_tasks[0], name="again")
+    with pytest.raises(ValueError, match=r"state\.json is missing"):
+        resumed(settings, tasks=[*toy_tasks, third])
+
+
+def test_what_is_missing_of_a_state_is_named(
+    short: dict[str, Any], toy_tasks: list[Task], cut_short: Callable[..., dict[str, Any]], tmp_path: Path
+) -> None:
+    settings = cut_short("step")
+    task = tmp_path / "out" / "checkpoint" / "task-2"
+    for name, complaint in (
+        ("subspaces.safetensors", r"subspaces\.safetensors is missing"),
+        ("setup.json", r"setup\.json is damaged"),
+        ("start/subspaces.safetensors", r"start.subspaces\.safetensors is missing; nothing goes on without it"),
+    ):
+        kept = (task / name).read_bytes()
+        (task / name).unlink()
+        with pytest.raises(ValueError, match=complaint):
+            resumed(settings)
+        (task / name).write_bytes(kept)
+    assert resumed(settings).complete
+    shutil.rmtree(tmp_path / "out" / "carried")
+    with pytest.raises(ValueError, match=r"carried is incomplete, .* one more task cannot go on without it"):
+        resumed(settings, tasks=[*toy_tasks, replace(toy_tasks[0], name="again")])
+
+
+def test_on_a_full_disk_the_last_model_stays(
+    short: dict[str, Any], toy_tasks: list[Task], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = {**short, "output": tmp_path / "out", "save_every": None, "resume": True}
+    train(TrainConfig(**settings), quiet=True)
+    before = weights(tmp_path / "out")
+    saved = type(trainer.open_for_training(TrainConfig(**settings), World(torch.device("cpu")))[0])
+
+    def full(*args: Any, **named: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(saved, "save_pretrained", full)
+    with pytest.raises(OSError, match=r"output: cannot write .*model: .*make room, then --resume"):
+        resumed(settings, tasks=[*toy_tasks, replace(toy_tasks[0], name="again")])
+    after = weights(tmp_path / "out")
+    assert all(torch.equal(before[name], after[name]) for name in before)
