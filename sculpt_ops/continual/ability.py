@@ -21,7 +21,7 @@ from .tasks import Example, Task
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["Choice", "measure_ability", "multiple_choice", "perplexity", "read_choices"]
+__all__ = ["Choice", "check_sources", "measure_ability", "multiple_choice", "perplexity", "read_choices"]
 
 OPTION = re.compile(r"^([A-Z])\. ?(.*?)(?=\n[A-Z]\. |\Z)", re.MULTILINE | re.DOTALL)
 SPLITS = ("train", "validation", "test", "dev", "eval")
@@ -68,6 +68,17 @@ def measure_ability(
             figures[f"{name} accuracy"] = sum(right) / len(right)
             figures[f"{name} items"] = float(len(right))
     return figures
+
+
+def check_sources(sources: Sequence[str | Path], seq2seq: bool) -> None:
+    """ValueError, naming the setting of a run, for files that an encoder-decoder or another model cannot be measured
+    on."""
+    try:
+        for source in sources:
+            if isinstance(_read(Path(source), None), str) and seq2seq:
+                raise ValueError(f"{source} is a text, whose perplexity needs a decoder-only model")
+    except (ValueError, OSError) as error:
+        raise ValueError(f"ability: {str(error).removeprefix('sources: ')}") from error
 
 
 def _name(path: Path) -> str:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .tasks import Example, Task, check_answer, read_json, read_task, split, task_folders
+from .tasks import Example, Task, check_answer, read_json, read_task, shared_note, split, task_folders
 from .trace import TRACE_TASKS
 
 # The parent folder's name is the type. The layout is the benchmark's; the wording is ours.
@@ -60,7 +60,8 @@ def read_benchmark_task(folder: str | Path) -> Task:
 
     Where only one of the two files is there it is split with a fixed seed, and the task's note says so: without
     test.json the last 500 shuffled rows are held out (at most a quarter), without train.json the first 5000 are for
-    training (at most two thirds). Rows that share a passage or a first sentence are not separated.
+    training (at most two thirds). Rows that share a passage or a first sentence are not separated; where both files
+    are there, the note counts the test rows that share theirs with training rows.
     """
     folder = Path(folder)
     kind = folder.resolve().parent.name
@@ -70,7 +71,8 @@ def read_benchmark_task(folder: str | Path) -> Task:
     if not isinstance(options, list) or not all(isinstance(option, str) for option in options):
         raise ValueError(f"{folder / 'labels.json'}: wanted a list of answers")
     parts = {part: _read_instances(folder / f"{part}.json", kind, options) for part in ("train", "test")}
-    train, test, note = parts["train"], parts["test"], None
+    train, test = parts["train"], parts["test"]
+    note: str | None
     if train is None and test is None:
         raise ValueError(f"{folder}: neither train.json nor test.json is there")
     if test is None:
@@ -80,6 +82,8 @@ def read_benchmark_task(folder: str | Path) -> Task:
     elif train is None:
         train, test = split(test, len(test) - min(TRAINING_ROWS, 2 * len(test) // 3), SPLIT_SEED)
         note = _split_note("test.json", train, test)
+    else:
+        note = shared_note(train, test)
     return Task(folder.resolve().name, train, test, options, note)
 
 

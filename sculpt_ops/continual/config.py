@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import Field, dataclass, field, fields
 from pathlib import Path
@@ -214,7 +215,7 @@ class TrainConfig:
     report_to: str = field(
         default="none", metadata=about("Where Trainer logs to as well: tensorboard, wandb, ... (a,b for several).")
     )
-    seed: int = field(default=0, metadata=about("Of data order and dropout."))
+    seed: int = field(default=0, metadata=about("Of data order and dropout.", least=0))
     cpu: bool = field(default=False, metadata=about("Leave the GPU alone."))
     trust_remote_code: bool = field(default=False, metadata=about("Run model code that comes with the checkpoint."))
     parallel: str | None = field(
@@ -308,6 +309,12 @@ class TrainConfig:
         return self.method in SUBSPACE_METHODS and self.protect is not None
 
     @property
+    def adam_dtype(self) -> str | None:
+        """Of Adam's moments, None for `AdamW`'s choice. In float16 the squares of gradients and eps would be 0, and the
+        first step would be infinite."""
+        return "float32" if self.moment_dtype is None and self.dtype == "float16" else self.moment_dtype
+
+    @property
     def remembers_inputs(self) -> bool:
         """Whether the inputs of earlier tasks are protected."""
         return any(isinstance(each, RememberInputs) for each in parse_remember(self.remember))
@@ -349,6 +356,8 @@ def _check(entry: Field[Any], value: Any) -> None:
     optional = "None" in str(entry.type)
     if value is None and optional:
         return
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"{entry.name}: got {value}, wanted a finite number")
     choices, above, least = (entry.metadata.get(limit) for limit in ("choices", "above", "least"))
     if choices is not None and value not in choices:
         wanted = (None, *choices) if optional else choices

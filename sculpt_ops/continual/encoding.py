@@ -15,6 +15,8 @@ from .tasks import Example, Task
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from .config import TrainConfig
+
 IGNORED = -100
 
 
@@ -30,13 +32,37 @@ class Encoded:
 class EncodedTask:
     """max_new_tokens: one more than the longest answer, so that a right answer always ends by itself. options: token
     ids of the answers to choose from, each with the end-of-sequence token. multiline: whether an answer may have
-    several lines."""
+    several lines. cut: prompts that were too long and lost their middle."""
 
     train: list[Encoded]
     test: list[Encoded]
     max_new_tokens: int
     options: list[list[int]] = field(default_factory=list)
     multiline: bool = False
+    cut: int = 0
+
+
+def encode_tasks(
+    tasks: Sequence[Task], tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, config: TrainConfig
+) -> tuple[list[EncodedTask], list[str]]:
+    """Every task as `encode_task` gives it, and what a reader of the figures has to know: how many prompts are cut.
+
+    ValueError for a tokenizer that has more tokens than the model.
+    """
+    seq2seq = bool(model.config.is_encoder_decoder)
+    encoded = [encode_task(task, tokenizer, config.max_length, seq2seq, config.chat_template) for task in tasks]
+    rows = [row for task in encoded for row in (*task.train, *task.test)]
+    largest = max((max(row.prompt + row.answer) for row in rows), default=0)
+    known = model.get_input_embeddings().num_embeddings
+    if largest >= known:
+        raise ValueError(f"model: its tokenizer gives token {largest}, the model has embeddings for {known}")
+    notes = [
+        f"{task.name}: {part.cut} of {len(part.train) + len(part.test)} prompts are longer than max_length "
+        f"{config.max_length} leaves room for, and lose their middle"
+        for task, part in zip(tasks, encoded, strict=True)
+        if part.cut
+    ]
+    return encoded, notes
 
 
 def encode_task(
@@ -63,8 +89,9 @@ def encode_task(
     if room < 2:
         least = max_length - room + 2
         raise ValueError(f"max_length: got {max_length}, wanted {least} or more for task {task.name}, with its answers")
+    cut = sum(len(pair.prompt) > room for part in pairs[:2] for pair in part)
     train, test = ([Encoded(_cut_middle(pair.prompt, room), pair.answer) for pair in part] for part in pairs[:2])
-    return EncodedTask(train, test, longest + 1, [pair.answer for pair in pairs[2]], task.metric != "exact")
+    return EncodedTask(train, test, longest + 1, [pair.answer for pair in pairs[2]], task.metric != "exact", cut)
 
 
 def encode_text(path: Path, tokenizer: PreTrainedTokenizerBase, length: int, windows: int) -> list[Encoded]:

@@ -14,11 +14,11 @@ from ..ranks import Fraction, Schedule, SizePolicy
 from ..targets import resolve_targets
 from .config import Protect, TrainConfig, format_protect
 from .distributed import World
-from .encoding import Collator, Encoded, EncodedTask, encode_task
+from .encoding import Collator, Encoded, EncodedTask, encode_tasks
 from .evaluate import greedy_answers
 from .learn import steps_of
 from .plan import make_plan
-from .prepare import open_for_training, read_tasks, remembered_text
+from .prepare import open_for_training, read_tasks, remembered_text, sequence_notes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -58,6 +58,7 @@ class Estimate:
     lr: float
     memory: int | None
     tasks: Sequence[TaskEstimate]
+    notes: Sequence[str] = ()
 
     @property
     def seconds(self) -> float:
@@ -82,6 +83,7 @@ class Estimate:
             f"memory: {peak}",
             f"time: an estimate of {self.seconds:.0f} s, from one forward and backward pass and one batch of answers "
             "measured here; optimizer steps and decompositions not counted",
+            *self.notes,
             "nothing was written",
         ]
         return "\n".join([head, *rows, "", *lines])
@@ -98,8 +100,7 @@ def estimate(config: TrainConfig) -> Estimate:
     world = World(torch.device("cuda" if cuda else "cpu"))
     tasks = read_tasks(config, world)
     model, tokenizer, _ = open_for_training(config, world)
-    seq2seq = bool(model.config.is_encoder_decoder)
-    encoded = [encode_task(task, tokenizer, config.max_length, seq2seq, config.chat_template) for task in tasks]
+    encoded, cut = encode_tasks(tasks, tokenizer, model, config)
     targets = resolve_targets(model, config.targets) if config.protects else {}
     pass_seconds = _pass_seconds(config, model, tokenizer, encoded[0]) if encoded[0].train else 0.0
     item_seconds = _item_seconds(config, model, tokenizer, encoded[0])
@@ -139,6 +140,7 @@ def estimate(config: TrainConfig) -> Estimate:
         lr=config.lr,
         memory=_memory(config, encoded),
         tasks=made,
+        notes=[*sequence_notes(config, [task.name for task in tasks]), *cut],
     )
 
 
@@ -198,7 +200,7 @@ def _memory(config: TrainConfig, encoded: Sequence[EncodedTask]) -> int | None:
         tokens=length * config.batch_size,
         batch_size=config.batch_size,
         gradient_checkpointing=config.gradient_checkpointing,
-        moment_dtype=config.moment_dtype,
+        moment_dtype=config.adam_dtype,
         peers=False,
         trust_remote_code=config.trust_remote_code,
     )

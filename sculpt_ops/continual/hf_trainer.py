@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments, get_scheduler
 from transformers.integrations import get_reporting_integration_callbacks
 
 from ..binding import unwrap_optimizer
@@ -79,12 +79,21 @@ def check_reports(config: TrainConfig) -> None:
         raise ValueError(f"report_to: got {config.report_to!r}: {error}") from error
 
 
+def check_schedule(config: TrainConfig) -> None:
+    """ValueError for a schedule that transformers does not know, or that wants more than its name."""
+    try:
+        optimizer = torch.optim.SGD([torch.zeros(1)], lr=1.0)
+        get_scheduler(config.lr_scheduler_type, optimizer, num_warmup_steps=0, num_training_steps=2)
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"lr_scheduler_type: got {config.lr_scheduler_type!r}: {error}") from error
+
+
 def optimizer_options(config: TrainConfig) -> dict[str, Any]:
     """Of `config`, the keyword arguments of `AdamW` that `TrainingArguments` has no place for."""
     return {
         "state": config.state,
         "master": config.master,
-        "moment_dtype": None if config.moment_dtype is None else getattr(torch, config.moment_dtype),
+        "moment_dtype": None if config.adam_dtype is None else getattr(torch, config.adam_dtype),
         "decay_to": config.decay_to,
     }
 

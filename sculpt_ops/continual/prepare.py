@@ -10,14 +10,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from ..names import canonical_parameters
 from ..remember import Remember
 from ..targets import resolve_targets
+from .ability import check_sources
 from .benchmark import benchmark_note, load_sequence
 from .checkpoint import STATE_FILE, Checkpoints, Saved, check_same_run, has_states, leftovers, read_state
 from .config import TrainConfig
 from .distributed import World, restarted, shard
-from .encoding import Encoded, encode_task, encode_text
+from .encoding import Encoded, encode_tasks, encode_text
 from .environment import versions
 from .methods import make_method
 from .methods.sculpt import MEASURED_ROWS
@@ -36,6 +39,7 @@ __all__ = ["check_finished", "finished_run", "open_for_training", "prepare", "re
 
 # The same for every run, whatever its seed, so that runs are compared on the same items.
 SELECTION_SEED = 0
+_WIDE = {torch.float16: torch.float32, torch.bfloat16: torch.float32}
 
 Opened = tuple["PreTrainedModel", "PreTrainedTokenizerBase", str]
 
@@ -66,11 +70,12 @@ def check_finished(config: TrainConfig, world: World, tasks: Sequence[Task], don
 
 def read_tasks(config: TrainConfig, world: World) -> list[Task]:
     """The tasks, after a look at the output folder and the training arguments; writes nothing."""
-    from .hf_trainer import check_reports, training_arguments
+    from .hf_trainer import check_reports, check_schedule, training_arguments
 
     output = Path(config.output)
     if world.first and output.exists():
         _check_output(output, _resumed(config))
+    check_schedule(config)
     training_arguments(config, str(output), 0)
     check_reports(config)
     if config.sequence is None:
@@ -92,6 +97,10 @@ def open_for_training(config: TrainConfig, world: World) -> Opened:
     limit = longest_input(model)
     if limit is not None and config.max_length > limit:
         raise ValueError(f"max_length: got {config.max_length}, the model has positions for {limit} tokens")
+    _check_finite(config, model)
+    make_method(config, parallel=world.parallel is not None).check(model, config)
+    if config.ability:
+        check_sources(config.ability, bool(model.config.is_encoder_decoder))
     if config.protects:
         targets = resolve_targets(model, config.targets)
         if config.others == "freeze":
@@ -110,16 +119,25 @@ def open_for_training(config: TrainConfig, world: World) -> Opened:
     return model, tokenizer, weights
 
 
+def _check_finite(config: TrainConfig, model: PreTrainedModel) -> None:
+    for name, weight in model.named_parameters():
+        # A sum of squares may overflow without an infinite term.
+        norm = torch.linalg.vector_norm(weight.detach(), dtype=_WIDE.get(weight.dtype))
+        if not norm.isfinite() and not weight.isfinite().all():
+            raise ValueError(f"model: {config.model} has NaN or Inf in {name}")
+
+
 def prepare(config: TrainConfig, world: World, progress: Progress, tasks: list[Task], opened: Opened) -> Run:
     """The run as it stands: at its beginning, or where it is to go on."""
     model, tokenizer, weights = opened
-    seq2seq = bool(model.config.is_encoder_decoder)
-    encoded = [encode_task(task, tokenizer, config.max_length, seq2seq, config.chat_template) for task in tasks]
+    encoded, cut = encode_tasks(tasks, tokenizer, model, config)
     names = [task.name for task in tasks]
-    note = benchmark_note(names, config.sequence)
+    notes = [*sequence_notes(config, names), *cut]
+    for note in notes:
+        progress.say(note)
     settings = _settings(config, world)
     output = Path(config.output)
-    result = RunResult(config.title, names, str(output), settings, versions(world.device), [note] if note else [])
+    result = RunResult(config.title, names, str(output), settings, versions(world.device), notes)
     rows = {task.name: _hash_rows(task) for task in tasks}
     saved = None
     state = read_state(output) if _resumed(config) else None
@@ -147,6 +165,12 @@ def prepare(config: TrainConfig, world: World, progress: Progress, tasks: list[T
     return Run(
         config, world, progress, tasks, encoded, model, tokenizer, method, result, weights, rows, saved, text=text
     )
+
+
+def sequence_notes(config: TrainConfig, names: Sequence[str]) -> list[str]:
+    """What a published sequence lacks, if it lacks anything."""
+    note = benchmark_note(names, config.sequence)
+    return [] if note is None else [note]
 
 
 def remembered_text(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> list[Encoded]:

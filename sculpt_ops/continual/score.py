@@ -29,9 +29,9 @@ def score(metric: str, prompt: str, prediction: str, answer: str) -> float:
     return METRICS[metric](prompt, prediction, answer)
 
 
-def check_metric(metric: str) -> None:
+def check_metric(metric: object) -> None:
     """ValueError for a metric that there is not, ImportError for one whose package is not installed."""
-    if metric not in METRICS:
+    if not isinstance(metric, str) or metric not in METRICS:
         raise ValueError(f"metric: got {metric!r}, wanted one of {', '.join(METRICS)}")
     METRICS[metric]("", "a", "a")
 

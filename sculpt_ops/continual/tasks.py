@@ -68,10 +68,18 @@ def hold_out(task: Task, items: int, seed: int = 0) -> Task:
     return replace(task, train=kept, test=held, note=f"{task.note}; {note}" if task.note else note)
 
 
+def read_text(path: Path) -> str:
+    """The content of a file; ValueError, naming it, if it is not UTF-8."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 (byte {error.start}: {error.reason})") from error
+
+
 def read_json(path: Path) -> Any:
     """The content of a JSON file; ValueError names the file and line."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(read_text(path))
     except json.JSONDecodeError as error:
         raise ValueError(f"{path}, line {error.lineno}: not JSON ({error.msg})") from error
 
@@ -92,17 +100,21 @@ def read_jsonl_task(folder: str | Path) -> Task:
         metric = read_json(folder / "metric.json")
         check_metric(metric)
     train, test = (_read_jsonl(folder / f"{part}.jsonl", options, metric != "exact") for part in ("train", "test"))
+    return Task(folder.resolve().name, train, test, options, shared_note(train, test), metric)
+
+
+def shared_note(train: Sequence[Example], test: Sequence[Example]) -> str | None:
+    """How many test rows are about a text of the training rows; None if none are."""
     groups = {example.group for example in train} - {None}
     shared = sum(example.group in groups for example in test)
-    note = f"{shared} of the {len(test)} test rows share their text with training rows" if shared else None
-    return Task(folder.resolve().name, train, test, options, note, metric)
+    return f"{shared} of the {len(test)} test rows share their text with training rows" if shared else None
 
 
 def _read_jsonl(path: Path, options: Sequence[str] | None, multiline: bool) -> list[Example]:
     if not path.exists():
         raise ValueError(f"{path} is missing. {LAYOUTS}")
     examples = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
+    for number, line in enumerate(read_text(path).split("\n"), 1):
         if not line.strip():
             continue
         where = f"{path}, line {number}"
@@ -160,6 +172,9 @@ def load_tasks(sources: Iterable[Task | str | Path], order: Sequence[str] | None
     unknown = [name for name in order or () if name not in by_name]
     if unknown:
         raise ValueError(f"order: no task {unknown[0]}, there are {', '.join(names)}")
+    again = sorted({name for name in order or () if list(order or ()).count(name) > 1})
+    if again:
+        raise ValueError(f"order: the task {again[0]} is there twice")
     chosen = [by_name[name] for name in (names if order is None else order)]
     return [entry if isinstance(entry, Task) else read_task(entry) for entry in chosen]
 
@@ -181,7 +196,8 @@ def _layout(folder: Path) -> str | None:
         return "jsonl"
     if (folder / "labels.json").exists():
         return "benchmark"
-    if (folder / "train.json").exists() and (folder / "test.json").exists():
+    # One of the two says what it is meant to be, and the reader what is missing.
+    if (folder / "train.json").exists() or (folder / "test.json").exists():
         return "trace"
     return None
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ...ranks import Fraction
 from ...targets import resolve_targets
+from ..config import TrainConfig
 from .base import Method, TaskContext
 
 __all__ = ["Lora", "OLora", "PeftOsf", "check_peft"]
@@ -34,6 +35,9 @@ def _modules(context: TaskContext) -> list[str]:
 class _Adapters(Method):
     def __init__(self) -> None:
         self._trained: dict[str, bool] = {}
+
+    def check(self, model: Any, config: TrainConfig) -> None:
+        resolve_targets(model, config.targets)
 
     def prepare(self, model: Any) -> None:
         self._trained = {name: weight.requires_grad for name, weight in model.named_parameters()}
@@ -154,12 +158,23 @@ class PeftOsf(_Adapters):
     """PEFT's OSF: the factors of the free directions are trained, gradients projected, everything else frozen. Merged
     between tasks: `unload()`, as its documentation has it, would throw away what was learned."""
 
+    def check(self, model: Any, config: TrainConfig) -> None:
+        share = _share(config)
+        modules = dict(model.named_modules())
+        for name, weight in resolve_targets(model, config.targets).items():
+            module = modules[name.rpartition(".")[0]]
+            if not isinstance(module, torch.nn.Linear):
+                raise ValueError(f"method: peft-osf has no layer for {name}, in a {type(module).__name__}")
+            if int(share * min(weight.shape)) < 1:
+                raise ValueError(
+                    f"protect: got {share} with method 'peft-osf', wanted at least one of the {min(weight.shape)} "
+                    f"directions of {name}"
+                )
+
     def begin_task(self, context: TaskContext) -> None:
         from peft import OSFConfig
 
-        protect = context.config.protect
-        share = protect.share if isinstance(protect, Fraction) else protect
-        assert isinstance(share, float)
+        share = _share(context.config)
         with _quick_svd():
             self._insert(context.model, OSFConfig(effective_rank=share, target_modules=_modules(context)))
 
@@ -194,6 +209,13 @@ def svd_by_eigenvectors(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     squares, vectors = torch.linalg.eigh(wide.mT @ wide)
     S, V = squares.flip(0).clamp(min=torch.finfo(torch.float64).tiny).sqrt(), vectors.flip(1)
     return ((wide @ V) / S).float(), S.float(), V.mT.float()
+
+
+def _share(config: TrainConfig) -> float:
+    protect = config.protect
+    share = protect.share if isinstance(protect, Fraction) else protect
+    assert isinstance(share, float)
+    return share
 
 
 def _factors(model: Any) -> list[tuple[str, Tensor]]:

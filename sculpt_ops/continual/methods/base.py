@@ -42,6 +42,9 @@ class Method:
     the weights of the step afterwards.
     """
 
+    def check(self, model: Any, config: TrainConfig) -> None:
+        """Before anything is written or measured: ValueError for a model that it cannot work on."""
+
     def prepare(self, model: Any) -> None:
         """Once, with the first weights, before any task."""
 

@@ -12,12 +12,15 @@ import torch
 from torch import Tensor
 
 from ...basis import Basis
+from ...input_covariance import input_sides
 from ...layer import LayerSubspace, check_sides, project_each_
 from ...leak import sketch_weight
 from ...ops import orthonormalize
 from ...ranks import Importance, Schedule
 from ...storage import pack, unpack
 from ...subspaces import Subspaces
+from ...targets import resolve_targets
+from ..config import TrainConfig
 from ..policies import parse_remember
 from .base import Method, TaskContext
 
@@ -29,6 +32,12 @@ MEASURED_ROWS, BATCH_ROWS = 32, 8
 
 class Sculpt(Method):
     """Subspaces derived from the weights as they stand before each task; config.protect None protects nothing."""
+
+    def check(self, model: Any, config: TrainConfig) -> None:
+        if config.protects:
+            found = resolve_targets(model, config.targets)
+            if config.remembers_inputs:
+                input_sides(model, found, config.sides)
 
     def begin_task(self, context: TaskContext) -> Subspaces | None:
         config, index = context.config, context.index
