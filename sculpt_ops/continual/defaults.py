@@ -12,7 +12,7 @@ __all__ = ["AUTO", "left_open"]
 # Of any field that a method has a value of its own for.
 AUTO: Any = "auto"
 
-# The best of two or three tried for each, of a model of 135 million weights: larger ones want less.
+# The best of one to three tried for each, of a model of 135 million weights: larger ones want less.
 RATES = {"sculpt": 1e-4, "random": 4e-5, "peft-osf": 3e-5, "ewc": 4e-5, "lora": 1e-3, "o-lora": 1e-3}
 # Plain fine-tuning's. Protecting the weights' own directions did best at about the same.
 RATE = 2e-5
