@@ -114,13 +114,15 @@ def inspect(
         if isinstance(share, str | Importance):
             raise ValueError(f"protect: got {protect}, which depends on tasks; wanted a share, or such as schedule:2:5")
         opened, _ = open_model(model, trust_remote_code=trust_remote_code)
+        summary = Subspaces.from_model(opened, protect=share, sides=check_sides(sides), targets=targets).summary()
         if output is None:
-            typer.echo(Subspaces.from_model(opened, protect=share, sides=check_sides(sides), targets=targets).summary())
+            typer.echo(summary)
             return
         from .inspection import write_inspection
 
+        chosen = f"--protect {protect} --sides {sides}"
         with progress_bar(len(resolve_targets(opened, targets)), True) as advance:
-            typer.echo(write_inspection(opened, Path(model).name, output, targets, advance))
+            typer.echo(write_inspection(opened, Path(model).name, output, targets, advance, {chosen: summary}))
 
 
 @app.command()

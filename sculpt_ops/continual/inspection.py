@@ -63,10 +63,16 @@ def spectra_of(targets: Mapping[str, Tensor], advance: object = None) -> list[Sp
 
 
 def write_inspection(
-    model: nn.Module, name: str, folder: str | Path, targets: str | Sequence[str] | None = None, advance: object = None
+    model: nn.Module,
+    name: str,
+    folder: str | Path,
+    targets: str | Sequence[str] | None = None,
+    advance: object = None,
+    summaries: Mapping[str, str] | None = None,
 ) -> Path:
     """Write inspect.md, spectra.png and energies.png about `model`, called `name`, into `folder`; returns the path of
-    the first. Raises what `resolve_targets` does for a model without known weights to protect."""
+    the first. summaries: of subspaces (`Subspaces.summary`), by the settings that they were made with. Raises what
+    `resolve_targets` does for a model without known weights to protect."""
     found = resolve_targets(model, targets)
     spectra = spectra_of(found, advance)
     folder = Path(folder)
@@ -84,6 +90,7 @@ def write_inspection(
         "spectrum, the more directions have to be protected to hold what the weight does.",
         f"![Energy held by the top directions of every layer]({ENERGIES_FILE})",
     ]
+    sections += [f"## With `{chosen}`\n\n```text\n{summary}\n```" for chosen, summary in (summaries or {}).items()]
     write_text(folder / INSPECTION_FILE, "\n\n".join(sections) + "\n")
     return folder / INSPECTION_FILE
 

@@ -132,7 +132,12 @@ def prepare(config: TrainConfig, world: World, progress: Progress, tasks: list[T
     model, tokenizer, weights = opened
     encoded, cut = encode_tasks(tasks, tokenizer, model, config)
     names = [task.name for task in tasks]
-    notes = [*sequence_notes(config, names), *cut]
+    scored = [
+        f"{task.name} is measured by {task.metric}, a score from 0 to 1, in place of exact match"
+        for task in tasks
+        if task.metric != "exact"
+    ]
+    notes = [*sequence_notes(config, names), *scored, *cut]
     for note in notes:
         progress.say(note)
     settings = _settings(config, world)

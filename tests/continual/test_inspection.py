@@ -32,8 +32,9 @@ def test_ranks_and_energies() -> None:
 
 
 def test_an_inspection_names_what_is_protected_and_what_is_not(llama: Any, tmp_path: Path) -> None:
-    path = write_inspection(llama, "tiny", tmp_path / "new")
+    path = write_inspection(llama, "tiny", tmp_path / "new", summaries={"--protect 0.25": "layer  shape"})
     text = path.read_text()
+    assert text.endswith("## With `--protect 0.25`\n\n```text\nlayer  shape\n```\n")
     total = sum(p.numel() for p in llama.parameters())
     embedding = llama.model.embed_tokens.weight.numel()
     assert (

@@ -9,7 +9,6 @@ import pytest
 
 from sculpt_ops.continual import Example, load_tasks
 from sculpt_ops.continual.benchmark import LONG_TASKS, SEQUENCES, load_sequence
-from sculpt_ops.continual.tasks import read_task
 from sculpt_ops.continual.trace import METRICS, TRACE_TASKS, read_trace_task
 
 ROWS = [{"prompt": "Stance:\n", "answer": "A"}, {"prompt": "Stance: ", "answer": " C "}]
@@ -63,8 +62,8 @@ def test_a_missing_half_is_named(tmp_path: Path) -> None:
     (folder / "test.json").unlink()
     with pytest.raises(ValueError, match=r"test\.json is missing"):
         read_trace_task(folder)
-    with pytest.raises(ValueError, match="is no task folder"):
-        read_task(folder)
+    with pytest.raises(ValueError, match=r"FOMC.test\.json is missing"):
+        load_tasks([tmp_path])
 
 
 def write_benchmark(root: Path, *names: str) -> Path:
