@@ -4,7 +4,7 @@
     python bench/gpu/kernel_table.py --write    # puts it between the markers in docs/kernels.md
 
 A cell is the variant that takes most registers: registers a thread, KiB of shared memory a program, programs that fit a
-multiprocessor at a time; spilled bytes are spelt out.
+multiprocessor at a time; spilled bytes are spelt out. Of CUDA C++ kernels registers and static shared bytes.
 """
 
 from __future__ import annotations
@@ -135,15 +135,11 @@ def cuda_binary(source: Path, architecture: str, folder: Path) -> Path:
 
 
 def cuda_table() -> list[str]:
-    """Shared memory that a launch asks for is not in the binary: the column is the static part."""
+    """A row a kernel; shared memory that a launch asks for is not in the binary: only the static part is."""
     sources = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
     if not sources or shutil.which("nvcc") is None:
         return []
-    lines = [
-        "",
-        "| CUDA C++ kernel | file | target | registers | static shared bytes | spilled bytes |",
-        "|---" * 6 + "|",
-    ]
+    rows: defaultdict[tuple[str, str], dict[str, str]] = defaultdict(dict)
     with tempfile.TemporaryDirectory() as folder:
         for source in sources:
             for architecture in architectures(source):
@@ -154,8 +150,15 @@ def cuda_table() -> list[str]:
                     demangled = subprocess.run(["c++filt", mangled], capture_output=True, text=True, check=True).stdout
                     name = demangled.strip().replace("(anonymous namespace)::", "").removeprefix("void ")
                     name = re.sub(r"\((?:int|bool)\)", "", name).split("(")[0]
-                    facts = [str(number(pattern, usage)) for pattern in (r"REG:(\d+)", r"SHARED:(\d+)", r"STACK:(\d+)")]
-                    lines.append(f"| `{name}` | {source.name} | sm_{architecture} | {' | '.join(facts)} |")
+                    registers, shared, spilled = (
+                        number(rf"{kind}:(\d+)", usage) for kind in ("REG", "SHARED", "STACK")
+                    )
+                    cell = f"{registers}, {shared}" + (f", {spilled} B spilled" if spilled else "")
+                    rows[name, source.name][f"sm_{architecture}"] = cell
+    targets = [f"sm_{architecture}" for architecture in CUDA_ARCHITECTURES]
+    lines = ["", f"| CUDA C++ kernel | file | {' | '.join(targets)} |", "|---" * (2 + len(targets)) + "|"]
+    for (name, file), cells in rows.items():
+        lines.append(f"| `{name}` | {file} | " + " | ".join(cells.get(target, "") for target in targets) + " |")
     return lines
 
 
