@@ -20,6 +20,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from tables import Row, Table
 
+from sculpt_ops.files import replacing
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -80,7 +82,6 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
             facts = machine(table.packages, config.invocation_params.args)
             path = Path(folder) / f"{table.file}-{facts['date']}.json"
             path.parent.mkdir(parents=True, exist_ok=True)
-            temporary = path.with_suffix(".tmp")
-            temporary.write_text(json.dumps({"machine": facts, "rows": measured}, indent=1) + "\n")
-            temporary.replace(path)
+            with replacing(path) as temporary:
+                temporary.write_text(json.dumps({"machine": facts, "rows": measured}, indent=1) + "\n")
             write(f"written: {path}")

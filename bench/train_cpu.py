@@ -28,6 +28,8 @@ from training_methods import METHODS, Method
 from training_table import heading, lost, markdown, show, write_between_marks
 from weights import smollm2_folder
 
+from sculpt_ops.files import replacing
+
 DOCUMENT = ROOT / "docs" / "training.md"
 PACKAGES = ("transformers", "peft", "rhai-innovation-mini-trainer", "numpy")
 
@@ -130,9 +132,8 @@ def in_own_process(index: int) -> Row:
 
 def write(path: Path, results: dict[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    temporary.replace(path)
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

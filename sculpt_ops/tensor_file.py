@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+
+from .files import replacing
 
 if TYPE_CHECKING:
     from .distributed.agreement import Ranks
@@ -45,12 +46,8 @@ class FileFormat:
 
             return write_together(path, tensors, metadata, ranks)
         contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        try:
+        with replacing(path, shared=True) as temporary:
             safetensors.torch.save_file(contiguous, temporary, metadata=metadata)
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
 
     def read(
         self, path: Path, wanted: Callable[[str], bool] = lambda key: True

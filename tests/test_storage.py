@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from sculpt_ops.files import replacing
 from sculpt_ops.subspaces import Subspaces
 
 from .training import SHAPES, Shapes
@@ -97,3 +98,21 @@ def test_without_safetensors_one_message_says_what_to_install(tmp_path: Path, mo
     with pytest.raises(ImportError, match=r"saving subspaces needs safetensors: pip install 'sculpt-ops\[train\]'"):
         subspaces.save(tmp_path / "bases.safetensors")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_replacing_leaves_what_was_there(tmp_path: Path) -> None:
+    path = tmp_path / "run.json"
+    path.write_text("old")
+
+    def fail() -> None:
+        with replacing(path) as temporary:
+            temporary.write_text("ne")
+            raise OSError("full")
+
+    with pytest.raises(OSError, match="full"):
+        fail()
+    assert (path.read_text(), len(list(tmp_path.iterdir()))) == ("old", 1)
+    with replacing(path) as temporary:
+        temporary.write_text("new")
+        assert path.read_text() == "old"
+    assert (path.read_text(), len(list(tmp_path.iterdir()))) == ("new", 1)

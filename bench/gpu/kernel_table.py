@@ -39,6 +39,7 @@ from triton_binaries import (
     recording,
 )
 
+from sculpt_ops.files import replacing
 from sculpt_ops.triton_kernels import philox, rounding
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -168,9 +169,8 @@ def write(table: str) -> None:
     _, found, after = rest.partition(END)
     if not found:
         raise ValueError(f"{DOCS}: wanted the markers {BEGIN} and {END}")
-    temporary = DOCS.with_suffix(".tmp")
-    temporary.write_text(f"{before}{BEGIN}\n{table}\n{END}{after}")
-    temporary.replace(DOCS)
+    with replacing(DOCS) as temporary:
+        temporary.write_text(f"{before}{BEGIN}\n{table}\n{END}{after}")
 
 
 def main() -> None:

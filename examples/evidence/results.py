@@ -12,6 +12,7 @@ from typing import Any
 
 from sculpt_ops.continual import RunResult
 from sculpt_ops.continual.result import LearnedTask, Prediction, write_text
+from sculpt_ops.files import replacing
 
 __all__ = ["pack", "read_all", "unpack", "write_text"]
 
@@ -51,10 +52,9 @@ def pack(result: RunResult, folder: Path, about: dict[str, Any]) -> None:
     }
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{result.name}.json.gz"
-    temporary = path.with_suffix(".tmp")
     # Without a time stamp: the same result is the same file.
-    temporary.write_bytes(gzip.compress(json.dumps(record).encode(), mtime=0))
-    temporary.replace(path)
+    with replacing(path) as temporary:
+        temporary.write_bytes(gzip.compress(json.dumps(record).encode(), mtime=0))
 
 
 def _without_folders(config: dict[str, Any]) -> dict[str, Any]:

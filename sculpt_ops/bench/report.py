@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from ..files import replacing
+
 __all__ = ["WHICH", "markdown", "name_of", "roofline", "write_report"]
 
 Result = dict[str, Any]
@@ -120,9 +122,8 @@ def roofline(result: Result, path: Path) -> None:
 
 
 def write(path: Path, save: Callable[[Path], Any]) -> Path:
-    temporary = path.with_name(path.name + ".tmp")
-    save(temporary)
-    temporary.replace(path)
+    with replacing(path) as temporary:
+        save(temporary)
     return path
 
 

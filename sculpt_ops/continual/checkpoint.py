@@ -16,6 +16,7 @@ There is no pickle in it that is loaded without weights_only.
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -324,7 +325,7 @@ def leftovers(output: Path) -> list[str]:
     ours = {FOLDER, CARRIED, RUN_FILE, PREDICTIONS_FILE, STATE_FILE, "model", "logs", "report.md"}
     ours |= {f"{name}.tmp" for name in ours} | {f"{FOLDER}.old", "model.old"}
     found = output.iterdir() if output.is_dir() else ()
-    return sorted(path.name for path in found if path.name not in ours and path.suffix != ".png")
+    return sorted(path.name for path in found if path.name not in ours and not re.search(r"\.png(\.tmp)?$", path.name))
 
 
 def _files(folder: Path) -> list[Path]:
