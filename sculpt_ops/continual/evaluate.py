@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 import torch.distributed as dist
 
+from ..dtensor import is_fsdp
 from .decoding import Opening, OptionTree, Prompts
 from .distributed import World
 from .encoding import Collator, EncodedTask
@@ -160,7 +161,7 @@ def evaluating(model: PreTrainedModel) -> Iterator[None]:
     finally:
         # A sharded root stays gathered after a forward pass, for the backward pass that does not come here: an
         # optimizer made next would be given its gathered weights.
-        if hasattr(model, "reshard"):
+        if is_fsdp(model):
             model.reshard()
         model.config.use_cache = use_cache
         model.train(training)

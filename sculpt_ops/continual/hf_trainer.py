@@ -15,6 +15,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.integrations import get_reporting_integration_callbacks
 
 from ..binding import unwrap_optimizer
+from ..dtensor import is_fsdp
 from ..optim import AdamW, fuse_into_backward
 from ..optim.backward import FusedBackward
 from ..subspaces import Subspaces
@@ -126,7 +127,7 @@ class SubspaceTrainer(Trainer):
         super().__init__(*args, **kwargs)
         # accelerate marks what it has prepared, and would leave the next task's model without autocast.
         self.model.__dict__.pop("_is_accelerate_prepared", None)
-        if _is_sharded(self.model):
+        if is_fsdp(self.model):
             # For evaluation, as accelerate has it: autocast, but not DDP around the sharded model.
             self.accelerator.prepare_model = functools.partial(self.accelerator.prepare_model, evaluation_mode=True)
         self.subspaces = subspaces
@@ -142,7 +143,7 @@ class SubspaceTrainer(Trainer):
 
     def _move_model_to_device(self, model: torch.nn.Module, device: torch.device) -> None:
         # Sharded parameters are there already, and to() would put others in the place of those that have a basis.
-        if not _is_sharded(model):
+        if not is_fsdp(model):
             super()._move_model_to_device(model, device)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
@@ -243,11 +244,6 @@ class SubspaceTrainer(Trainer):
             group["lr"] = lr
         if self.clock is not None:
             self.clock.restore(json.loads((folder / CLOCK_FILE).read_text(encoding="utf-8")))
-
-
-def _is_sharded(model: torch.nn.Module) -> bool:
-    """Whether `fully_shard` has been at it."""
-    return hasattr(model, "set_requires_gradient_sync")
 
 
 class CompressGradients(TrainerCallback):
