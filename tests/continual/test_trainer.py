@@ -454,3 +454,11 @@ def test_the_real_benchmark_fits_the_trainer(benchmark_folder: Path, model_folde
     result = train(config, quiet=True)
     assert [task.train_items for task in result.learned] == [250, 400]
     assert result.notes[0].startswith("2 of the 15 tasks of the published benchmark; it lacks yelp, amazon, MNLI, QQP")
+
+
+def test_float16_weights_train(short: dict[str, Any], tmp_path: Path) -> None:
+    """With moments in float16 the first step divides by 0."""
+    settings = {**short, "dtype": "float16", "max_steps": 4, "eval_items": 1, "lr": 1e-3}
+    result = train(TrainConfig(**settings, output=tmp_path / "out"), quiet=True)
+    assert all(math.isfinite(loss) for task in result.learned for _, loss in task.losses)
+    assert TrainConfig(**settings, output=tmp_path, moment_dtype="bfloat16").adam_dtype == "bfloat16"
