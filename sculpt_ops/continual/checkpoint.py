@@ -198,7 +198,9 @@ class Checkpoints:
             shutil.rmtree(gone, ignore_errors=True)
             if self.folder.exists():
                 self.folder.replace(gone)
-            shutil.rmtree(gone, ignore_errors=True)
+            # Of a run that was killed after its model had got its name.
+            for left in (gone, *(self.output / name for name in ("model.old", "model.tmp", f"{CARRIED}.tmp"))):
+                shutil.rmtree(left, ignore_errors=True)
 
         self.world.on_first("removing the checkpoint", remove)
 

@@ -124,15 +124,15 @@ def test_steps_of_two_ranks_are_those_of_one(two_ranks: Ranks, name: str) -> Non
 def check_steps(ranks: Ranks, name: str) -> None:
     results = ranks.run(compare, CASES[name])
     for compared in results:
-        # A gradient that is bfloat16 is rounded once a side, in place in another order: 3e-3 apart, both as near to the
-        # exact projection.
+        # A gradient that is bfloat16 is rounded once on one rank, in place once a side: 3e-3 apart.
         rounded = compared.in_place if CASES[name].dtype is torch.bfloat16 and "update" not in name else []
         assert all(away < (1e-3 if n in rounded else 1e-6) for n, away in compared.distances.items()), compared
         assert min(compared.moved.values()) > 1e-3
         assert compared.norms[0] == pytest.approx(compared.norms[1], rel=1e-6)
         # In the last place of the weights for both; a step that leaks is at least 1e-2.
         assert all(
-            leak == pytest.approx(compared.leaks[1][n], rel=0.1, abs=1e-4) for n, leak in compared.leaks[0].items()
+            leak == pytest.approx(compared.leaks[1][n], rel=0.2 if n in rounded else 0.1, abs=1e-4)
+            for n, leak in compared.leaks[0].items()
         )
         assert compared.leaks[0] == results[0].leaks[0]
 
