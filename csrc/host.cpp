@@ -148,9 +148,8 @@ PYBIND11_MODULE(_host, m) {
         "Sine, sine / (1 + cosine), and whether columns with these squared norms and this product are turned.");
   m.attr("thresholds") = pybind11::dict(
       arg("cuda_capability") = sculpt::kCudaCapability, arg("cuda_rank") = sculpt::kCudaRank,
-      arg("cuda_small_rank") = sculpt::kCudaSmallRank, arg("cuda_slots") = sculpt::kCudaSlots,
       arg("cuda_rank_both") = sculpt::kCudaRankBoth, arg("cuda_list") = sculpt::kCudaList,
-      arg("cuda_lists_tested") = sculpt::kCudaListsTested, arg("cuda_ranks_block") = sculpt::kCudaRanksBlock,
+      arg("cuda_ranks_block") = sculpt::kCudaRanksBlock,
       arg("l2_part_one_side") = sculpt::kL2PartOneSide, arg("least_group") = sculpt::kLeastGroup,
       arg("panel") = sculpt::kPanel, arg("l2_part") = sculpt::kL2Part, arg("max_rank") = sculpt::kMaxRank,
       arg("max_rank_float32") = sculpt::kMaxRankFloat32, arg("max_rank_float16") = sculpt::kMaxRankFloat16,

@@ -7,7 +7,6 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sculpt_ops import _host
 from sculpt_ops.ops.heuristics import H100, Gpu, choose, gpu_of, stacked
 from sculpt_ops.triton_kernels.panels import max_rank
 
@@ -23,12 +22,12 @@ A100, MI300X, V100 = Gpu(80, False, 108, 40 * 2**20), Gpu(94, True, 304, 4 * 2**
         (4096, 11008, 64, None, (BF16, BF16), "cuda"),
         (4096, 11008, 65, None, (BF16, BF16), "cublas"),
         (11008, 4096, 16, None, (BF16, BF16), "cuda"),
-        (11008, 4096, 32, None, (BF16, BF16), "cuda"),  # three panels fit
-        (11008, 4096, 64, None, (BF16, BF16), "cublas"),  # two
-        (4096, 11008, None, 64, (BF16, BF16), "cuda"),  # two, on the right
+        (11008, 4096, 64, None, (BF16, BF16), "cuda"),
+        (4096, 11008, None, 64, (BF16, BF16), "cuda"),
         (4096, 11004, 16, None, (BF16, BF16), "cublas"),  # rows that do not begin at multiples of 16 bytes
         (4096, 11008, None, 16, (BF16, F32), "cuda"),
-        (4096, 11008, 17, None, (BF16, F32), "cublas"),
+        (4096, 11008, 64, None, (BF16, F32), "cuda"),
+        (11008, 4096, 64, None, (BF16, F32), "cublas"),  # its two parts fit no cluster
         (4096, 4096, 16, 16, (BF16, BF16), "cuda"),
         (4096, 4096, 17, 16, (BF16, BF16), "cublas"),
         (4096, 4096, 16, 16, (BF16, F32), "cublas"),
@@ -83,11 +82,13 @@ def test_the_choice_for_many_without_cuda_kernels(
     ("m", "n", "r", "s", "dtypes", "batch", "wanted"),
     [
         (4096, 11008, 64, None, (BF16, BF16), 224, "cuda"),
-        (11008, 4096, 64, None, (BF16, BF16), 224, "cublas"),
+        (11008, 4096, 64, None, (BF16, BF16), 224, "cuda"),
         (4096, 11008, 16, 16, (BF16, BF16), 224, "cuda"),
-        (4096, 11008, 64, 64, (BF16, BF16), 224, "cublas"),
-        (1024, 1024, 64, None, (BF16, BF16), 288, "triton"),
-        (576, 1536, 16, 16, (BF16, BF16), 210, "triton"),
+        (4096, 11008, 64, 64, (BF16, BF16), 224, "cuda"),
+        (4096, 11008, 64, 64, (BF16, BF16), 7, "cublas"),
+        (1024, 1024, 64, None, (BF16, BF16), 288, "cuda"),
+        (576, 1536, 16, None, (BF16, BF16), 210, "triton"),  # one side of the smallest
+        (576, 1536, 16, 16, (BF16, BF16), 210, "cuda"),
         (576, 1536, 16, 16, (BF16, BF16), 7, "cuda"),
         (576, 1536, 64, 64, (F16, F16), 210, "cublas"),
     ],
@@ -95,8 +96,6 @@ def test_the_choice_for_many_without_cuda_kernels(
 def test_the_choice_for_many(
     m: int, n: int, r: int | None, s: int | None, dtypes: tuple[torch.dtype, torch.dtype], batch: int, wanted: str
 ) -> None:
-    """One by one until the CUDA C++ kernel's lists have passed their tests on a GPU."""
-    assert not _host.thresholds["cuda_lists_tested"]
     assert choose(m, n, r, s, *dtypes, batch=batch, gpu=H200, cuda=True) == wanted
 
 

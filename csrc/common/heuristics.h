@@ -39,19 +39,12 @@ struct Compiled {
 // The CUDA C++ projections passed their tests on an H200 (tests/cuda/side_checks.py, both_checks.py). On the capability
 // that they passed on they are chosen where they are faster than library products.
 constexpr int kCudaCapability = 90;
-// One side, whose kernel reads and writes the matrix once. At 16 it takes 0.55 to 0.78 of the library's time, with float32
-// bases too; at 64, with bfloat16 bases, 0.77 to 0.98 while three panels fit in a block's shared memory, on the right two,
-// and 1.12 with two on the left. With float32 bases it takes up to 1.19 of it at 64, with bfloat16 ones at 128 1.6 to 1.7.
+// One side, whose kernel reads and writes the matrix once.
 constexpr int64_t kCudaRank = 64;
-constexpr int64_t kCudaSmallRank = 16;
-constexpr int64_t kCudaSlots = 3;
 // Two sides of bfloat16 bases one after the other: 0.82 to 0.89 of the library's time at 16, 1.06 to 1.31 at 64. With
 // float32 bases as fast as the library, which rounds once.
 constexpr int64_t kCudaRankBoth = 16;
-// Lists of at least so many matrices, one launch for all of a length: 0.76 (left) and 0.88 (both) of the library's time at
-// 64 for LLaMA-2 7B's, those included that would take longer alone. Not chosen until the tests of lists in
-// tests/cuda/side_checks.py have passed on a GPU: on the H200 they were cut off, and lists were only timed.
-constexpr bool kCudaListsTested = false;
+// Lists of at least so many matrices, one launch for all of a length: two sides up to the rank of one.
 constexpr int64_t kCudaList = 8;
 // Block, r + s: 0.86 to 0.94 of the library's time at 32, with float32 bases as well, and 1.3 to 1.6 at 128.
 constexpr int64_t kCudaRanksBlock = 32;
@@ -88,23 +81,19 @@ inline int64_t max_triton_rank(Type type, Type basis, bool hip) {
 }
 
 // Whether one side's kernel is faster than the library at this rank, length and extent; 0: there is no such side.
-inline bool side_pays(int64_t length, int64_t extent, int64_t r, bool right, bool split, bool list,
-                      int64_t multiprocessors) {
-  if (r == 0) return true;
-  const SidePanels plan = side_panels(length, extent, r, split, multiprocessors);
-  if (!plan.fits || r > (split ? kCudaSmallRank : kCudaRank)) return false;
-  return list || r <= kCudaSmallRank || right || plan.slots >= kCudaSlots;
+inline bool side_pays(int64_t length, int64_t extent, int64_t r, bool split, int64_t multiprocessors) {
+  return r == 0 || (r <= kCudaRank && side_panels(length, extent, r, split, multiprocessors).fits);
 }
 
 // Whether CUDA C++ is faster than library products.
 inline bool cuda_pays(const Work& work, const Gpu& gpu) {
   if (gpu.hip || gpu.capability != kCudaCapability || work.type != Type::kBFloat16) return false;
-  const bool wide = work.basis == Type::kFloat32, list = kCudaListsTested && work.batch >= kCudaList;
+  const bool wide = work.basis == Type::kFloat32, list = work.batch >= kCudaList;
   if (work.block) return work.r + work.s <= kCudaRanksBlock;
   if (work.n % 8) return false;
   if (work.r && work.s && (wide || (!list && std::max(work.r, work.s) > kCudaRankBoth))) return false;
-  return side_pays(work.m, work.n, work.r, false, wide, list, gpu.multiprocessors) &&
-         side_pays(work.n, work.m, work.s, true, wide, list, gpu.multiprocessors);
+  return side_pays(work.m, work.n, work.r, wide, gpu.multiprocessors) &&
+         side_pays(work.n, work.m, work.s, wide, gpu.multiprocessors);
 }
 
 // Whether it is a list of small matrices for Triton's grouped kernels.
@@ -121,7 +110,7 @@ inline Variant choose(const Work& work, const Gpu& gpu, const Compiled& compiled
   const bool triton = compiled.triton && triton_pays(work, gpu), cuda = compiled.cuda && cuda_pays(work, gpu);
   const bool one = work.r == 0 || work.s == 0;
   const bool smallest = one && work.m * work.n * size_of(work.type) <= gpu.l2_bytes / kL2PartOneSide;
-  if (cuda && !(triton && (smallest || !kCudaListsTested))) return Variant::kCuda;
+  if (cuda && !(triton && smallest)) return Variant::kCuda;
   return triton ? Variant::kTriton : Variant::kCublas;
 }
 

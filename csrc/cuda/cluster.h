@@ -56,6 +56,15 @@ __device__ inline void wait_for_others(uint32_t barrier, uint32_t parity) {
       : "memory");
 }
 
+// A ring of barriers, used one after the other: which one, and in which phase it is.
+struct Turn {
+  int at = 0;
+  uint32_t phase = 0;
+  __device__ void next(int size) {
+    if (++at == size) at = 0, phase ^= 1;
+  }
+};
+
 // What this thread wrote to shared memory before, and what it waited for of others' stores, is seen by products
 // and bulk copies after the next barrier.
 __device__ inline void show_to_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }

@@ -73,9 +73,9 @@ void project_(Tensor grad, std::optional<Tensor> left, std::optional<Tensor> rig
   if (fit && !block && device.major == 9) {
     void* const matrix = grad.mutable_data_ptr();
     SideEntry first, second;
-    if (left) error = side_entry(matrix, left->const_data_ptr(), m, n, r, false, keep_left, left_plan, 0, first);
+    if (left) error = side_entry(matrix, left->const_data_ptr(), m, n, r, false, keep_left, left_plan, first);
     if (right && error == cudaSuccess)
-      error = side_entry(matrix, right->const_data_ptr(), m, n, s, true, keep_right, right_plan, 0, second);
+      error = side_entry(matrix, right->const_data_ptr(), m, n, s, true, keep_right, right_plan, second);
     if (left && error == cudaSuccess) error = side_runs(false, left_float, left_plan);
     if (right && error == cudaSuccess) error = side_runs(true, right_float, right_plan);
     if (left && error == cudaSuccess) error = project_side_sm90a(first, false, left_float, left_plan, on);
@@ -119,14 +119,12 @@ void side_entries(std::vector<Tensor> grads, std::vector<Tensor> bases, std::vec
   const torch::stable::accelerator::DeviceGuard guard(grads[0].get_device_index());
   const SidePanels plan = plan_of_list(kEntriesOp, length, r, bases[0].scalar_type() == ScalarType::Float);
   auto* const entries = static_cast<SideEntry*>(out.mutable_data_ptr());
-  int64_t panels = 0;
   for (size_t i = 0; i < count; ++i) {
     const Tensor& grad = grads[i];
     const cudaError_t error =
         side_entry(const_cast<void*>(grad.const_data_ptr()), bases[i].const_data_ptr(), grad.size(0), grad.size(1),
-                   bases[i].size(1), right, keep[i] != 0, plan, panels, entries[i]);
+                   bases[i].size(1), right, keep[i] != 0, plan, entries[i]);
     STD_TORCH_CHECK(error == cudaSuccess, kEntriesOp, ": grads[", i, "] ", shape(grad), ": ", cudaGetErrorString(error));
-    panels += entries[i].panels;
   }
 }
 

@@ -9,22 +9,21 @@
 
 namespace sculpt {
 
-// A matrix of a list: what its boxes are, and where its panels stand among those of all.
+// A matrix of a list: what its boxes are, and how many panels it has.
 struct SideEntry {
   CUtensorMap map;
   const void* basis;
-  int64_t m, n, first_panel, panels;
-  int r;
+  int64_t m, n;
+  int r, panels;
   bool keep;
 };
 // As much as `sculpt_ops/ops/side_lists.py` makes room for; CUDA 12 and 13 align the boxes differently.
 static_assert(sizeof(SideEntry) <= 256);
 
 // The entry of a matrix G, bfloat16 (m x n), with U (m x r or n x r), bfloat16, or float32 if split; both contiguous,
-// aligned to 16 bytes, n a multiple of 8. In a list, entries before have `first_panel` panels. cudaErrorInvalidValue where
-// `plan`, which is `side_panels` of these, does not fit.
+// aligned to 16 bytes, n a multiple of 8. cudaErrorInvalidValue where `plan`, which is `side_panels` of these, does not fit.
 cudaError_t side_entry(void* grad, const void* basis, int64_t m, int64_t n, int64_t r, bool right, bool keep,
-                       const SidePanels& plan, int64_t first_panel, SideEntry& entry);
+                       const SidePanels& plan, SideEntry& entry);
 
 // Whether the current device runs what has such a plan: asked before the first of two sides is written.
 cudaError_t side_runs(bool right, bool split, const SidePanels& plan);

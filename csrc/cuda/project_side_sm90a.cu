@@ -1,16 +1,16 @@
 // Projection of one side in one pass, for Hopper: G -= U (Uᵀ G) or G -= (G U) Uᵀ, or what is subtracted there itself, G
 // bfloat16 (m x n), U (m x r) or (n x r); of one matrix, or of a list of them in one launch.
 //
-// Moves: G read once and written once, 4 m n bytes; U once per cluster. Computes 6 m n r operations on tensor cores (with
+// Moves: G read once and written once, 4 m n bytes; U once per cluster. Computes 4 m n r operations on tensor cores (with
 // a float32 U, kept as two bfloat16 parts, 10 m n r).
 //
 // A cluster of blocks takes panels of some columns (right: rows), one after the other. Each block holds some of a panel's
 // length, in tiles of 64, and the rows of U that go with it, in shared memory, and has warps for each step:
 //   load      boxes of the panel to a slot of shared memory,
 //   multiply  this block's part of Uᵀ G (of (G U)ᵀ), which goes from registers to the blocks that own its ranks,
-//   add       the parts of the ranks that this block owns, in the order of the blocks; the sum goes to all, as two bfloat16
-//             factors (to 2^-16),
-//   correct   the panel where it lies,
+//   add       the parts of the ranks that this block owns, in the order of the blocks; the sum goes to all, as one bfloat16
+//             factor, or with a float32 basis as two (to 2^-16),
+//   correct   the panel where it lies, with U from registers as far as it has room there,
 //   store     its boxes; the slot is free again.
 // Several panels are under way, each in another step, so that what the blocks wait for each other costs latency only.
 // Nothing depends on how many clusters run: results are the same to the bit every time.
@@ -29,6 +29,7 @@
 #include "common/side_panels.h"
 #include "cuda/bulk.h"
 #include "cuda/cluster_launch.h"
+#include "cuda/side_basis.h"
 #include "cuda/side_boxes.h"
 #include "cuda/wgmma.h"
 
@@ -36,71 +37,82 @@ namespace sculpt {
 namespace {
 
 constexpr int kGroup = 128;  // threads of a warpgroup
-// Warpgroups: one of which a warp loads, one stores and two add; those that multiply, in turn; those that correct, which
-// share a panel's tiles. Two that multiply, or half as many that correct, were no faster on an H200.
-constexpr int kMultipliers = 1, kCorrectors = 4;
-constexpr int kThreads = (1 + kMultipliers + kCorrectors) * kGroup;
-constexpr int kAdders = 64, kCorrectorWarps = 4 * kCorrectors;
-// Barriers of threads: of those that add, of all that use the basis (all but two warps), and of a group that multiplies.
-constexpr int kAddBarrier = 1, kBasisBarrier = 2, kMultiplyBarrier = 3, kBasisThreads = kThreads - 64;
-
-__device__ uint32_t packed(float x, float y) {
-  const __nv_bfloat162 both = __floats2bfloat162_rn(x, y);
-  return *reinterpret_cast<const uint32_t*>(&both);
-}
-
-// What rounding to bfloat16 took from x.
-__device__ float rest_of(float x) { return x - __bfloat162float(__float2bfloat16_rn(x)); }
+// Warpgroups: one of which a warp loads, one stores and two add, in turn; one that multiplies (two were no faster on an
+// H200); those that correct, which share a panel's tiles and have its rows of U in registers. Three have not the registers
+// for more than 32 numbers of a row, but at rank 16 in float32 they were 10 % faster than two.
+constexpr int correctors(int64_t ranks, bool split) { return ranks * (split ? 2 : 1) <= 32 ? 3 : 2; }
+constexpr int threads_of(int64_t ranks, bool split) { return (2 + correctors(ranks, split)) * kGroup; }
+constexpr int kAdders = 2;
+// Barriers of threads: of all that use the basis (all but two warps), and of those that multiply.
+constexpr int kBasisBarrier = 1, kMultiplyBarrier = 2;
 
 // How a block's shared memory is divided. box: rows of a panel's length that are copied at a time.
 struct Sizes {
   int rows, blocks, owned, slots, stages, box;
 };
 
-// A ring of barriers, used one after the other: which one, and in which phase it is.
-struct Turn {
-  int at = 0;
-  uint32_t phase = 0;
-  __device__ void next(int size) {
-    if (++at == size) at = 0, phase ^= 1;
+// The panels of an entry that a cluster takes, numbered over all entries. Of one matrix clusters take panels in turn, which
+// beside each other are brought from memory together: 2 to 8 % faster on an H200 than some in a row. Of a list they take
+// some in a row, as a basis has to be brought for every entry.
+struct Panels {
+  int at, end, step;
+
+  __device__ Panels(int first, int count, int all, int cluster, int clusters, bool in_a_row) {
+    const auto share = [&](int i) { return static_cast<int>(static_cast<int64_t>(all) * i / clusters); };
+    at = in_a_row ? max(share(cluster), first) : cluster;
+    end = min(in_a_row ? share(cluster + 1) : all, first + count);
+    step = in_a_row ? 1 : clusters;
   }
+  __device__ explicit operator bool() const { return at < end; }
+  __device__ void next() { at += step; }
 };
 
 // RANKS: padded. SPLIT: U is float32. WIDE: columns (right: rows) of a panel.
 template <int RANKS, bool SPLIT, bool RIGHT, int WIDE>
 struct Side {
-  // Columns of U lie in arrays of up to 64 beside each other.
-  static constexpr int kWidth = RANKS < 64 ? RANKS : 64, kHalves = RANKS / kWidth;
+  using Basis = SideBasis<RANKS, SPLIT>;
+  static constexpr int kWidth = Basis::kWidth, kHalves = RANKS / kWidth;
   static constexpr int kSlotRow = WIDE * 2;  // bytes of a panel's slot for each row of its length
   static constexpr int kCoefficients = RANKS * WIDE;
+  // bfloat16 factors that a coefficient is sent as. With a basis of bfloat16, orthonormal to 2^-9 as it is, one has the error
+  // that the plain expression has; with two what is left of a matrix in a float32 basis' span is 1e-6 of it, not 6e-4.
+  static constexpr int kParts = Basis::kParts;
+  static constexpr int kStage = (4 + 2 * kParts) * kCoefficients;  // bytes
+  static constexpr int kCorrectors = correctors(RANKS, SPLIT), kThreads = threads_of(RANKS, SPLIT);
+  // Tiles of U that a warpgroup which corrects keeps in registers, its first ones: products then read a third of the shared
+  // memory, and 4096 x 4096 took 44 us for 53 at rank 64 with a float32 basis.
+  static constexpr int kHeld = RANKS * kParts > 64 ? 2 : kCorrectors == 2 ? 4 : 3;
   using Sums = float[WIDE / 2];
 
   const SideEntry& entry;
   const Sizes& size;
   unsigned char* memory;
-  // Addresses in shared memory: of it, of U's parts, of the stages, of the barriers.
-  uint32_t base, high, low, stage_at, barriers;
+  // Addresses in shared memory: of it, of the stages, of the barriers.
+  uint32_t base, stage_at, barriers;
   int own, tiles;  // of this block; tiles: that lie in G, at least in part
   int64_t first;   // of the panel's length, what this block holds from there on
   bool keep;
+  Basis basis;
 
   __device__ Side(const SideEntry& entry, const Sizes& size, unsigned char* memory, int own)
       : entry(entry), size(size), memory(memory), own(own), first(static_cast<int64_t>(own) * size.rows), keep(entry.keep) {
     base = shared_address(memory);
-    high = base + size.slots * size.rows * kSlotRow, low = high + size.rows * RANKS * 2;
-    stage_at = SPLIT ? low + size.rows * RANKS * 2 : low, barriers = stage_at + size.stages * 8 * kCoefficients;
-    const int64_t left = (RIGHT ? entry.n : entry.m) - first;
+    const int64_t length = RIGHT ? entry.n : entry.m, left = length - first;
+    const uint32_t high = base + size.slots * size.rows * kSlotRow;
+    basis = {static_cast<const typename Basis::Number*>(entry.basis), first, length, entry.r, size.rows, base, memory, high,
+             high + size.rows * RANKS * 2};
+    stage_at = basis.end(), barriers = stage_at + size.stages * kStage;
     tiles = static_cast<int>((min(max(left, int64_t(1)), static_cast<int64_t>(size.rows)) + kTile - 1) / kTile);
   }
 
   __device__ uint32_t slot(int at) const { return base + at * size.rows * kSlotRow; }
   // Of a stage: factors, high and then low, a row for each rank; all blocks' parts of what this one owns.
-  __device__ uint32_t factors(int stage) const { return stage_at + stage * 8 * kCoefficients; }
-  __device__ uint32_t parts(int stage) const { return factors(stage) + 4 * kCoefficients; }
+  __device__ uint32_t factors(int stage) const { return stage_at + stage * kStage; }
+  __device__ uint32_t parts(int stage) const { return factors(stage) + 2 * kParts * kCoefficients; }
   // Barriers of slots: the panel is there; it is corrected; it has been stored. Of stages: all parts are there; all factors
-  // are; they have been used. Of the first and the last there is one for each of those that multiply.
+  // are; they have been used.
   __device__ uint32_t full(int at) const { return barriers + 8 * at; }
-  __device__ uint32_t corrected(int at) const { return full(kMultipliers * kMostSlots + at); }
+  __device__ uint32_t corrected(int at) const { return full(kMostSlots + at); }
   __device__ uint32_t empty(int at) const { return corrected(kMostSlots + at); }
   __device__ uint32_t parts_full(int stage) const { return empty(kMostSlots + stage); }
   __device__ uint32_t factors_full(int stage) const { return parts_full(kMostStages + stage); }
@@ -111,37 +123,6 @@ struct Side {
   }
   // Where a tile lies in its slot: left, 64 rows of WIDE columns; right, WIDE rows of 64 columns.
   __device__ uint32_t tile(int at, int i) const { return slot(at) + kTile * i * kSlotRow; }
-
-  // This block's rows of U, eight columns at a time, zeros where there are none.
-  __device__ void load_basis(int thread, int threads) const {
-    const int64_t length = RIGHT ? entry.n : entry.m;
-    const int r = entry.r;
-    for (int i = thread; i < size.rows * (RANKS / 8); i += threads) {
-      const int row = i / (RANKS / 8), column = i % (RANKS / 8) * 8;
-      const int to = 2 * (column / kWidth * size.rows * kWidth + swizzled<kWidth>(row, column % kWidth));
-      const int64_t at = (first + row) * r + column;
-      const bool inside = first + row < length, whole = inside && r % 8 == 0 && column < r;
-      float x[8];
-      uint32_t pairs[4];
-      if constexpr (SPLIT) {
-        const auto* from = static_cast<const float*>(entry.basis) + at;
-        if (whole) {
-          *reinterpret_cast<float4*>(x) = *reinterpret_cast<const float4*>(from);
-          *reinterpret_cast<float4*>(x + 4) = *reinterpret_cast<const float4*>(from + 4);
-        } else {
-          for (int k = 0; k < 8; ++k) x[k] = inside && column + k < r ? from[k] : 0.0f;
-        }
-        for (int k = 0; k < 4; ++k) pairs[k] = packed(rest_of(x[2 * k]), rest_of(x[2 * k + 1]));
-        in<uint4>(low + to) = make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]);
-      } else {
-        const auto* from = static_cast<const __nv_bfloat16*>(entry.basis) + at;
-        for (int k = 0; k < 8; ++k) x[k] = whole || (inside && column + k < r) ? __bfloat162float(from[k]) : 0.0f;
-      }
-      for (int k = 0; k < 4; ++k) pairs[k] = packed(x[2 * k], x[2 * k + 1]);
-      in<uint4>(high + to) = make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]);
-    }
-    show_to_async();
-  }
 
   __device__ void load(int at, int i, uint32_t barrier) const {
     const uint32_t to = slot(at);
@@ -165,7 +146,7 @@ struct Side {
   __device__ void multiply(int at, int half, Sums& sums) const {
     const uint64_t g = operand<RIGHT ? kTile : WIDE>(slot(at));
     const uint32_t beside = 2 * half * size.rows * kWidth;
-    const uint64_t u = operand<kWidth>(high + beside), rest = operand<kWidth>(low + beside);
+    const uint64_t u = operand<kWidth>(basis.high + beside), rest = operand<kWidth>(basis.low + beside);
     begin_products(sums);
     int t = 0;
     // There is a tile, and each is a group of products: the compiler waits for each product of a loop that might not run.
@@ -190,7 +171,7 @@ struct Side {
     // Of fewer than 64 ranks each is in several warps, for some of the columns each. Where there are more warps than that,
     // some have nothing to send: without meeting they could still be multiplying a panel that is being corrected.
     constexpr int kCopies = RANKS < 64 ? 64 / RANKS : 1;
-    if constexpr (kCopies > WIDE / 8) meet(kMultiplyBarrier + threadIdx.x / kGroup - 1, kGroup);
+    if constexpr (kCopies > WIDE / 8) meet(kMultiplyBarrier, kGroup);
     const bool odd = thread % 2 != 0;
     const int row = 16 * (thread / 32) + thread % 32 / 4, share = row / RANKS % kCopies;
     const int rank = 64 * half + (row + (odd ? 8 : 0)) % RANKS;
@@ -215,9 +196,9 @@ struct Side {
   // more threads, some have the same eight, for some of the blocks each. What is to be taken away is sent with its sign
   // changed. Nothing is sent before all threads have read their parts: a block that has all factors may send its next part.
   // Sizes are powers of two, and nothing is divided.
-  __device__ void send_factors(int stage, int thread) const {
-    const int pieces = size.owned * WIDE / 8, shift = __ffs(pieces) - 1, shares = max(1, kAdders >> shift);
-    for (int item = thread; item < pieces * shares; item += kAdders) {
+  __device__ void send_factors(int stage, int lane) const {
+    const int pieces = size.owned * WIDE / 8, shift = __ffs(pieces) - 1, shares = max(1, 32 >> shift);
+    for (int item = lane; item < pieces * shares; item += 32) {
       const int piece = item & (pieces - 1), rank = own * size.owned + (piece & (size.owned - 1));
       const int column = piece >> (__ffs(size.owned) - 1) << 3;
       const auto* from = &in<const float4>(parts(stage) + 32 * piece);
@@ -235,11 +216,12 @@ struct Side {
         high_parts[k] = packed(x, y), low_parts[k] = packed(rest_of(x), rest_of(y));
       }
       const uint32_t to = factors(stage) + 2 * swizzled<WIDE>(rank, column) - factors_full(stage);
-      meet(kAddBarrier, kAdders);
+      __syncwarp();  // all have read
       for (int other = item >> shift; other < size.blocks; other += shares) {
         const uint32_t barrier = address_in(factors_full(stage), other), there = barrier + to;
         send(there, high_parts[0], high_parts[1], high_parts[2], high_parts[3], barrier);
-        send(there + 2 * kCoefficients, low_parts[0], low_parts[1], low_parts[2], low_parts[3], barrier);
+        if constexpr (SPLIT)
+          send(there + 2 * kCoefficients, low_parts[0], low_parts[1], low_parts[2], low_parts[3], barrier);
       }
     }
   }
@@ -259,7 +241,19 @@ struct Side {
     }
   }
 
-  __device__ void correct(int at, int i, int stage, const Lines& lines) const {
+  // A warpgroup's share of U, of its first tiles.
+  using Held = uint32_t[kHeld * kParts][RANKS / 16][4];
+  __device__ void hold_basis(int group, int thread, Held& held) const {
+#pragma unroll
+    for (int t = 0; t < kHeld * kParts; ++t) {
+      const int tile = group + t / kParts * kCorrectors;
+      if (tile < tiles) basis.hold(tile, t % kParts, thread, held[t]);
+    }
+  }
+
+  // HELD: which of its tiles of U in registers the warpgroup needs; kHeld: it is in shared memory.
+  template <int HELD>
+  __device__ void correct(int at, int i, int stage, const Lines& lines, const Held& held) const {
     const uint32_t begin = tile(at, i);
     float sums[WIDE / 2];
 #pragma unroll
@@ -282,12 +276,23 @@ struct Side {
     const uint64_t c = operand<WIDE>(factors(stage)), c_low = operand<WIDE>(factors(stage) + 2 * kCoefficients);
 #pragma unroll
     for (int k = 0; k < RANKS; k += 16) {
-      const uint32_t at_rows = 2 * (k / kWidth * size.rows + kTile * i) * kWidth, along = 2 * (k % kWidth);
-      const uint64_t u = further(operand<kWidth>(high + at_rows), along);
-      multiply_add<true, false>(sums, u, further(c, 2 * k * WIDE));
-      multiply_add<true, false>(sums, u, further(c_low, 2 * k * WIDE));
-      if constexpr (SPLIT)
-        multiply_add<true, false>(sums, further(operand<kWidth>(low + at_rows), along), further(c, 2 * k * WIDE));
+      const uint64_t factor = further(c, 2 * k * WIDE), rest = further(c_low, 2 * k * WIDE);
+      if constexpr (HELD < kHeld) {
+        const auto* u = held[HELD * kParts];
+        multiply_add<false>(sums, u[k / 16], factor);
+        if constexpr (SPLIT) {
+          multiply_add<false>(sums, u[k / 16], rest);
+          multiply_add<false>(sums, held[HELD * kParts + 1][k / 16], factor);
+        }
+      } else {
+        const uint32_t at_rows = 2 * (k / kWidth * size.rows + kTile * i) * kWidth, along = 2 * (k % kWidth);
+        const uint64_t u = further(operand<kWidth>(basis.high + at_rows), along);
+        multiply_add<true, false>(sums, u, factor);
+        if constexpr (SPLIT) {
+          multiply_add<true, false>(sums, u, rest);
+          multiply_add<true, false>(sums, further(operand<kWidth>(basis.low + at_rows), along), factor);
+        }
+      }
     }
     end_products();
     wait_for_products(sums);
@@ -302,13 +307,25 @@ struct Side {
         store_four(begin + lines[j / 2], out);
     }
   }
+
+  // A warpgroup's tiles, one after the other: from HELD of those in registers on, then those in shared memory.
+  template <int HELD = 0>
+  __device__ void correct_all(int at, int group, int stage, const Lines& lines, const Held& held) const {
+    int i = group + HELD * kCorrectors;
+    if constexpr (HELD < kHeld) {
+      if (i >= tiles) return;
+      correct<HELD>(at, i, stage, lines, held);
+      correct_all<HELD + 1>(at, group, stage, lines, held);
+    } else {
+      for (; i < tiles; i += kCorrectors) correct<kHeld>(at, i, stage, lines, held);
+    }
+  }
 };
 
-// `list`: of `entries`, or null, and `one` is meant. `panels`: of all; a cluster takes some in a row, one entry after the
-// other.
+// `list`: of entries, or null, and `one` is meant. `panels`: of all.
 template <int RANKS, bool SPLIT, bool RIGHT, int WIDE>
-__global__ void __launch_bounds__(kThreads, 1)
-    project_side(const __grid_constant__ SideEntry one, const SideEntry* list, int64_t panels,
+__global__ void __launch_bounds__(threads_of(RANKS, SPLIT), 1)
+    project_side(const __grid_constant__ SideEntry one, const SideEntry* list, int panels,
                  const __grid_constant__ Sizes size) {
   // Rows of 128 bytes change their pieces by the address, so arrays begin at multiples of 1024.
   extern __shared__ __align__(1024) unsigned char memory[];
@@ -316,95 +333,88 @@ __global__ void __launch_bounds__(kThreads, 1)
   const int own = cluster_rank(), thread = threadIdx.x % kGroup;
   // The same in all lanes, so that a warp has one role and addresses of operands are worked out once for it.
   const int warp = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x / 32), 0), group = warp / 4;
-  const int64_t clusters = gridDim.x / size.blocks, cluster = blockIdx.x / size.blocks;
-  const int64_t begin = panels * cluster / clusters, end = panels * (cluster + 1) / clusters;
-  constexpr uint32_t kExchanged = RANKS * WIDE * 4;
+  const int clusters = static_cast<int>(gridDim.x) / size.blocks, cluster = static_cast<int>(blockIdx.x) / size.blocks;
+  constexpr uint32_t kPartBytes = RANKS * WIDE * 4, kFactorBytes = RANKS * WIDE * 2 * Of::kParts;
+  constexpr int kCorrectorWarps = 4 * Of::kCorrectors, kBasisThreads = Of::kThreads - 64;
   const Of any(one, size, memory, own);
   if (threadIdx.x == 0) {
-    for (int i = 0; i < kMultipliers * size.slots; ++i) make_barrier(any.full(i), 1);
     for (int i = 0; i < size.slots; ++i) {
+      make_barrier(any.full(i), 1);
       make_barrier(any.corrected(i), kCorrectorWarps);
       make_barrier(any.empty(i), 1);
     }
     for (int i = 0; i < size.stages; ++i) {
-      make_barrier(any.parts_full(i), 1), expect(any.parts_full(i), kExchanged);
-      make_barrier(any.factors_full(i), 1), expect(any.factors_full(i), kExchanged);
+      make_barrier(any.parts_full(i), 1), expect(any.parts_full(i), kPartBytes);
+      make_barrier(any.factors_full(i), 1), expect(any.factors_full(i), kFactorBytes);
+      make_barrier(any.used(i), kCorrectorWarps + kAdders - 1);
     }
-    for (int i = 0; i < kMultipliers * size.stages; ++i) make_barrier(any.used(i), kCorrectorWarps);
     show_to_async();
   }
   // Every block of the cluster runs and has its barriers: from here on the others' memory may be written.
   cluster_barrier();
 
-  // Every panel has a slot, a stage, and barriers from `kMultipliers` times as many that say that it is there and that its
-  // factors have been used: who does not multiply all panels sees all phases of its own; leaving one out would be taking the
-  // one before for the next.
-  Turn slot, stage, there, use;
-  const int all_there = kMultipliers * size.slots, all_uses = kMultipliers * size.stages;
+  Turn slot, stage;
   int seen = 0;  // panels before, as far as slots and stages go
   const SideEntry* entry = list ? list : &one;
-  while (list && entry->first_panel + entry->panels <= begin) ++entry;
-  for (int64_t at = begin; at < end; ++entry) {
-    const int from = static_cast<int>(at - entry->first_panel);
-    const int to = static_cast<int>(min(end - entry->first_panel, entry->panels));
-    at = entry->first_panel + to;
+  for (int first = 0; first < panels; first += entry->panels, ++entry) {
+    Panels panel(first, entry->panels, panels, cluster, clusters, list != nullptr);
+    if (!panel) continue;
     const Of side(*entry, size, memory, own);
     if (warp >= 2) {
       // All have done with the basis before.
       meet(kBasisBarrier, kBasisThreads);
-      side.load_basis(threadIdx.x - 64, kBasisThreads);
+      side.basis.load(threadIdx.x - 64, kBasisThreads);
       meet(kBasisBarrier, kBasisThreads);
     }
     if (list && thread % 32 == 0 && warp < 2) see_map(&entry->map);
     if (threadIdx.x == 0) {
-      for (int i = from; i < to; ++i, slot.next(size.slots), there.next(all_there)) {
+      for (; panel; panel.next(), slot.next(size.slots)) {
         if (seen++ >= size.slots) wait_for(side.empty(slot.at), slot.phase ^ 1);
-        side.load(slot.at, i, side.full(there.at));
+        side.load(slot.at, panel.at - first, side.full(slot.at));
       }
     } else if (threadIdx.x == 32) {
-      for (int i = from; i < to; ++i, slot.next(size.slots)) {
+      for (; panel; panel.next(), slot.next(size.slots)) {
         wait_for(side.corrected(slot.at), slot.phase);
-        side.store(slot.at, i);
+        side.store(slot.at, panel.at - first);
         wait_for_reads<0>();
         arrive(side.empty(slot.at));
       }
     } else if (group == 0 && warp >= 2) {
       // A block sends its part when it has used what the stage had before, so with all parts there all blocks have.
-      for (int i = from; i < to; ++i, stage.next(size.stages)) {
+      for (; panel; panel.next(), stage.next(size.stages)) {
         wait_for_others(side.parts_full(stage.at), stage.phase);
-        if (thread == 64) expect(side.parts_full(stage.at), kExchanged);
-        side.send_factors(stage.at, thread - 64);
+        if (seen++ % kAdders != warp - 2) {
+          if (thread % 32 == 0) arrive(side.used(stage.at));
+          continue;
+        }
+        if (thread % 32 == 0) expect(side.parts_full(stage.at), kPartBytes);
+        side.send_factors(stage.at, thread % 32);
       }
-    } else if (group >= 1 && group <= kMultipliers) {
+    } else if (group == 1) {
       typename Of::Sums sums;
-      for (int i = from; i < to;
-           ++i, slot.next(size.slots), stage.next(size.stages), there.next(all_there), use.next(all_uses)) {
-        const int before = seen++;
-        if (before % kMultipliers != group - 1) continue;
-        wait_for(side.full(there.at), there.phase);
+      for (; panel; panel.next(), slot.next(size.slots), stage.next(size.stages)) {
+        wait_for(side.full(slot.at), slot.phase);
 #pragma unroll
         for (int half = 0; half < Of::kHalves; ++half) {
           side.multiply(slot.at, half, sums);
           // What this stage had before has been used: so all its factors had come, and all owners had read their parts.
-          const bool back = use.at >= size.stages;
-          const int last = use.at + size.stages * (back ? -1 : kMultipliers - 1);
-          if (half == 0 && before >= size.stages) wait_for(side.used(last), use.phase ^ !back);
+          if (half == 0 && seen++ >= size.stages) wait_for(side.used(stage.at), stage.phase ^ 1);
           side.send_part(stage.at, half, sums, thread);
         }
       }
-    } else if (group > kMultipliers) {
+    } else if (group >= 2) {
       typename Of::Lines lines;
       Of::find_lines(thread, lines);
-      for (int i = from; i < to;
-           ++i, slot.next(size.slots), stage.next(size.stages), there.next(all_there), use.next(all_uses)) {
-        wait_for(side.full(there.at), there.phase);
+      typename Of::Held held;
+      side.hold_basis(group - 2, thread, held);
+      for (; panel; panel.next(), slot.next(size.slots), stage.next(size.stages)) {
+        wait_for(side.full(slot.at), slot.phase);
         wait_for_others(side.factors_full(stage.at), stage.phase);
         show_to_async();  // the stores of others
-        if (group == kMultipliers + 1 && thread == 0) expect(side.factors_full(stage.at), kExchanged);
-        for (int t = group - kMultipliers - 1; t < side.tiles; t += kCorrectors)
-          side.correct(slot.at, t, stage.at, lines);
+        if (group == 2 && thread == 0) expect(side.factors_full(stage.at), kFactorBytes);
+        side.correct_all(slot.at, group - 2, stage.at, lines, held);
         __syncwarp();
-        if (thread % 32 == 0) arrive(side.used(use.at));
+        if (thread % 32 == 0) arrive(side.used(stage.at));
         show_to_async();
         __syncwarp();
         if (thread % 32 == 0) arrive(side.corrected(slot.at));
@@ -442,7 +452,7 @@ cudaError_t prepare(bool right, bool split, const SidePanels& plan, cudaStream_t
                     Kernel& kernel) {
   kernel = plan.fits ? kernel_of(plan, split, right) : nullptr;
   if (kernel == nullptr) return cudaErrorInvalidValue;
-  return launch.prepare(reinterpret_cast<const void*>(kernel), plan, kThreads, stream);
+  return launch.prepare(reinterpret_cast<const void*>(kernel), plan, threads_of(plan.ranks, split), stream);
 }
 
 cudaError_t project(const SideEntry& one, const SideEntry* list, int64_t panels, bool right, bool split,
@@ -454,16 +464,16 @@ cudaError_t project(const SideEntry& one, const SideEntry* list, int64_t panels,
   const Sizes size{static_cast<int>(plan.rows), static_cast<int>(plan.cluster), static_cast<int>(plan.owned),
                    static_cast<int>(plan.slots), static_cast<int>(plan.stages),
                    static_cast<int>(box_rows(plan, right))};
-  return cudaLaunchKernelEx(&launch.config, kernel, one, list, panels, size);
+  return cudaLaunchKernelEx(&launch.config, kernel, one, list, static_cast<int>(panels), size);
 }
 
 }  // namespace
 
 cudaError_t side_entry(void* grad, const void* basis, int64_t m, int64_t n, int64_t r, bool right, bool keep,
-                       const SidePanels& plan, int64_t first_panel, SideEntry& entry) {
+                       const SidePanels& plan, SideEntry& entry) {
   if (!plan.fits) return cudaErrorInvalidValue;
   entry.basis = basis, entry.m = m, entry.n = n, entry.r = static_cast<int>(r), entry.keep = keep;
-  entry.first_panel = first_panel, entry.panels = ((right ? m : n) + plan.width - 1) / plan.width;
+  entry.panels = static_cast<int>(((right ? m : n) + plan.width - 1) / plan.width);
   return boxes_of(grad, m, n, right, plan, entry.map);
 }
 

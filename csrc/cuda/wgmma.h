@@ -49,6 +49,29 @@ __device__ inline void wait_for_products(float (&d)[N]) {
   hold(d);
 }
 
+// The first operand in registers: rows as D's, of 16 columns 2 (t % 4) and the next, eight rows below, those columns eight
+// further, and there eight rows below, two numbers a register. They stay until `wait_for_products`.
+template <bool ROWS_B>
+__device__ inline void multiply_add(float (&d)[8], const uint32_t (&a)[4], uint64_t b) {
+  asm volatile(
+      "wgmma.mma_async.sync.aligned.m64n16k16.f32.bf16.bf16 "
+      "{%0, %1, %2, %3, %4, %5, %6, %7}, "
+      "{%8, %9, %10, %11}, %12, 1, 1, 1, %13;"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(ROWS_B ? 0 : 1));
+}
+
+template <bool ROWS_B>
+__device__ inline void multiply_add(float (&d)[16], const uint32_t (&a)[4], uint64_t b) {
+  asm volatile(
+      "wgmma.mma_async.sync.aligned.m64n32k16.f32.bf16.bf16 "
+      "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15}, "
+      "{%16, %17, %18, %19}, %20, 1, 1, 1, %21;"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]),
+        "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(ROWS_B ? 0 : 1));
+}
+
 // ROWS_A, ROWS_B: whether the operand is stored with rows along K (16 numbers of a row at a time), else K is the number
 // of the row. D: thread t has, of rows 16 (t / 32) + t % 32 / 4 and the one eight
 // below, columns 8 j + 2 (t % 4) and the next: d[4 j], d[4 j + 1], and below d[4 j + 2], d[4 j + 3].

@@ -15,7 +15,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .. import _host
 from ..triton_kernels.tables import held
 from .checks import check_foreach, check_foreach_apart, check_written
 from .cuda_limits import why_not_sides
@@ -29,8 +28,6 @@ __all__ = ["Call", "foreach_into", "meet", "plan_call"]
 
 OP = "foreach_project_"
 _LAYOUT = torch.ops.sculpt._layout.default
-# Until the CUDA C++ kernel's lists have passed their tests on a GPU, they are for those who ask for them.
-LISTS_TESTED = bool(_host.thresholds["cuda_lists_tested"])
 
 
 class Call(NamedTuple):
@@ -85,10 +82,7 @@ def plan_call(
         sides = [
             i
             for i, backend in rest
-            if backend == "cuda"
-            and (forced or LISTS_TESTED)
-            and not block
-            and why_not_sides(grads[i], lefts[i], rights[i]) is None
+            if backend == "cuda" and not block and why_not_sides(grads[i], lefts[i], rights[i]) is None
         ]
         listed = {*products, *sides}
         return Call(

@@ -36,17 +36,21 @@ def project(grad: Tensor, left: Tensor, right: Tensor, block: bool = False) -> N
     torch.ops.sculpt._cuda_project_(grad, left, right, block=block)
 
 
-def rounding(x: Tensor) -> Tensor:
-    return (x.bfloat16().double() - x).norm()
-
-
 def near(out: Tensor, given: Tensor, left: Tensor, right: Tensor, block: bool) -> None:
-    """Within the rounding of the result, where the sides may be one after the other of the first's as well, and 1e-5 of
-    what was given."""
+    """Within the rounding of the result and 1e-5 of what was given. Where the sides may be one after the other, the
+    first's result is rounded as well, and coefficients are in a basis of bfloat16."""
+
+    def rounded(x: Tensor, basis: Tensor) -> Tensor:
+        return x.bfloat16().double() if basis.dtype == HALF else x
+
     G, U, V = given.double(), left.double(), right.double()
-    once = G if block else G - U @ (U.mT @ G)
+    once = G - U @ (U.mT @ G)
     exact = G - U @ (U.mT @ G @ V) @ V.mT if block else once - (once @ V) @ V.mT
-    allowed = rounding(exact) if block else (rounding(exact) ** 2 + rounding(once) ** 2) ** 0.5
+    expected = exact
+    if not block:
+        once = (G - U @ rounded(U.mT @ G, left)).bfloat16().double()
+        expected = once - rounded(once @ V, right) @ V.mT
+    allowed = (expected.bfloat16().double() - exact).norm()
     assert (out.double() - exact).norm() <= 1.02 * allowed + 1e-5 * G.norm()
 
 

@@ -17,7 +17,7 @@ SIZES = st.integers(1, 20000)
 
 def needed(width: int, rows: int, ranks: int, slots: int, stages: int, *, split: bool) -> int:
     """Bytes: the basis' rows, panels, factors and parts of the exchanges under way, and barriers."""
-    basis, slot, stage = rows * ranks * 2 * (1 + split), rows * width * 2, 2 * ranks * width * 4
+    basis, slot, stage = rows * ranks * 2 * (1 + split), rows * width * 2, ranks * width * (4 + 2 * (1 + split))
     return basis + slots * slot + stages * stage + 4 * 8 * (12 + 3)
 
 
@@ -44,6 +44,7 @@ def test_every_row_is_in_one_block_and_all_fits(m: int, n: int, r: int, split: b
     assert slots >= 2
     assert stages >= 2
     assert size == needed(width, rows, ranks, slots, stages, split=split) <= SHARED
+    assert width == 32 or slots >= 4 or needed(32, rows, ranks, 3, 2, split=split) > SHARED
 
 
 @pytest.mark.parametrize(

@@ -53,10 +53,22 @@ struct Operand {
 };
 
 void compute_one(Fiber& fiber, const Product& p) {
-  const Operand a(fiber, p.a, p.a_across), b(fiber, p.b, p.b_across);
+  const Operand b(fiber, p.b, p.b_across);
   const int row = 16 * (static_cast<int>(fiber.thread) / 32 % 4) + fiber.lane() / 4;
   float x[2][16];
-  for (int k = 0; k < 16; ++k) x[0][k] = a.at(row, k), x[1][k] = a.at(row + 8, k);
+  if (p.held.empty()) {
+    const Operand a(fiber, p.a, p.a_across);
+    for (int k = 0; k < 16; ++k) x[0][k] = a.at(row, k), x[1][k] = a.at(row + 8, k);
+  } else {
+    // They may have been read at any time until now: those of this thread must still be what they were.
+    for (int j = 0; j < 4; ++j)
+      if (*p.held_at[j] != p.held[4 * static_cast<size_t>(fiber.lane() % 4) + j]) fail("a held operand has changed");
+    for (int k = 0; k < 16; ++k)
+      for (int j = 0; j < 2; ++j) {
+        const uint32_t pair = p.held[4 * static_cast<size_t>(k % 8 / 2) + j + 2 * (k / 8)];
+        x[j][k] = bfloat16_at(reinterpret_cast<const unsigned char*>(&pair) + k % 2 * 2);
+      }
+  }
   for (size_t i = 0; i < p.d.size(); i += 4)
     for (int j = 0; j < 2; ++j) {
       const int column = static_cast<int>(2 * i) + 2 * (fiber.lane() % 4) + j;
@@ -338,6 +350,18 @@ void product(std::initializer_list<float*> d, uint64_t a, uint64_t b, int a_acro
   if (number == all.size()) all.push_back(now);
   if (!all[number].same(now)) fail("a warpgroup's threads multiply different operands");
   current->open_products.push_back(std::move(now));
+}
+
+void held_product(std::initializer_list<float*> d, std::initializer_list<const uint32_t*> a, uint64_t b, int b_across) {
+  product(d, 0, b, 0, b_across);
+  Product& now = current->open_products.back();
+  now.held_at = a, now.held.resize(16);
+  Warp& warp = current->warp();
+  const uint32_t round = warp.round[current->lane()]++ & 1;
+  for (int j = 0; j < 4; ++j) warp.a[round][current->lane()][j] = *now.held_at[j];
+  meet(warp.meeting);
+  for (int beside = 0; beside < 4; ++beside)
+    std::memcpy(&now.held[4 * static_cast<size_t>(beside)], warp.a[round][current->lane() / 4 * 4 + beside], 16);
 }
 
 void close_products() {

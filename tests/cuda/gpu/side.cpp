@@ -28,7 +28,7 @@ extern "C" int side(void* grad, const void* basis, int64_t m, int64_t n, int64_t
   emulated::forget();
   allow(grad, basis, m, n, r, right != 0, split != 0);
   sculpt::SideEntry entry;
-  if (sculpt::side_entry(grad, basis, m, n, r, right != 0, keep != 0, plan, 0, entry)) return -2;
+  if (sculpt::side_entry(grad, basis, m, n, r, right != 0, keep != 0, plan, entry)) return -2;
   return sculpt::project_side_sm90a(entry, right != 0, split != 0, plan, nullptr);
 }
 
@@ -51,7 +51,7 @@ extern "C" int sides(const Given* given, int64_t count, int right, int split, in
   for (int64_t i = 0; i < count; ++i) {
     const Given& g = given[i];
     allow(g.grad, g.basis, g.m, g.n, g.r, right != 0, split != 0);
-    if (sculpt::side_entry(const_cast<void*>(g.grad), g.basis, g.m, g.n, g.r, right != 0, g.keep != 0, plan, panels, list[i]))
+    if (sculpt::side_entry(const_cast<void*>(g.grad), g.basis, g.m, g.n, g.r, right != 0, g.keep != 0, plan, list[i]))
       return -2;
     panels += list[i].panels;
   }
