@@ -24,6 +24,7 @@ def main() -> int:
     sys.path.insert(0, str(HERE.parent / "demo"))
     # What needs torch is imported where it is used: worker processes import it at the same time, not afterwards.
     from jobs import STAGES, Queue
+    from long_on_gpu import LONG_ON_GPU
     from long_sequence import LONG_SEQUENCE
     from one_gpu import ONE_GPU
     from protocol import KNOWN_TEXT
@@ -31,7 +32,8 @@ def main() -> int:
     from two_cores import TWO_CORES
     from workers import work_off
 
-    protocol = {"cpu": TWO_CORES, "gpu": ONE_GPU, "long": LONG_SEQUENCE}[arguments.scale]
+    protocols = {"cpu": TWO_CORES, "gpu": ONE_GPU, "long": LONG_SEQUENCE, "long-gpu": LONG_ON_GPU}
+    protocol = protocols[arguments.scale]
     work = arguments.work or CACHE / "evidence" / arguments.scale
     results = arguments.results or HERE / "results" / arguments.scale
     failed = 0
@@ -82,7 +84,10 @@ def _arguments() -> argparse.Namespace:
     )
     parser.add_argument("--model", type=Path, help="model folder; not given, the demo's SmolLM2-135M")
     parser.add_argument(
-        "--scale", choices=("cpu", "gpu", "long"), default="cpu", help="two_cores.py, one_gpu.py or long_sequence.py"
+        "--scale",
+        choices=("cpu", "gpu", "long", "long-gpu"),
+        default="cpu",
+        help="two_cores.py, one_gpu.py, long_sequence.py or long_on_gpu.py",
     )
     parser.add_argument("--stage", choices=("entry", "dev", "final", "ablation", "all"), default="all")
     parser.add_argument("--only", help="only runs with this in their name")

@@ -174,7 +174,7 @@ def without(*pieces: str) -> Callable[[str], str]:
 @pytest.mark.parametrize(
     ("missing", "case"),
     [
-        (("      __syncwarp();  // all have read\n",), Case(512, 14 * 32, 16, FLOAT, cluster=8)),
+        (("      __syncwarp();  // all have read\n",), Case(512, 30 * 32, 16, HALF, cluster=8)),
         (
             ("          if (half == 0 && seen++ >= size.stages) wait_for(side.used(stage.at), stage.phase ^ 1);\n",),
             Case(128, 20 * 32, 16, HALF, cluster=2),
