@@ -83,8 +83,8 @@ def stages(device: str, output: Path, limit: float, scratch: Path) -> list[list[
         [
             Stage("tests", (*tests, *GPU_TESTS), both, report=report, reserve=reserve),
             *(
-                Stage(tool, (*sanitizer, tool, *SANITIZED), both, "compute-sanitizer", reserve=reserve)
-                for tool in ("memcheck", "racecheck")
+                Stage(tool, (*sanitizer, tool, *SANITIZED, *words), both, "compute-sanitizer", reserve=reserve)
+                for tool, words in (("memcheck", ()), ("racecheck", ("--own",)))
             ),
         ],
         [Stage("repeatability", (*bench, "--repeat", times), min(25.0, limit / 10), reserve=limit * 0.2)],

@@ -51,8 +51,8 @@ def entry_jobs(protocol: Protocol) -> Iterator[Job]:
 
 def dev_jobs(protocol: Protocol, methods: Sequence[str]) -> Iterator[Job]:
     """The first configuration of every method on the development order, then the second: a search cut short is cut
-    short for all. Where there is one alone nothing is searched."""
-    methods = [method for method in methods if len(protocol.configs[method]) > 1]
+    short for all."""
+    methods = [method for method in methods if method not in protocol.settled]
     for number in range(max((len(protocol.configs[method]) for method in methods), default=0)):
         for method in methods:
             if number < len(protocol.configs[method]):

@@ -22,4 +22,5 @@ LONG_ON_GPU = replace(
         "lora": rates({"method": "lora"}, 1e-3, 3e-4, named="rank 8, "),
     },
     ablations={},
+    settled=tuple(_CHOSEN),
 )

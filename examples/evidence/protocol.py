@@ -34,6 +34,7 @@ class Protocol:
     every configuration's own. configs: by method. ablations: of "sculpt", one thing changed at a time, on `dev_order`;
     bounds too, which are named so.
     foremost: methods whose runs begin before those of the others; none means that all go side by side.
+    settled: methods whose only configuration was chosen by another comparison: none is searched for.
     reads_text: whether the model's perplexity is measured too, on passages that no task is about; and whether others of
     that kind, `KNOWN_TEXT`, are there to be remembered.
     """
@@ -50,6 +51,7 @@ class Protocol:
     configs: Mapping[str, Mapping[str, Settings]]
     ablations: Mapping[str, Settings] = field(default_factory=dict)
     foremost: Sequence[str] = ()
+    settled: Sequence[str] = ()
     reads_text: bool = False
     datasets: Mapping[str, str] = field(default_factory=lambda: BENCHMARK)
 

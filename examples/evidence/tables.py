@@ -30,8 +30,8 @@ Found = tuple[RunResult, dict[str, Any]]
 
 def choose(results: Path, protocol: Protocol) -> dict[str, str]:
     """Of every method the configuration with the highest average accuracy on the development order, the first of
-    equals; or the only one."""
-    best = {method: (math.inf, *configs) for method, configs in protocol.configs.items() if len(configs) == 1}
+    equals; or the one that was settled before."""
+    best = {method: (math.inf, config) for method in protocol.settled for config in protocol.configs[method]}
     for run, record in _in_order(results / "dev", protocol):
         method, config = record["about"]["method"], record["about"]["config"]
         value = average_accuracy(run.accuracy)
@@ -111,7 +111,7 @@ def dev_table(results: Path, protocol: Protocol) -> str:
     if not rows:
         return ""
     header = ("method", "configuration", "average accuracy, %", "backward transfer, points", "learning accuracy, %")
-    planned = sum(len(configs) for configs in protocol.configs.values() if len(configs) > 1)
+    planned = sum(len(configs) for method, configs in protocol.configs.items() if method not in protocol.settled)
     return (
         f"### Configurations, {len(rows)} of {planned}, development order, seed 0, {protocol.dev_items} held-out "
         f"training rows a task. {WEIGHTS}\n\n"

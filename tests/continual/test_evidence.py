@@ -31,6 +31,7 @@ NAMES = (
     "two_cores",
     "one_gpu",
     "long_sequence",
+    "long_on_gpu",
     "results",
     "tables",
     "jobs",
@@ -201,6 +202,15 @@ def test_the_protocol_is_of_settings_that_there_are(modules: dict[str, Any], pro
     assert set(protocol.dev_order) <= set(protocol.datasets)
     assert all(sorted(order) == sorted(protocol.dev_order) for order in protocol.orders.values())
     assert tuple(protocol.dev_order) not in protocol.orders.values()
+
+
+def test_what_was_settled_before_is_not_searched(modules: dict[str, Any], tiny: Any, tmp_path: Path) -> None:
+    (config,) = tiny.configs["sculpt"]
+    settled = replace(tiny, settled=("sculpt",), entry_rates=())
+    queue = modules["jobs"].Queue(settled, "all", tmp_path)
+    jobs = [queue.next(), queue.next()]
+    assert [(job.part, job.method) for job in jobs] == [("dev", "plain"), ("final", "sculpt")]
+    assert modules["tables"].choose(tmp_path, settled) == {"sculpt": config}
 
 
 def test_the_foremost_methods_begin_before_the_others(modules: dict[str, Any], tiny: Any, tmp_path: Path) -> None:
