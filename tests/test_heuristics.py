@@ -30,7 +30,8 @@ A100, MI300X, V100 = Gpu(80, False, 108, 40 * 2**20), Gpu(94, True, 304, 4 * 2**
         (11008, 4096, 64, None, (BF16, F32), "cublas"),  # its two parts fit no cluster
         (4096, 4096, 16, 16, (BF16, BF16), "cuda"),
         (4096, 4096, 17, 16, (BF16, BF16), "cublas"),
-        (4096, 4096, 16, 16, (BF16, F32), "cublas"),
+        (4096, 4096, 16, 16, (BF16, F32), "cuda"),
+        (4096, 4096, 64, 64, (BF16, F32), "cublas"),
         (28672, 8192, 16, 16, (BF16, BF16), "cuda"),
         (28672, 8192, 32, None, (BF16, BF16), "cublas"),  # it fits no cluster
         (4096, 4096, 16, 16, (F16, F16), "cublas"),  # no such kernel
@@ -86,6 +87,8 @@ def test_the_choice_for_many_without_cuda_kernels(
         (4096, 11008, 16, 16, (BF16, BF16), 224, "cuda"),
         (4096, 11008, 64, 64, (BF16, BF16), 224, "cuda"),
         (4096, 11008, 64, 64, (BF16, BF16), 7, "cublas"),
+        (4096, 4096, 64, 64, (BF16, F32), 224, "cuda"),
+        (4096, 11008, 64, 64, (BF16, F32), 224, "cublas"),  # 11008 rows in two parts fit no cluster
         (1024, 1024, 64, None, (BF16, BF16), 288, "cuda"),
         (576, 1536, 16, None, (BF16, BF16), 210, "triton"),  # one side of the smallest
         (576, 1536, 16, 16, (BF16, BF16), 210, "cuda"),

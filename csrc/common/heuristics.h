@@ -91,7 +91,7 @@ inline bool cuda_pays(const Work& work, const Gpu& gpu) {
   const bool wide = work.basis == Type::kFloat32, list = work.batch >= kCudaList;
   if (work.block) return work.r + work.s <= kCudaRanksBlock;
   if (work.n % 8) return false;
-  if (work.r && work.s && (wide || (!list && std::max(work.r, work.s) > kCudaRankBoth))) return false;
+  if (work.r && work.s && !list && std::max(work.r, work.s) > kCudaRankBoth) return false;
   return side_pays(work.m, work.n, work.r, wide, gpu.multiprocessors) &&
          side_pays(work.n, work.m, work.s, wide, gpu.multiprocessors);
 }

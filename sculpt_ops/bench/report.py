@@ -14,7 +14,7 @@ __all__ = ["WHICH", "markdown", "name_of", "roofline", "write_report"]
 
 Result = dict[str, Any]
 TABLES = {
-    "model": ("Whole models, foreach_project_", ("model", "matrices", "kind", "rank", "dtype", "host_us")),
+    "model": ("Whole models, foreach_project_", ("model", "matrices", "kind", "rank", "dtype", "basis", "host_us")),
     "optimizer": ("A step of AdamW", ("model", "matrices", "rank", "dtype")),
     "decomposition": ("Decompositions", ("m", "n", "rank", "dtype")),
     "small svd": ("SVDs of small factors, a batch at once", ("matrices", "m", "n", "dtype")),

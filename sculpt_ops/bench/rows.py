@@ -148,22 +148,25 @@ def fitting_layers(
 def models(setting: Setting) -> Iterator[Row]:
     """foreach_project_ over whole models: host time of a repeated call, and time on the device."""
     large, small, middle = "LLaMA-2-7B", "SmolLM2-135M", "T5-Large"
-    cases = ((large, 64), (small, 64), (middle, 64), (large, 16), (large, 512))
-    for name, rank in (("tiny", 8),) if setting.small else cases:
+    half, single = torch.bfloat16, torch.float32
+    ranks = ((large, 64), (small, 64), (middle, 64), (large, 16))
+    # Subspaces stores float32 bases unless told otherwise.
+    cases = (*((*case, half) for case in ranks), *((*case, single) for case in ranks[:2]), (large, 512, half))
+    for name, rank, basis_dtype in (("tiny", 8, half),) if setting.small else cases:
         for kind in ("both", "left"):
             if setting.over():
                 return
-            yield whole_model(setting, name, rank, kind)
+            yield whole_model(setting, name, rank, kind, basis_dtype)
 
 
-def whole_model(setting: Setting, name: str, rank: int, kind: str) -> Row:
+def whole_model(setting: Setting, name: str, rank: int, kind: str, basis_dtype: torch.dtype) -> Row:
     device, dtype = setting.device, torch.bfloat16
     shapes, layers = setting.models[name]
     layers = fitting_layers(shapes, layers, 3, device)
     sizes = [shape for _ in range(layers) for shape in shapes]
     grads = [torch.randn(m, n, device=device).to(dtype) for m, n in sizes]
     # A QR a length, and memory of its own a matrix.
-    of_length = {rows: basis(rows, rank, dtype, device) for rows in {size for shape in shapes for size in shape}}
+    of_length = {rows: basis(rows, rank, basis_dtype, device) for rows in {size for shape in shapes for size in shape}}
     lefts = [of_length[m].clone() for m, _ in sizes]
     rights = [of_length[n].clone() if kind == "both" else None for _, n in sizes]
 
@@ -195,6 +198,7 @@ def whole_model(setting: Setting, name: str, rank: int, kind: str) -> Row:
         "kind": kind,
         "rank": rank,
         "dtype": "bfloat16",
+        "basis": str(basis_dtype).removeprefix("torch."),
         "floor_us": floor * 1e6,
         "host_us": host * 1e6,
         "contenders": with_rates(entries, floor, moved, operations),
