@@ -9,7 +9,8 @@ from protocol import rates
 
 _CHOSEN = {"plain": "lr 5e-05", "sculpt": "inputs .95, lr 0.0002", "sculpt and a text": "inputs .95, lr 0.0002"}
 
-# What two cores chose for plain fine-tuning and ours, on the development order, is taken from there; tasks that enter too.
+# What two cores chose for plain fine-tuning and ours, on the development order, is taken from there, and the tasks that
+# enter.
 LONG_ON_GPU = replace(
     LONG_SEQUENCE,
     datasets={name: LONG_SEQUENCE.datasets[name] for name in LONG_SEQUENCE.dev_order},
