@@ -148,7 +148,7 @@ PYBIND11_MODULE(_host, m) {
         "Sine, sine / (1 + cosine), and whether columns with these squared norms and this product are turned.");
   m.attr("thresholds") = pybind11::dict(
       arg("cuda_capability") = sculpt::kCudaCapability, arg("cuda_rank") = sculpt::kCudaRank,
-      arg("cuda_rank_both_float32") = sculpt::kCudaRankBothFloat32, arg("cuda_bytes") = sculpt::kCudaBytes,
+      arg("cuda_bytes") = sculpt::kCudaBytes,
       arg("cuda_list") = sculpt::kCudaList,
       arg("cuda_ranks_block") = sculpt::kCudaRanksBlock,
       arg("l2_part_one_side") = sculpt::kL2PartOneSide, arg("least_group") = sculpt::kLeastGroup,

@@ -34,7 +34,8 @@ A100, MI300X, V100 = Gpu(80, False, 108, 40 * 2**20), Gpu(94, True, 304, 4 * 2**
         (1024, 1024, 16, None, (BF16, BF16), "cublas"),  # as long as its launches
         (1024, 1024, 16, 16, (BF16, BF16), "cuda"),
         (4096, 4096, 16, 16, (BF16, F32), "cuda"),
-        (4096, 4096, 64, 64, (BF16, F32), "cublas"),
+        (4096, 4096, 64, 64, (BF16, F32), "cuda"),
+        (4096, 11008, 64, 64, (BF16, F32), "cublas"),
         (28672, 8192, 16, 16, (BF16, BF16), "cuda"),
         (28672, 8192, 32, None, (BF16, BF16), "cublas"),  # it fits no cluster
         (4096, 4096, 16, 16, (F16, F16), "cublas"),  # no such kernel
@@ -89,7 +90,6 @@ def test_the_choice_for_many_without_cuda_kernels(
         (11008, 4096, 64, None, (BF16, BF16), 224, "cuda"),
         (4096, 11008, 16, 16, (BF16, BF16), 224, "cuda"),
         (4096, 11008, 64, 64, (BF16, BF16), 224, "cuda"),
-        (4096, 4096, 64, 64, (BF16, F32), 7, "cublas"),
         (4096, 4096, 64, 64, (BF16, F32), 224, "cuda"),
         (4096, 11008, 64, 64, (BF16, F32), 224, "cublas"),  # 11008 rows in two parts fit no cluster
         (1024, 1024, 64, None, (BF16, BF16), 288, "cuda"),

@@ -41,10 +41,9 @@ struct Compiled {
 constexpr int kCudaCapability = 90;
 // One side, whose kernel reads and writes the matrix once: up to this rank, where it fits, it takes 0.47 to 0.75 of the
 // library's time with bfloat16 bases and 0.62 to 0.97 with float32 ones (an H100). At 128 0.86 to 1.2 (an H200: 1.1 to 1.3).
+// Two sides go one after the other: 0.79 to 0.88 at 64, 0.88 with float32 bases (on an H200 1.06, but two launches for seven
+// and no Python between them).
 constexpr int64_t kCudaRank = 64;
-// Two sides one after the other, up to the same rank with bfloat16 bases (0.79 to 0.88 of the library's time at 64). With
-// float32 ones they take 0.88 of it at 64 on an H100, but 1.06 on an H200.
-constexpr int64_t kCudaRankBothFloat32 = 16;
 // One side of single matrices of at least so many bytes: 4096 x 1024 took 1.07 of the library's time on the right, 576 x 576
 // 1.15. Two sides of 1024 x 1024 took 15 us and the library's at once 25.
 constexpr int64_t kCudaBytes = int64_t(1) << 24;
@@ -97,7 +96,6 @@ inline bool cuda_pays(const Work& work, const Gpu& gpu) {
   if (work.n % 8) return false;
   const bool both = work.r && work.s;
   if (!list && !both && work.m * work.n * size_of(work.type) < kCudaBytes) return false;
-  if (!list && both && wide && std::max(work.r, work.s) > kCudaRankBothFloat32) return false;
   return side_pays(work.m, work.n, work.r, wide, gpu.multiprocessors) &&
          side_pays(work.n, work.m, work.s, wide, gpu.multiprocessors);
 }
