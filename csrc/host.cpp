@@ -151,7 +151,7 @@ PYBIND11_MODULE(_host, m) {
       arg("cuda_bytes") = sculpt::kCudaBytes,
       arg("cuda_list") = sculpt::kCudaList,
       arg("cuda_ranks_block") = sculpt::kCudaRanksBlock,
-      arg("l2_part_one_side") = sculpt::kL2PartOneSide, arg("least_group") = sculpt::kLeastGroup,
+      arg("least_group") = sculpt::kLeastGroup,
       arg("panel") = sculpt::kPanel, arg("l2_part") = sculpt::kL2Part, arg("max_rank") = sculpt::kMaxRank,
       arg("max_rank_float32") = sculpt::kMaxRankFloat32, arg("max_rank_float16") = sculpt::kMaxRankFloat16,
       arg("least_capability") = sculpt::kLeastCapability, arg("ops_per_byte_half") = sculpt::kOpsPerByteHalf,

@@ -93,7 +93,7 @@ def test_the_choice_for_many_without_cuda_kernels(
         (4096, 4096, 64, 64, (BF16, F32), 224, "cuda"),
         (4096, 11008, 64, 64, (BF16, F32), 224, "cublas"),  # 11008 rows in two parts fit no cluster
         (1024, 1024, 64, None, (BF16, BF16), 288, "cuda"),
-        (576, 1536, 16, None, (BF16, BF16), 210, "triton"),  # one side of the smallest
+        (576, 1536, 16, None, (BF16, BF16), 210, "cuda"),
         (576, 1536, 16, 16, (BF16, BF16), 210, "cuda"),
         (576, 1536, 16, 16, (BF16, BF16), 7, "cuda"),
         (576, 1536, 64, 64, (F16, F16), 210, "cublas"),

@@ -58,9 +58,7 @@ constexpr int64_t kCudaRanksBlock = 32;
 constexpr int64_t kLeastGroup = 8;
 constexpr int64_t kPanel = 32;
 constexpr int64_t kL2Part = 6;
-// CUDA C++ takes two sides of such lists in a third to a half of Triton's time, one side of T5-Large's in 0.8 of it, and of
-// SmolLM2-135M's, of up to 1.8 MB, in 2.6 times as long: up to this part of L2 (1.9 MB) Triton has one side.
-constexpr int64_t kL2PartOneSide = 32;
+// Where CUDA C++ can run it takes such lists: SmolLM2-135M's and T5-Large's in 0.6 to 0.97 of Triton's time (both GPUs).
 // Up to these ranks (r + s) the grouped kernels do not spill registers, and bytes are their limit.
 constexpr int64_t kMaxRank = 128;
 constexpr int64_t kMaxRankFloat32 = 64;
@@ -112,10 +110,7 @@ inline bool triton_pays(const Work& work, const Gpu& gpu) {
 inline Variant choose(const Work& work, const Gpu& gpu, const Compiled& compiled) {
   if (work.type == Type::kFloat64 || work.r + work.s == 0) return Variant::kCublas;
   const bool triton = compiled.triton && triton_pays(work, gpu), cuda = compiled.cuda && cuda_pays(work, gpu);
-  const bool one = work.r == 0 || work.s == 0;
-  const bool smallest = one && work.m * work.n * size_of(work.type) <= gpu.l2_bytes / kL2PartOneSide;
-  if (cuda && !(triton && smallest)) return Variant::kCuda;
-  return triton ? Variant::kTriton : Variant::kCublas;
+  return cuda ? Variant::kCuda : triton ? Variant::kTriton : Variant::kCublas;
 }
 
 // A matrix of this many bytes is in L2 when the second side reads it: apart, its sides cost no more memory traffic than

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from .attention import without_cudnn_attention
 from .checkpoint import Checkpoints
 from .config import TrainConfig
 from .distributed import World, join_world
@@ -41,7 +42,7 @@ def train(config: TrainConfig, *, zero_shot: RunResult | None = None, quiet: boo
     empty, both before anything is written; OSError for a disk that is full; FloatingPointError for a loss that is not
     finite; TimeoutError or ConnectionError where a process does not come or is lost. What one process raises all raise.
     """
-    with join_world(config) as world:
+    with join_world(config) as world, without_cudnn_attention():
         return _train(config, zero_shot, world, quiet)
 
 

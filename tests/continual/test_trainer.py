@@ -44,6 +44,25 @@ def weights(folder: str | Path) -> Weights:
     return load_file(Path(folder) / "model.safetensors")
 
 
+def test_cudnns_attention_is_left_out_while_training(
+    settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its backward has NaN for rows that are padded on the left, in batches of some lengths."""
+    seen = []
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+
+    def learned(*_: Any) -> None:
+        seen.append(torch.backends.cuda.cudnn_sdp_enabled())
+        raise FloatingPointError
+
+    monkeypatch.setattr(trainer, "learn", learned)
+    with pytest.raises(FloatingPointError):
+        train(TrainConfig(**settings, output=tmp_path / "run", protect=None), quiet=True)
+    assert before
+    assert seen == [False]
+    assert torch.backends.cuda.cudnn_sdp_enabled() == before
+
+
 @pytest.mark.parametrize("run", ["plain", "protected"])
 def test_each_task_is_learned_and_measured(run: str, request: pytest.FixtureRequest) -> None:
     result: RunResult = request.getfixturevalue(run)
