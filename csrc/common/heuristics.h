@@ -1,9 +1,9 @@
 // Which variant projects a matrix on a GPU: pure functions of sizes, types and the device. `sculpt_ops/ops/heuristics.py`
 // calls them through the host module.
 //
-// What is chosen beside library products was measured faster on an H200 (bench/results/nvidia-h200-2026-11-26-2.json, ranks
-// from 256 on in the file without the 2; docs/kernels.md has the rows). Other GPUs were not measured: they take library
-// products for single matrices.
+// What is chosen beside library products was measured faster on an H100 and an H200
+// (bench/results/nvidia-h100-80gb-hbm3-2026-11-27.json, nvidia-h200-2026-11-27.json; docs/kernels.md has the rows). Other
+// GPUs were not measured: they take library products for single matrices.
 #pragma once
 #include <algorithm>
 #include <cstdint>
