@@ -31,11 +31,11 @@ struct SidePanels {
 };
 
 // `split`: the basis is float32, kept as two bfloat16 parts. A stage has, of a coefficient, the parts of what the block owns
-// (four bytes) and its factors (two bytes, or two of them). Then four barriers for every slot and stage that there could be.
+// (four bytes) and its factors (two bytes, or two of them). Then three barriers for every slot and stage that there could be.
 inline int64_t side_panel_bytes(const SidePanels& plan, bool split) {
   const int64_t basis = plan.rows * plan.ranks * 2 * (split ? 2 : 1);
   const int64_t slot = plan.rows * plan.width * 2, stage = plan.ranks * plan.width * (split ? 8 : 6);
-  return basis + plan.slots * slot + plan.stages * stage + 4 * 8 * (kMostSlots + kMostStages);
+  return basis + plan.slots * slot + plan.stages * stage + 3 * 8 * (kMostSlots + kMostStages);
 }
 
 // With so many blocks and so wide: as many stages as fit beside one slot more, then as many slots as fit. Without two of

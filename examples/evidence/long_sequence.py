@@ -30,6 +30,7 @@ LONG_SEQUENCE = Protocol(
     },
     seeds=(0, 1, 2),
     foremost=("plain", "sculpt", "sculpt and a text"),
+    settled=("sculpt and a text",),
     reads_text=True,
     # Of every task what it had learned and what is left in the end; log-probabilities of 15 options an item would take
     # longer than the training.

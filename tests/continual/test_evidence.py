@@ -140,7 +140,8 @@ def test_the_best_configuration_on_the_development_order_is_taken(
         ("sculpt", configs["sculpt"][0], (0.8, 0.8)),
     ):
         pack_dev(modules, tmp_path, method, config, final)
-    chosen = {"plain": configs["plain"][1], "sculpt": configs["sculpt"][0]}
+    settled = {method: configs[method][0] for method in protocol.settled}
+    chosen = {"plain": configs["plain"][1], "sculpt": configs["sculpt"][0], **settled}
     assert modules["tables"].choose(tmp_path, protocol) == chosen
     table = modules["tables"].dev_table(tmp_path, protocol)
     assert table.count("**best**") == 2
@@ -149,10 +150,10 @@ def test_the_best_configuration_on_the_development_order_is_taken(
     # Of what was chosen every order and seed, and nothing else; of all methods the first place before the second.
     queue = modules["jobs"].Queue(protocol, "final", tmp_path)
     jobs = list(iter(queue.next, None))
-    assert len(jobs) == 2 * protocol.planned
+    assert len(jobs) == len(chosen) * protocol.planned
     assert {(job.method, job.config) for job in jobs} == set(chosen.items())
-    assert [job.method for job in jobs] == ["plain", "sculpt"] * protocol.planned
-    assert len({(job.order, job.seed) for job in jobs[:2]}) == 1
+    assert [job.method for job in jobs] == list(chosen) * protocol.planned
+    assert len({(job.order, job.seed) for job in jobs[: len(chosen)]}) == 1
 
 
 def test_final_runs_wait_for_their_own_method_alone(modules: dict[str, Any], tiny: Any, tmp_path: Path) -> None:

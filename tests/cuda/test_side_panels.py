@@ -18,7 +18,7 @@ SIZES = st.integers(1, 20000)
 def needed(width: int, rows: int, ranks: int, slots: int, stages: int, *, split: bool) -> int:
     """Bytes: the basis' rows, panels, factors and parts of the exchanges under way, and barriers."""
     basis, slot, stage = rows * ranks * 2 * (1 + split), rows * width * 2, ranks * width * (4 + 2 * (1 + split))
-    return basis + slots * slot + stages * stage + 4 * 8 * (12 + 3)
+    return basis + slots * slot + stages * stage + 3 * 8 * (12 + 3)
 
 
 @given(SIZES, SIZES, st.integers(1, 200), st.booleans(), st.integers(1, 200))
