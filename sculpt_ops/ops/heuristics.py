@@ -1,5 +1,6 @@
 """Which variant projects a matrix on a GPU. The choice itself is csrc/common/heuristics.h: pure functions of sizes,
-dtypes and the device, whose thresholds were measured on an H100 and an H200. Here are the device's facts and ``SCULPT_BACKEND``.
+dtypes and the device, whose thresholds were measured on an H100 and an H200. Here are the device's facts and
+``SCULPT_BACKEND``.
 """
 
 from __future__ import annotations
