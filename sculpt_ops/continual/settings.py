@@ -45,18 +45,23 @@ def make_config(path: str | Path | None = None, flags: Mapping[str, Any] | None 
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
-    """The mapping a YAML file holds; ValueError if it is not there or none."""
+    """The mapping a YAML file holds; ValueError if it is not there or none, or has a key twice."""
     import yaml  # type: ignore[import-untyped]
 
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"config: there is no file {path}")
     try:
-        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        settings, node = yaml.safe_load(text), yaml.compose(text, yaml.SafeLoader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"config: {path} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(settings, dict) or not all(isinstance(name, str) for name in settings):
         raise ValueError(f"config: {path} holds {type(settings).__name__}, wanted one setting a line, as `lr: 3e-5`")
+    # YAML's reader takes the last of them.
+    names = [key.value for key, _ in node.value]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise ValueError(f"config: {path} has {', '.join(twice)} more than once")
     return settings
 
 

@@ -74,6 +74,7 @@ def test_every_field_is_an_option_with_a_help() -> None:
         ("remember: inputs:0.9\nsides: block", "remember: got 'inputs:0.9' with sides 'block'"),
         ("eval_rows: some", "eval_rows: got 'some', wanted one of all, seen, learned"),
         ("lr: 1: 2", "is not YAML"),
+        ("lr: 1e-4\nseed: 1\nlr: 1e-5", "has lr more than once"),
     ],
 )
 def test_a_wrong_setting_is_named(text: str, complaint: str, file: Callable[[str], Path]) -> None:
