@@ -32,7 +32,7 @@ A100, MI300X, V100 = Gpu(80, False, 108, 40 * 2**20), Gpu(94, True, 304, 4 * 2**
         (4096, 4096, 64, 16, (BF16, BF16), "cuda"),
         (4096, 4096, 65, 16, (BF16, BF16), "cublas"),
         (1024, 1024, 16, None, (BF16, BF16), "cublas"),  # as long as its launches
-        (1024, 1024, 16, 16, (BF16, BF16), "cuda"),
+        (1024, 1024, 16, 16, (BF16, BF16), "cublas"),
         (4096, 4096, 16, 16, (BF16, F32), "cuda"),
         (4096, 4096, 64, 64, (BF16, F32), "cuda"),
         (4096, 11008, 64, 64, (BF16, F32), "cublas"),
@@ -95,7 +95,7 @@ def test_the_choice_for_many_without_cuda_kernels(
         (1024, 1024, 64, None, (BF16, BF16), 288, "cuda"),
         (576, 1536, 16, None, (BF16, BF16), 210, "cuda"),
         (576, 1536, 16, 16, (BF16, BF16), 210, "cuda"),
-        (576, 1536, 16, 16, (BF16, BF16), 7, "cuda"),
+        (576, 1536, 16, 16, (BF16, BF16), 7, "cublas"),  # too few for a list
         (576, 1536, 64, 64, (F16, F16), 210, "cublas"),
     ],
 )

@@ -44,8 +44,7 @@ constexpr int kCudaCapability = 90;
 // Two sides go one after the other: 0.79 to 0.88 at 64, 0.88 with float32 bases (on an H200 1.06, but two launches for seven
 // and no Python between them).
 constexpr int64_t kCudaRank = 64;
-// One side of single matrices of at least so many bytes: 4096 x 1024 took 1.07 of the library's time on the right, 576 x 576
-// 1.15. Two sides of 1024 x 1024 took 15 us and the library's at once 25.
+// Single matrices of at least so many bytes: 4096 x 1024 took 1.07 of the library's time on the right, 576 x 576 1.15.
 constexpr int64_t kCudaBytes = int64_t(1) << 24;
 // Lists of at least so many matrices, of any size, one launch for all of a length: two sides up to the rank of one.
 constexpr int64_t kCudaList = 8;
@@ -92,8 +91,7 @@ inline bool cuda_pays(const Work& work, const Gpu& gpu) {
   const bool wide = work.basis == Type::kFloat32, list = work.batch >= kCudaList;
   if (work.block) return work.r + work.s <= kCudaRanksBlock;
   if (work.n % 8) return false;
-  const bool both = work.r && work.s;
-  if (!list && !both && work.m * work.n * size_of(work.type) < kCudaBytes) return false;
+  if (!list && work.m * work.n * size_of(work.type) < kCudaBytes) return false;
   return side_pays(work.m, work.n, work.r, wide, gpu.multiprocessors) &&
          side_pays(work.n, work.m, work.s, wide, gpu.multiprocessors);
 }
@@ -130,6 +128,14 @@ inline bool stacked(int64_t m, int64_t n, int64_t r, int64_t s, Type type) {
   const double apart = thin + time(double(r), 2) + time(double(s), 2);
   const double extra = 4 * double(std::min(m, n)) * double(r) * double(s) / ops;
   return thin + extra + time(double(r + s), 2) < apart;
+}
+
+// The same where library products are launched: below so many bytes launches are the limit, and apart there are fewer. At
+// 64, 1024 x 8192 took 45 us at once and 39 apart on an H100, 1024 x 1024 25 and 15.
+constexpr int64_t kStackedLeast = int64_t(1) << 25;
+
+inline bool stacked_on_gpu(int64_t m, int64_t n, int64_t r, int64_t s, Type type) {
+  return m * n * size_of(type) >= kStackedLeast && stacked(m, n, r, s, type);
 }
 
 // Whether L^T G, with the right side applied to it, takes fewer operations than G R with the left side applied, or a few

@@ -74,8 +74,11 @@ class Products {
   // A null basis: its side is left alone. `out` may be `grad`.
   void project(const Tensor& grad, const Tensor* left, const Tensor* right, const Tensor& out, int64_t form) {
     if (form) return through_thin(grad, left, right, out, form);
-    if (left && right && stacked(grad.size(0), grad.size(1), left->size(1), right->size(1), type_of(grad)))
-      return at_once(grad, *left, *right, out);
+    if (left && right) {
+      const auto pays = grad.is_cpu() ? stacked : stacked_on_gpu;
+      if (pays(grad.size(0), grad.size(1), left->size(1), right->size(1), type_of(grad)))
+        return at_once(grad, *left, *right, out);
+    }
     const Tensor* source = &grad;
     if (left) {
       const Tensor wide = of_left(*source, *left);
