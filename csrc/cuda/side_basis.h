@@ -39,8 +39,8 @@ struct SideBasis {
 
   __device__ uint32_t end() const { return high + kParts * rows * RANKS * 2; }
 
-  // Its rows from memory. Those of bfloat16 are all on their way together: one after the other took 7 us of the 33 that
-  // 4096 x 4096 takes at rank 64.
+  // Its rows from memory. Those of bfloat16 are all on their way together: one after the other, 4096 x 4096 took 33.5 us at
+  // rank 64 on an H200 for 30.7.
   __device__ void load(int thread, int threads) const {
     constexpr int kPieces = SPLIT ? 2 : 1, kColumns = RANKS / 8;
     const int count = rows * kColumns;
