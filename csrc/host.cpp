@@ -148,10 +148,8 @@ PYBIND11_MODULE(_host, m) {
         "Sine, sine / (1 + cosine), and whether columns with these squared norms and this product are turned.");
   m.attr("thresholds") = pybind11::dict(
       arg("cuda_capability") = sculpt::kCudaCapability, arg("cuda_rank") = sculpt::kCudaRank,
-      arg("cuda_bytes") = sculpt::kCudaBytes,
-      arg("cuda_list") = sculpt::kCudaList,
-      arg("cuda_ranks_block") = sculpt::kCudaRanksBlock,
-      arg("least_group") = sculpt::kLeastGroup,
+      arg("cuda_bytes") = sculpt::kCudaBytes, arg("cuda_list") = sculpt::kCudaList,
+      arg("cuda_ranks_block") = sculpt::kCudaRanksBlock, arg("least_group") = sculpt::kLeastGroup,
       arg("panel") = sculpt::kPanel, arg("l2_part") = sculpt::kL2Part, arg("max_rank") = sculpt::kMaxRank,
       arg("max_rank_float32") = sculpt::kMaxRankFloat32, arg("max_rank_float16") = sculpt::kMaxRankFloat16,
       arg("least_capability") = sculpt::kLeastCapability, arg("ops_per_byte_half") = sculpt::kOpsPerByteHalf,

@@ -48,16 +48,16 @@ constexpr int64_t kCudaRank = 64;
 constexpr int64_t kCudaBytes = int64_t(1) << 24;
 // Lists of at least so many matrices, of any size, one launch for all of a length: two sides up to the rank of one.
 constexpr int64_t kCudaList = 8;
-// Block, r + s: 0.86 to 0.94 of the library's time at 32, with float32 bases as well, and 1.3 to 1.6 at 128.
+// Block, r + s: 0.84 to 0.93 of the library's time at 32, with float32 bases as well, and 1.3 to 1.6 at 128.
 constexpr int64_t kCudaRanksBlock = 32;
 
 // Triton's grouped kernels are chosen for lists of small matrices, where library products take as long to launch as to
 // run: T5-Large's, of up to 8 MB, in 0.6 and 0.3 of its time, while LLaMA-2 7B's take 1.3 to 3 times as long. At least this
-// many matrices, whose panels of 32 fill the GPU, each of at most this part of L2 (10 MB of an H200's 60).
+// many matrices, whose panels of 32 fill the GPU, each of at most this part of L2 (10 MB of an H200's 60). Where CUDA C++ can
+// run it takes them, in 0.6 to 0.97 of Triton's time (both GPUs), but for blocks, which it has no lists of.
 constexpr int64_t kLeastGroup = 8;
 constexpr int64_t kPanel = 32;
 constexpr int64_t kL2Part = 6;
-// Where CUDA C++ can run it takes such lists: SmolLM2-135M's and T5-Large's in 0.6 to 0.97 of Triton's time (both GPUs).
 // Up to these ranks (r + s) the grouped kernels do not spill registers, and bytes are their limit.
 constexpr int64_t kMaxRank = 128;
 constexpr int64_t kMaxRankFloat32 = 64;
@@ -108,7 +108,8 @@ inline bool triton_pays(const Work& work, const Gpu& gpu) {
 inline Variant choose(const Work& work, const Gpu& gpu, const Compiled& compiled) {
   if (work.type == Type::kFloat64 || work.r + work.s == 0) return Variant::kCublas;
   const bool triton = compiled.triton && triton_pays(work, gpu), cuda = compiled.cuda && cuda_pays(work, gpu);
-  return cuda ? Variant::kCuda : triton ? Variant::kTriton : Variant::kCublas;
+  if (cuda && !(triton && work.block)) return Variant::kCuda;
+  return triton ? Variant::kTriton : Variant::kCublas;
 }
 
 // A matrix of this many bytes is in L2 when the second side reads it: apart, its sides cost no more memory traffic than
