@@ -24,7 +24,7 @@ ABOUT_FILE = "sculpt.json"
 def open_model(
     source: str | Path, dtype: str = "float32", trust_remote_code: bool = False
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A decoder-only or encoder-decoder model and its tokenizer from a folder or a hub name.
+    """A decoder-only or encoder-decoder model and its tokenizer from a folder or a hub name (`may_be_on_hub`).
 
     ValueError if there is none, if it is an adapter, if weights are missing or cut short, or if they are quantised:
     those cannot be trained in full.
@@ -33,7 +33,7 @@ def open_model(
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
     local = Path(source).is_dir()
-    if not local and (Path(source).is_absolute() or str(source).startswith(".") or str(source).count("/") != 1):
+    if not local and not may_be_on_hub(source):
         raise ValueError(f"model: there is no folder {source}")
     if (Path(source) / "adapter_config.json").exists():
         raise ValueError(f"model: {source} is an adapter (LoRA) beside a model; merge them first (merge_and_unload)")
@@ -49,11 +49,26 @@ def open_model(
             )
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
     except (OSError, ValueError, SafetensorError) as error:
-        raise ValueError(f"model: cannot open {source}: {str(error).splitlines()[0]}") from error
+        said = str(error).splitlines()[0]
+        if not local and isinstance(error, OSError):
+            said = f"there is no folder of this name here, and the hub did not give it: {said}"
+        raise ValueError(f"model: cannot open {source}: {said}") from error
     if missing := sorted(found["missing_keys"]):
         # transformers draws them at random.
         raise ValueError(f"model: {source} has no weights for {list_names(missing)}")
     return model, tokenizer
+
+
+def may_be_on_hub(source: str | Path) -> bool:
+    """Whether `source`, which is no folder, may name a repository of the hub, in a namespace (org/name) or in none
+    (gpt2); not what is a file here, or can only be a path."""
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+
+    try:
+        validate_repo_id(str(source))
+    except ValueError:
+        return False
+    return not Path(source).exists()
 
 
 def save_model(

@@ -409,7 +409,7 @@ def refused(result: Any) -> str:
 
 
 def test_wrong_models(config_file: Path, tmp_path: Path) -> None:
-    assert "model: cannot plan for llama-9: there is no such folder" in refused(run("llama-9"))
+    assert "model: cannot plan for ./llama-9: there is no such folder" in refused(run("./llama-9"))
     empty = tmp_path / "empty"
     empty.mkdir()
     assert "cannot plan for" in refused(run(empty))

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ..modeling import may_be_on_hub
+
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
@@ -81,24 +83,26 @@ def open_config(model: str | Path, trust_remote_code: bool = False) -> Pretraine
 
     known = KNOWN_MODELS.get(str(model).lower())
     path = Path(model)
+    on_hub = path.suffix != ".json" and may_be_on_hub(model)
+    neither = f"there is no such folder or config.json, it is none of {', '.join(KNOWN_MODELS)}"
     try:
         if known is not None:
             return AutoConfig.for_model(**known)
         if path.suffix == ".json" and path.is_file():
             settings = json.loads(path.read_text(encoding="utf-8"))
             config = AutoConfig.for_model(settings.pop("model_type", None)).from_dict(settings)
-        elif path.is_dir() or (str(model).count("/") == 1 and str(model)[0] not in "/."):
-            options = {"local_files_only": path.is_dir(), "trust_remote_code": trust_remote_code}
-            config = AutoConfig.from_pretrained(model, **options)
+        elif path.is_dir() or on_hub:
+            config = AutoConfig.from_pretrained(model, local_files_only=not on_hub, trust_remote_code=trust_remote_code)
         else:
-            raise ValueError(
-                f"there is no such folder or config.json, and it is none of {', '.join(KNOWN_MODELS)} or a hub name"
-            )
+            raise ValueError(f"{neither}, and no hub name")
         if getattr(config, "quantization_config", None) is not None:
             raise ValueError("its weights are quantised, full fine-tuning needs float weights")
         return config
     except (OSError, ValueError) as error:
-        raise ValueError(f"model: cannot plan for {model}: {str(error).splitlines()[0]}") from error
+        said = str(error).splitlines()[0]
+        if on_hub and isinstance(error, OSError):
+            said = f"{neither}, and the hub did not give it: {said}"
+        raise ValueError(f"model: cannot plan for {model}: {said}") from error
 
 
 def fake_model(config: PretrainedConfig, dtype: torch.dtype, gradient_checkpointing: bool = False) -> PreTrainedModel:
