@@ -8,8 +8,11 @@
         step-40/                      within the task: weights and optimizer state in safetensors shards, scheduler,
                                       random numbers, trainer_state.json
     carried/                          of a finished run, what its method would carry into one more task
+    carried.next/                     the same of the model that is being written, until that has its name
 
 A folder gets its name when it is whole, with the sizes of its files in manifest.json; the one before goes after that.
+model/ and carried/ cannot get theirs at once: both say of which tasks they are, and at any moment there is a model and,
+as carried/ or carried.next/, what goes with it.
 There is no pickle in it that is loaded without weights_only.
 """
 
@@ -38,7 +41,8 @@ if TYPE_CHECKING:
 __all__ = ["Checkpoints", "Saved", "check_same_run", "has_states", "leftovers", "read_state", "write_state"]
 
 FOLDER = "checkpoint"
-CARRIED = "carried"
+CARRIED, NEXT = "carried", "carried.next"
+MODEL, OLD_MODEL = "model", "model.old"
 STATE_FILE = "state.json"
 MANIFEST_FILE = "manifest.json"
 SUBSPACES_FILE = "subspaces.safetensors"
@@ -84,10 +88,11 @@ class Saved:
             raise ValueError(f"resume: {output / RUN_FILE} is missing, which {self.folder} goes on from")
         return replace(RunResult.load(self._start).until(self.task), output=str(output))
 
-    def load_weights(self, model: PreTrainedModel) -> None:
-        """Those at the end of the task before, into `model`, which has those before the first."""
+    def load_weights(self, model: PreTrainedModel, world: World) -> None:
+        """Those at the end of the task before, into `model`, which has those before the first. To be called by every
+        rank."""
         if self.task and self._from_model:
-            load_model(self._start / "model", model)
+            load_model(self._start / MODEL, model, world)
         elif self.task:
             load_weights(self._start / "weights", model)
 
@@ -97,7 +102,7 @@ class Saved:
 
         folder = self._start
         if self.task and self._from_model:
-            about, folder = read_about(folder / "model"), folder / CARRIED
+            about, folder = read_about(folder / MODEL), folder / CARRIED
             if about is not None and about["carried"]:
                 _check_manifest(folder, "one more task cannot go on without it: name another output")
                 of = json.loads((folder / TASKS_FILE).read_text(encoding="utf-8"))
@@ -179,27 +184,40 @@ class Checkpoints:
             write(folder)
         self._remove([path for number, path in _numbered(task, "step") if number < step])
 
-    def finish(self, tasks: Sequence[str], method: Mapping[str, Tensor], carried: Subspaces | None) -> None:
-        """At the end of the run, whose results and model are written: keep what one more task would go on from."""
+    def carry(self, tasks: Sequence[str], method: Mapping[str, Tensor], carried: Subspaces | None) -> None:
+        """At the end of the run, before its model is written: keep what one more task would go on from with it. What
+        goes with the model before stays."""
         if method or carried is not None:
-            with self._new(self.output / CARRIED) as folder:
+            with self._new(self.output / NEXT) as folder:
                 self._write_carried(folder, method, carried)
                 if self.world.first:
                     write_text(folder / TASKS_FILE, json.dumps(list(tasks)))
-        else:
-            self._remove([self.output / CARRIED])
-        self.clear()
+
+    def settle(self) -> None:
+        """Make a pair of model/ and carried/: the new one where the model has its name, the one before where the run
+        was killed earlier."""
+        model, old, carried, following = (self.output / name for name in (MODEL, OLD_MODEL, CARRIED, NEXT))
+
+        def settle() -> None:
+            if old.exists() and not model.exists():
+                old.replace(model)
+            about = read_about(model)
+            if about is not None and _is_carried(following, about["tasks"]):
+                shutil.rmtree(carried, ignore_errors=True)
+                following.replace(carried)
+
+        self.world.on_first("naming what is carried on", settle)
 
     def clear(self) -> None:
-        """Remove all states of tasks; a run killed while it does so is a finished one."""
+        """Remove all states of tasks, of a settled run; one killed while it does so is a finished one."""
         gone = self.folder.with_suffix(".old")
 
         def remove() -> None:
             shutil.rmtree(gone, ignore_errors=True)
             if self.folder.exists():
                 self.folder.replace(gone)
-            # Of a run that was killed after its model had got its name.
-            for left in (gone, *(self.output / name for name in ("model.old", "model.tmp", f"{CARRIED}.tmp"))):
+            # Of a run that was killed after its model had got its name, or while it added a task.
+            for left in (gone, *(self.output / name for name in (OLD_MODEL, f"{MODEL}.tmp", NEXT, f"{NEXT}.tmp"))):
                 shutil.rmtree(left, ignore_errors=True)
 
         self.world.on_first("removing the checkpoint", remove)
@@ -269,6 +287,15 @@ def _check_manifest(folder: Path, advice: str) -> None:
     _check_sizes(folder, sizes, advice)
 
 
+def _is_carried(folder: Path, tasks: list[str]) -> bool:
+    """Whether `folder` is whole and holds what is carried on from `tasks`."""
+    try:
+        _check_manifest(folder, "")
+        return bool(json.loads((folder / TASKS_FILE).read_text(encoding="utf-8")) == tasks)
+    except (OSError, ValueError):
+        return False
+
+
 def _check_sizes(folder: Path, sizes: Mapping[str, int], advice: str) -> None:
     for name, size in sizes.items():
         path = folder / name
@@ -324,8 +351,8 @@ def write_state(result: RunResult, weights: str, rows: Mapping[str, str]) -> Non
 
 def leftovers(output: Path) -> list[str]:
     """What lies in the output folder that no run of ours has put there."""
-    ours = {FOLDER, CARRIED, RUN_FILE, PREDICTIONS_FILE, STATE_FILE, "model", "logs", "report.md"}
-    ours |= {f"{name}.tmp" for name in ours} | {f"{FOLDER}.old", "model.old"}
+    ours = {FOLDER, CARRIED, NEXT, RUN_FILE, PREDICTIONS_FILE, STATE_FILE, MODEL, "logs", "report.md"}
+    ours |= {f"{name}.tmp" for name in ours} | {f"{FOLDER}.old", OLD_MODEL}
     found = output.iterdir() if output.is_dir() else ()
     return sorted(path.name for path in found if path.name not in ours and not re.search(r"\.png(\.tmp)?$", path.name))
 

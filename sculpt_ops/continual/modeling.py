@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ..dtensor import is_dtensor
 from ..names import list_names
 from .distributed import World
 
@@ -116,12 +117,28 @@ def read_about(folder: Path) -> dict[str, Any] | None:
 
 
 @torch.no_grad()
-def load_model(folder: Path, model: PreTrainedModel) -> None:
-    """The weights of a saved model into an opened one of the same kind; both are in CPU memory for a moment."""
-    saved, _ = open_model(folder, str(model.dtype).removeprefix("torch."))
-    weights = dict(saved.named_parameters()) | dict(saved.named_buffers())
-    for name, weight in [*model.named_parameters(), *model.named_buffers()]:
-        weight.copy_(weights[name])
+def load_model(folder: Path, model: PreTrainedModel, world: World) -> None:
+    """The weights of a saved model into an opened one of the same kind, sharded or not; both are in CPU memory for a
+    moment. To be called by every rank."""
+
+    def load() -> None:
+        saved, _ = open_model(folder, str(model.dtype).removeprefix("torch."))
+        weights = dict(saved.named_parameters()) | dict(saved.named_buffers())
+        for name, weight in [*model.named_parameters(), *model.named_buffers()]:
+            weight.copy_(_laid_out(weights[name], weight))
+
+    opening = world.in_turns if world.sharded else world.together
+    opening("opening the last model", load)
+
+
+def _laid_out(whole: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """`whole`, which every rank has, sharded as `like` is; nothing is sent."""
+    if not is_dtensor(like):
+        return whole
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    assert isinstance(like, DTensor)
+    return distribute_tensor(whole, like.device_mesh, like.placements, src_data_rank=None)
 
 
 def _gather(model: PreTrainedModel) -> dict[str, torch.Tensor]:

@@ -49,11 +49,13 @@ def train(config: TrainConfig, *, zero_shot: RunResult | None = None, quiet: boo
 def _train(config: TrainConfig, zero_shot: RunResult | None, world: World, quiet: bool) -> RunResult:
     progress = Progress(quiet or not world.first)
     tasks = world.together("reading the tasks", lambda: read_tasks(config, world))
+    checkpoints = Checkpoints(Path(config.output), world)
+    checkpoints.settle()
     done = world.together("opening the output", lambda: finished_run(config))
     names = [task.name for task in tasks]
     if done is not None and done.complete and done.tasks == names:
         world.together("opening the output", lambda: check_finished(config, world, tasks, done))
-        Checkpoints(Path(config.output), world).clear()
+        checkpoints.clear()
         return done
     progress.say(f"opening {config.model}")
     # In turns where it is sharded: a machine's memory then has to hold the whole model once, and not for every process.
@@ -77,8 +79,10 @@ def _train(config: TrainConfig, zero_shot: RunResult | None, world: World, quiet
     run.method.finish(run.model)
     measure_abilities(run, "after")
     about = {"tasks": names, "carried": bool(state) or run.last is not None}
+    checkpoints.carry(names, state, run.last)
     save_model(run.model, run.tokenizer, Path(config.output) / "model", world, about)
-    run.checkpoints.finish(names, state, run.last)
+    checkpoints.settle()
+    checkpoints.clear()
     return run.result
 
 
@@ -93,4 +97,4 @@ def _go_on(run: Run) -> None:
         run.previous = subspaces.carry()
         if subspaces.memory_of_tasks is not None and run.saved.task == len(run.tasks):
             run.last = subspaces
-    run.saved.load_weights(run.model)
+    run.saved.load_weights(run.model, run.world)

@@ -208,6 +208,79 @@ def test_a_task_is_added(
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
+@pytest.fixture
+def moments_at_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[tuple[str, Path]]]:
+    """Trains, and copies the output once everything is learned and measured, whenever a folder is about to get its name
+    or is half removed: what a kill would leave there. Every such change and its copy."""
+
+    def make(settings: dict[str, Any]) -> list[tuple[str, Path]]:
+        moments: list[tuple[str, Path]] = []
+        measure, replace_, rmtree = trainer.measure_abilities, Path.replace, shutil.rmtree
+
+        def keep(name: str) -> None:
+            moments.append((name, shutil.copytree(settings["output"], tmp_path / f"killed-{len(moments)}")))
+
+        def watched_replace(path: Path, target: Path) -> Path:
+            if path.is_dir():
+                keep(f"{path.name} to {target.name}")
+            return replace_(path, target)
+
+        def watched_rmtree(path: Path, *arguments: Any, **named: Any) -> None:
+            if path.exists():
+                files = sorted(file for file in path.rglob("*") if file.is_file())
+                for file in files[: len(files) // 2]:
+                    file.unlink()
+                keep(f"half of {path.name}")
+            rmtree(path, *arguments, **named)
+
+        with monkeypatch.context() as patch:
+
+            def watched_measure(run: Any, when: str) -> None:
+                measure(run, when)
+                if when == "after":
+                    patch.setattr(Path, "replace", watched_replace)
+                    patch.setattr(shutil, "rmtree", watched_rmtree)
+
+            patch.setattr(trainer, "measure_abilities", watched_measure)
+            train(TrainConfig(**settings), quiet=True)
+        return moments
+
+    return make
+
+
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize("first", [0, 1], ids=["new", "added to"])
+def test_killed_at_its_end_without_states_a_run_takes_up_another_task(
+    first: int,
+    short: dict[str, Any],
+    toy_tasks: list[Task],
+    moments_at_the_end: Callable[..., list[tuple[str, Path]]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    tasks = [*toy_tasks, replace(toy_tasks[0], name="again")]
+    quick = {**short, "max_steps": 2, "eval_items": 1, "eval_options": False, "save_every": None, "resume": True}
+    train(TrainConfig(**{**quick, "tasks": tasks}, output=tmp_path / "straight"), quiet=True)
+    expected, whole = weights(tmp_path / "straight"), sorted(path.name for path in (tmp_path / "straight").iterdir())
+    if first:
+        train(TrainConfig(**{**quick, "tasks": tasks[:first]}, output=tmp_path / "out"), quiet=True)
+    moments = moments_at_the_end({**quick, "tasks": tasks[:2], "output": tmp_path / "out"})
+    named = ["carried.next.tmp to carried.next", "model.tmp to model", "carried.next to carried"]
+    if first:
+        named[1:2] = ["model to model.old", "model.tmp to model", "half of model.old", "half of carried"]
+    assert [name for name, _ in moments] == named
+    trained: list[int] = []
+    monkeypatch.setattr(trainer, "learn", lambda run, index: (trained.append(index), learn.learn(run, index)))
+    for moment, (name, output) in enumerate([*moments, ("", tmp_path / "out")]):
+        trained.clear()
+        resumed({**quick, "output": output}, tasks=tasks)
+        # From the new model as soon as that has its name, and until then from the one before, if there was one.
+        assert trained == ([2] if moment > named.index("model.tmp to model") else [*range(first, 3)]), name
+        ended = weights(output)
+        assert all(torch.equal(expected[name], ended[name]) for name in expected), name
+        assert sorted(path.name for path in output.iterdir()) == whole
+
+
 def test_on_a_full_disk_the_last_state_stays(
     short: dict[str, Any], cut_short: Callable[..., dict[str, Any]], tmp_path: Path
 ) -> None:

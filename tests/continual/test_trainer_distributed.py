@@ -181,6 +181,26 @@ def test_a_state_of_two_ranks_goes_on_elsewhere(
     assert_same_training(two / "two", one("alone", resume=True), model_folder)
 
 
+def test_a_task_is_added_where_what_is_carried_on_has_not_got_its_name(
+    two: Path, config: Callable[..., dict[str, Any]], one: Callable[..., Path], model_folder: Path
+) -> None:
+    """As processes killed right after their model had got its name leave it."""
+    jobs = []
+    tasks = [*config("two")["tasks"], str(shutil.copytree(two / "tasks" / "colours", two / "tasks" / "again"))]
+    settings = {"tasks": tasks, "save_every": None, "resume": True}
+    for output in ("added-alone", "added", "added-killed"):
+        shutil.copytree(two / "two", two / output)
+        jobs.append({"config": config(output, 2, **settings)})
+    killed = two / "added-killed"
+    (killed / "carried").rename(killed / "carried.next")
+    torchrun(jobs[1:], two, 2)
+    straight, resumed = weights(two / "added" / "model"), weights(killed / "model")
+    assert all(torch.equal(weight, resumed[name]) for name, weight in straight.items())
+    assert json.loads((killed / "carried" / "tasks.json").read_text()) == ["colours", "sounds", "again"]
+    assert not (killed / "carried.next").exists()
+    assert_same_training(two / "added", one("added-alone", **settings), model_folder)
+
+
 def test_a_finished_run_is_not_run_again(two: Path, config: Callable[..., dict[str, Any]]) -> None:
     before = (two / "two" / "run.json").stat().st_mtime_ns
     assert train(TrainConfig(**config("two", resume=True)), quiet=True) == RunResult.load(two / "two")
