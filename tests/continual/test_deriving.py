@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,10 @@ import torch
 from sculpt_ops import Subspaces
 from sculpt_ops.continual import RunResult, Task, TrainConfig, train
 from sculpt_ops.continual.encoding import encode_task
+from sculpt_ops.continual.methods.sculpt import Sculpt
+from sculpt_ops.layer import project_each_
 from sculpt_ops.ranks import Importance, Rank
+from sculpt_ops.remember import Remembered, join
 
 transformers = pytest.importorskip("transformers", reason="the trainer needs pip install sculpt-ops[train]")
 
@@ -101,6 +106,72 @@ def test_what_a_task_has_taught_is_protected_in_the_next(short: dict[str, Any], 
     assert 0.3 < sum(shares["rank:2"]) / len(shares["rank:2"]) < 0.99
     # Adam's change does not lie among the inputs alone.
     assert 0.5 < sum(shares["inputs:0.9"]) / len(shares["inputs:0.9"]) < 1.0
+
+
+def outside(change: torch.Tensor, remembered: Remembered) -> torch.Tensor:
+    """What of `change` is not remembered, in float64."""
+    rest = change.double()
+    if spans := remembered.spans("left"):
+        basis = join(spans)
+        rest = rest - basis @ (basis.mT @ rest)
+    if spans := remembered.spans("right"):
+        basis = join(spans)
+        rest = rest - rest @ basis @ basis.mT
+    return rest
+
+
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize("protect", [0.0, 0.25])
+@pytest.mark.parametrize("remember", ["rank:2", "inputs:0.5", "rank:2+inputs:0.5"])
+def test_what_is_remembered_of_a_task_never_becomes_less(
+    remember: str,
+    protect: float,
+    short: dict[str, Any],
+    toy_tasks: list[Task],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Of every earlier change, under the subspaces of every later task: the share that is protected, and the share that
+    is remembered. With protect 0 they are the same."""
+    starts: list[Weights] = []
+    protected: dict[tuple[int, str], list[float]] = {}
+    kept: dict[tuple[int, str], list[float]] = {}
+    begin = Sculpt.begin_task
+
+    def watched(method: Sculpt, context: Any) -> Any:
+        subspaces = begin(method, context)
+        assert subspaces is not None
+        weights = dict(context.model.named_parameters())
+        starts.append({name: weights[name].detach().clone() for name in subspaces})
+        for task, (before, after) in enumerate(pairwise(starts)):
+            for name, layer in subspaces.items():
+                change = after[name] - before[name]
+                free = change.clone()
+                project_each_([(free, layer)])
+                for shares, rest in ((protected, free), (kept, outside(change, subspaces.remembered[name]))):
+                    shares.setdefault((task, name), []).append(float((change - rest).norm() / change.norm()))
+        return subspaces
+
+    monkeypatch.setattr(Sculpt, "begin_task", watched)
+    tasks = [*toy_tasks, *(replace(task, name=f"{task.name} again") for task in toy_tasks)]
+    settings = {**short, "tasks": tasks, "max_steps": 6, "lr": 1e-3, "eval_items": 1, "eval_options": False}
+    result = train(TrainConfig(**settings, output=tmp_path / "out", protect=protect, remember=remember), quiet=True)
+    falls = {
+        what: max(one - other for shares in found.values() for one, other in pairwise(shares))
+        for what, found in (("protected", protected), ("remembered", kept))
+    }
+    # With a larger protect less may be protected later, as the top directions of the weights are others then.
+    print(f"protect {protect}, remember {remember}: largest fall of the share {falls}")
+    assert {len(shares) for shares in protected.values()} == {1, 2, 3}
+    assert falls["remembered"] < 1e-5
+    if protect == 0.0:
+        assert falls["protected"] < 1e-5
+        for key, shares in protected.items():
+            assert shares == pytest.approx(kept[key], abs=1e-5)
+    if remember != "inputs:0.5":
+        for task, learned in enumerate(result.learned[1:]):
+            first = {name: protected[task, name][0] for name in learned.remembered}
+            assert learned.remembered == pytest.approx(first, abs=1e-5)
 
 
 def test_abilities_are_measured_before_and_after(short: dict[str, Any], tmp_path: Path) -> None:

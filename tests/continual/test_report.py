@@ -282,6 +282,7 @@ def test_what_a_reader_asks_about_answers_memory_and_other_abilities(tmp_path: P
     assert "piqa items" not in besides
     assert "| ours | colours | 50.0 | 50.0 |" in text
     assert "| ours | sounds | 100.0 | 100.0 |" in text
+    assert "what is remembered is never dropped" in text
     assert size_of_png(tmp_path / "tradeoff.png")[0] > 600
 
 
