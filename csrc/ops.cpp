@@ -3,16 +3,17 @@
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY(sculpt, m) {
+  // The metrics are meant as keywords; torch registers no backward formula and no vmap for tensors that can be nothing else.
   m.def(
-      "project(Tensor grad, Tensor? left=None, Tensor? right=None, *, bool keep_left=False, bool keep_right=False, "
-      "bool block=False) -> Tensor");
+      "project(Tensor grad, Tensor? left=None, Tensor? right=None, Tensor? left_metric=None, Tensor? right_metric=None, "
+      "*, bool keep_left=False, bool keep_right=False, bool block=False) -> Tensor");
   // A mutating op returns nothing: `Tensor(a!) -> Tensor(a!)` does not pass opcheck on every supported torch.
   m.def(
-      "project_(Tensor(a!) grad, Tensor? left=None, Tensor? right=None, *, bool keep_left=False, "
-      "bool keep_right=False, bool block=False) -> ()");
+      "project_(Tensor(a!) grad, Tensor? left=None, Tensor? right=None, Tensor? left_metric=None, "
+      "Tensor? right_metric=None, *, bool keep_left=False, bool keep_right=False, bool block=False) -> ()");
   m.def(
-      "foreach_project_(Tensor(a!)[] grads, Tensor?[] lefts, Tensor?[] rights, *, bool[] keep_lefts=[], "
-      "bool[] keep_rights=[], bool block=False) -> ()");
+      "foreach_project_(Tensor(a!)[] grads, Tensor?[] lefts, Tensor?[] rights, Tensor?[]? left_metrics=None, "
+      "Tensor?[]? right_metrics=None, *, bool[] keep_lefts=[], bool[] keep_rights=[], bool block=False) -> ()");
   // Private: library products of single matrices, each with bases of its own dtype; one dimension stands for no basis,
   // forms for its flags (csrc/linalg/project_products.cpp). Checks nothing.
   m.def(

@@ -34,10 +34,13 @@ __all__ = [
 ]
 
 
-def _one_side(matrix: Tensor, basis: Tensor | None, *, keep: bool, right: bool) -> Tensor:
+def _one_side(matrix: Tensor, basis: Tensor | None, metric: Tensor | None, *, keep: bool, right: bool) -> Tensor:
     if basis is None:
         return matrix
-    inside = (matrix @ basis) @ basis.mT if right else basis @ (basis.mT @ matrix)
+    coefficients = matrix @ basis if right else basis.mT @ matrix
+    if metric is not None:
+        coefficients = coefficients @ metric if right else metric @ coefficients
+    inside = coefficients @ basis.mT if right else basis @ coefficients
     return inside if keep else matrix - inside
 
 
@@ -49,20 +52,23 @@ def project(
     keep_left: bool = False,
     keep_right: bool = False,
     block: bool = False,
+    left_metric: Tensor | None = None,
+    right_metric: Tensor | None = None,
 ) -> Tensor:
-    """``(I - L Lᵀ) grad (I - R Rᵀ)``; see :func:`sculpt_ops.project` for shapes, flags and sources."""
+    """``(I - L Lᵀ) grad (I - R Rᵀ)``; see :func:`sculpt_ops.project` for shapes, flags, metrics and sources."""
     dtype = grad.dtype
-    for basis in (left, right):
-        if basis is not None:
-            dtype = torch.promote_types(dtype, basis.dtype)
+    for thin in (left, right, left_metric, right_metric):
+        if thin is not None:
+            dtype = torch.promote_types(dtype, thin.dtype)
     matrix = grad.to(dtype)
-    left = None if left is None else left.to(dtype)
-    right = None if right is None else right.to(dtype)
+    left, right, left_metric, right_metric = (
+        None if thin is None else thin.to(dtype) for thin in (left, right, left_metric, right_metric)
+    )
     if block:
-        inside = _one_side(_one_side(matrix, left, keep=True, right=False), right, keep=True, right=True)
-        return (matrix - inside).to(grad.dtype)
-    matrix = _one_side(matrix, left, keep=keep_left, right=False)
-    matrix = _one_side(matrix, right, keep=keep_right, right=True)
+        inside = _one_side(matrix, left, left_metric, keep=True, right=False)
+        return (matrix - _one_side(inside, right, right_metric, keep=True, right=True)).to(grad.dtype)
+    matrix = _one_side(matrix, left, left_metric, keep=keep_left, right=False)
+    matrix = _one_side(matrix, right, right_metric, keep=keep_right, right=True)
     return matrix.to(grad.dtype, copy=matrix is grad)
 
 
@@ -74,9 +80,12 @@ def project_(
     keep_left: bool = False,
     keep_right: bool = False,
     block: bool = False,
+    left_metric: Tensor | None = None,
+    right_metric: Tensor | None = None,
 ) -> Tensor:
     """In-place :func:`project`; returns ``grad``."""
-    return grad.copy_(project(grad, left, right, keep_left=keep_left, keep_right=keep_right, block=block))
+    flags = {"keep_left": keep_left, "keep_right": keep_right, "block": block}
+    return grad.copy_(project(grad, left, right, **flags, left_metric=left_metric, right_metric=right_metric))
 
 
 def foreach_project_(
@@ -87,12 +96,21 @@ def foreach_project_(
     keep_lefts: Sequence[bool] = (),
     keep_rights: Sequence[bool] = (),
     block: bool = False,
+    left_metrics: Sequence[Tensor | None] = (),
+    right_metrics: Sequence[Tensor | None] = (),
 ) -> None:
-    """:func:`project_` on every entry; empty flag lists mean ``False`` throughout."""
+    """:func:`project_` on every entry; empty lists mean ``False`` and ``None`` throughout."""
     for i, (grad, left, right) in enumerate(zip(grads, lefts, rights, strict=True)):
-        keep_left = keep_lefts[i] if keep_lefts else False
-        keep_right = keep_rights[i] if keep_rights else False
-        project_(grad, left, right, keep_left=keep_left, keep_right=keep_right, block=block)
+        project_(
+            grad,
+            left,
+            right,
+            keep_left=keep_lefts[i] if keep_lefts else False,
+            keep_right=keep_rights[i] if keep_rights else False,
+            block=block,
+            left_metric=left_metrics[i] if left_metrics else None,
+            right_metric=right_metrics[i] if right_metrics else None,
+        )
 
 
 def restore_(

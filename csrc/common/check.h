@@ -51,6 +51,22 @@ inline void check_basis(const char* op, const char* name, const Tensor& t, const
                   " orthonormal columns of length ", rows, ", given shape ", shape(t));
 }
 
+// M of the projector L M L^T.
+inline void check_metric(const char* op, const char* name, const Tensor& t, const char* side,
+                         const std::optional<Tensor>& basis, const Tensor& matrix) {
+  STD_TORCH_CHECK(basis, op, ": ", name, ": wanted a ", side, " basis with it, given ", side, "=None");
+  const int64_t r = basis->size(basis->dim() - 1), d = t.dim(), batch = matrix.dim() - 2;
+  bool good = d >= 2 && t.size(d - 2) == r && t.size(d - 1) == r && d - 2 <= batch;
+  for (int64_t i = 0; good && i < d - 2; ++i)
+    good = t.size(i) == matrix.size(batch - (d - 2) + i) || t.size(i) == 1;
+  STD_TORCH_CHECK(good, op, ": ", name, ": wanted shape (..., ", r, ", ", r, ") for a basis of ", r, " columns, given ",
+                  shape(t));
+  const bool wide = matrix.scalar_type() == ScalarType::Double;
+  STD_TORCH_CHECK(t.scalar_type() == (wide ? ScalarType::Double : ScalarType::Float), op, ": ", name,
+                  ": wanted dtype ", wide ? "float64" : "float32", ", given another");
+  STD_TORCH_CHECK(t.is_cpu() == matrix.is_cpu(), op, ": ", name, ": wanted the matrix's device");
+}
+
 // One tensor of an elementwise op: the dtype it must have, and shape and device of `like`.
 inline void check_elements(const char* op, const char* name, const Tensor& t, ScalarType type, const char* type_name,
                            const char* like_name, const Tensor& like) {

@@ -23,6 +23,7 @@ struct View {
 // One side of one m x n matrix with unit column stride, strides in elements.
 // left, remove:  out = in - L (L^T in - image);  left, keep:  out = reference + L (L^T (in - reference))
 // right, remove: out = in - (in R - image) R^T;  right, keep: out = reference + ((in - reference) R - image) R^T
+// With a metric M the coefficients are M L^T in, or in R M.
 struct OneSided {
   Side side = Side::left;
   Phase phase = Phase::whole;
@@ -35,6 +36,7 @@ struct OneSided {
   int64_t in_stride = 0, out_stride = 0, reference_stride = 0;
   View basis;                     // m x r (left) or n x r (right)
   View image;                     // r x n (left) or m x r (right)
+  View metric;                    // r x r, f64 if type is f64 and f32 otherwise; not with an image
   void* coefficients = nullptr;   // r x n, contiguous, f64 if type is f64 and f32 otherwise
 };
 

@@ -25,14 +25,15 @@ void run(const OneSided& s) {
 
 // Everything one call needs of one matrix (one batch entry), in either orientation.
 struct Problem {
-  View in, out, left, right, left_image, right_image, core, reference;
+  View in, out, left, right, left_metric, right_metric, left_image, right_image, core, reference;
   bool keep_left, keep_right, block;
 };
 
-// P_L W P_R is (P_R W^T P_L)^T: the sides change places and commute.
+// P_L W P_R is (P_R^T W^T P_L^T)^T: the sides change places and commute.
 Problem transposed(const Problem& p) {
-  return {transposed(p.in), transposed(p.out), p.right, p.left, transposed(p.right_image), transposed(p.left_image),
-          transposed(p.core), transposed(p.reference), p.keep_right, p.keep_left, p.block};
+  return {transposed(p.in), transposed(p.out), p.right, p.left, transposed(p.right_metric), transposed(p.left_metric),
+          transposed(p.right_image), transposed(p.left_image), transposed(p.core), transposed(p.reference),
+          p.keep_right, p.keep_left, p.block};
 }
 
 OneSided one_side(const Problem& p, Side side) {
@@ -48,6 +49,7 @@ OneSided one_side(const Problem& p, Side side) {
   s.out_stride = p.out.row_stride;
   s.basis = side == Side::left ? p.left : p.right;
   s.image = side == Side::left ? p.left_image : p.right_image;
+  s.metric = side == Side::left ? p.left_metric : p.right_metric;
   if (s.keep) {
     s.reference = p.reference.data;
     s.reference_stride = p.reference.row_stride;
@@ -56,7 +58,7 @@ OneSided one_side(const Problem& p, Side side) {
   return s;
 }
 
-// out = in - L (L^T in R - core) R^T, through the r x n coefficients L^T in.
+// out = in - L (M_L L^T in R M_R - core) R^T, through the r x n coefficients M_L L^T in.
 void run_block(const Problem& p) {
   OneSided s = one_side(p, Side::left);
   s.keep = false;
@@ -78,6 +80,7 @@ void run_block(const Problem& p) {
   c.in_stride = c.out_stride = s.n;
   c.basis = p.right;
   c.image = p.core;
+  c.metric = p.right_metric;
   run(c);
 
   s.phase = Phase::apply;
@@ -96,15 +99,16 @@ void run_oriented(Problem p) {
 }
 
 struct Arguments {
-  Optional left, right, left_image, right_image, core, reference;
+  Optional left, right, left_metric, right_metric, left_image, right_image, core, reference;
   bool keep_left = false, keep_right = false, block = false;
 };
 
-// Two sides of a 16-bit matrix, one after the other, one of them with a basis in float32: rounded in between as well, the
-// result was up to 100 times as far off as the plain expression, which is computed in float32.
+// Two sides of a 16-bit matrix, one after the other, one of them with a basis or a metric in float32: rounded in between
+// as well, the result was up to 100 times as far off as the plain expression, which is computed in float32.
 bool rounds_between(const Tensor& in, const Arguments& a) {
   const auto single = [](const Optional& t) { return t && t->scalar_type() == ScalarType::Float; };
-  return in.element_size() == 2 && a.left && a.right && !a.block && (single(a.left) || single(a.right));
+  return in.element_size() == 2 && a.left && a.right && !a.block &&
+         (single(a.left) || single(a.right) || a.left_metric || a.right_metric);
 }
 
 Arguments in_float32(Arguments a) {
@@ -128,9 +132,9 @@ void execute(const Tensor& in, Tensor out, const Arguments& a) {
   }
   const int64_t batch = batch_of(in);
   for (int64_t b = 0; b < batch; ++b) {
-    Problem p{entry(in, in, b),         entry(out, in, b),        entry(a.left, in, b), entry(a.right, in, b),
-              entry(a.left_image, in, b), entry(a.right_image, in, b), entry(a.core, in, b), entry(a.reference, in, b),
-              a.keep_left,              a.keep_right,             a.block};
+    const auto of = [&](const Optional& t) { return entry(t, in, b); };
+    Problem p{of(in), entry(out, in, b), of(a.left), of(a.right), of(a.left_metric), of(a.right_metric),
+              of(a.left_image), of(a.right_image), of(a.core), of(a.reference), a.keep_left, a.keep_right, a.block};
     if (rows_contiguous(p.in) && rows_contiguous(p.out) && rows_contiguous(p.reference)) {
       run_oriented(p);
     } else if (cols_contiguous(p.in) && cols_contiguous(p.out) && cols_contiguous(p.reference)) {
@@ -148,8 +152,9 @@ void execute(const Tensor& in, Tensor out, const Arguments& a) {
   }
 }
 
-void check_project(const char* op, const Tensor& grad, const Optional& left, const Optional& right, bool keep_left,
-                   bool keep_right, bool block) {
+void check_project(const char* op, const Tensor& grad, const Optional& left, const Optional& right,
+                   const Optional& left_metric, const Optional& right_metric, bool keep_left, bool keep_right,
+                   bool block) {
   check_matrix(op, "grad", grad);
   if (left) check_basis(op, "left", *left, grad, grad.size(grad.dim() - 2));
   if (right) check_basis(op, "right", *right, grad, grad.size(grad.dim() - 1));
@@ -158,32 +163,43 @@ void check_project(const char* op, const Tensor& grad, const Optional& left, con
   STD_TORCH_CHECK(!block || !(keep_left || keep_right), op, ": block: wanted no keep_left and no keep_right with it");
   STD_TORCH_CHECK(!keep_left || left, op, ": keep_left: wanted a left basis with it, given left=None");
   STD_TORCH_CHECK(!keep_right || right, op, ": keep_right: wanted a right basis with it, given right=None");
+  if (left_metric) check_metric(op, "left_metric", *left_metric, "left", left, grad);
+  if (right_metric) check_metric(op, "right_metric", *right_metric, "right", right, grad);
 }
 
-void check_in_place(const char* op, const Tensor& grad, const Optional& left, const Optional& right) {
+void check_in_place(const char* op, const Tensor& grad, const Optional& left, const Optional& right,
+                    const Optional& left_metric, const Optional& right_metric) {
   check_written(op, "grad", grad);
   check_apart(op, "grad", grad, "left", left);
   check_apart(op, "grad", grad, "right", right);
+  check_apart(op, "grad", grad, "left_metric", left_metric);
+  check_apart(op, "grad", grad, "right_metric", right_metric);
 }
 
 }  // namespace
 
-Tensor project(const Tensor& grad, Optional left, Optional right, bool keep_left, bool keep_right, bool block) {
-  check_project("project", grad, left, right, keep_left, keep_right, block);
+Tensor project(const Tensor& grad, Optional left, Optional right, Optional left_metric, Optional right_metric,
+               bool keep_left, bool keep_right, bool block) {
+  check_project("project", grad, left, right, left_metric, right_metric, keep_left, keep_right, block);
   Tensor out = torch::stable::empty_like(grad);
-  execute(grad, out, {left, right, {}, {}, {}, {}, keep_left, keep_right, block});
+  execute(grad, out, {left, right, left_metric, right_metric, {}, {}, {}, {}, keep_left, keep_right, block});
   return out;
 }
 
-void project_(Tensor grad, Optional left, Optional right, bool keep_left, bool keep_right, bool block) {
-  check_project("project_", grad, left, right, keep_left, keep_right, block);
-  check_in_place("project_", grad, left, right);
-  execute(grad, grad, {left, right, {}, {}, {}, {}, keep_left, keep_right, block});
+void project_(Tensor grad, Optional left, Optional right, Optional left_metric, Optional right_metric, bool keep_left,
+              bool keep_right, bool block) {
+  check_project("project_", grad, left, right, left_metric, right_metric, keep_left, keep_right, block);
+  check_in_place("project_", grad, left, right, left_metric, right_metric);
+  execute(grad, grad, {left, right, left_metric, right_metric, {}, {}, {}, {}, keep_left, keep_right, block});
 }
 
 void foreach_project_(std::vector<Tensor> grads, std::vector<Optional> lefts, std::vector<Optional> rights,
-                      std::vector<bool> keep_lefts, std::vector<bool> keep_rights, bool block) {
+                      std::optional<std::vector<Optional>> given_left_metrics,
+                      std::optional<std::vector<Optional>> given_right_metrics, std::vector<bool> keep_lefts,
+                      std::vector<bool> keep_rights, bool block) {
   const char* op = "foreach_project_";
+  std::vector<Optional> left_metrics = given_left_metrics.value_or(std::vector<Optional>());
+  std::vector<Optional> right_metrics = given_right_metrics.value_or(std::vector<Optional>());
   const size_t count = grads.size();
   const auto same = [&](const char* name, size_t given, bool may_be_empty) {
     STD_TORCH_CHECK(given == count || (may_be_empty && given == 0), op, ": ", name, ": wanted ", count,
@@ -193,12 +209,17 @@ void foreach_project_(std::vector<Tensor> grads, std::vector<Optional> lefts, st
   same("rights", rights.size(), false);
   same("keep_lefts", keep_lefts.size(), true);
   same("keep_rights", keep_rights.size(), true);
+  same("left_metrics", left_metrics.size(), true);
+  same("right_metrics", right_metrics.size(), true);
   const auto flag = [](const std::vector<bool>& flags, size_t i) { return !flags.empty() && flags[i]; };
+  left_metrics.resize(count);
+  right_metrics.resize(count);
 
   std::vector<std::pair<Extent, size_t>> written;
   for (size_t i = 0; i < count; ++i) {
-    check_project(op, grads[i], lefts[i], rights[i], flag(keep_lefts, i), flag(keep_rights, i), block);
-    check_in_place(op, grads[i], lefts[i], rights[i]);
+    check_project(op, grads[i], lefts[i], rights[i], left_metrics[i], right_metrics[i], flag(keep_lefts, i),
+                  flag(keep_rights, i), block);
+    check_in_place(op, grads[i], lefts[i], rights[i], left_metrics[i], right_metrics[i]);
     if (grads[i].numel()) written.emplace_back(Extent(grads[i]), i);
   }
   std::sort(written.begin(), written.end(), [](const auto& a, const auto& b) { return a.first.begin < b.first.begin; });
@@ -211,20 +232,24 @@ void foreach_project_(std::vector<Tensor> grads, std::vector<Optional> lefts, st
   // within the span of an entry that begins long before them.
   std::vector<uintptr_t> reach;
   for (const auto& [extent, i] : written) reach.push_back(reach.empty() ? extent.end : std::max(reach.back(), extent.end));
-  for (const auto* bases : {&lefts, &rights})
+  const std::pair<const char*, const std::vector<Optional>*> read[] = {
+      {"lefts", &lefts}, {"rights", &rights}, {"left_metrics", &left_metrics}, {"right_metrics", &right_metrics}};
+  for (const auto& [name, tensors] : read)
     for (size_t i = 0; i < count; ++i) {
-      if (!(*bases)[i] || (*bases)[i]->numel() == 0) continue;
-      const Extent basis(*(*bases)[i]);
-      const auto after = std::lower_bound(written.begin(), written.end(), basis.end,
+      const Optional& tensor = (*tensors)[i];
+      if (!tensor || tensor->numel() == 0) continue;
+      const Extent extent(*tensor);
+      const auto after = std::lower_bound(written.begin(), written.end(), extent.end,
                                           [](const auto& w, uintptr_t end) { return w.first.begin < end; });
-      for (size_t at = after - written.begin(); at > 0 && reach[at - 1] > basis.begin; --at)
-        STD_TORCH_CHECK(!share_memory(grads[written[at - 1].second], *(*bases)[i]), op, ": ",
-                        bases == &lefts ? "lefts" : "rights", ": wanted memory of its own, given entry ", i,
-                        " that shares memory with entry ", written[at - 1].second, " of grads");
+      for (size_t at = after - written.begin(); at > 0 && reach[at - 1] > extent.begin; --at)
+        STD_TORCH_CHECK(!share_memory(grads[written[at - 1].second], *tensor), op, ": ", name,
+                        ": wanted memory of its own, given entry ", i, " that shares memory with entry ",
+                        written[at - 1].second, " of grads");
     }
   for (size_t i = 0; i < count; ++i)
     execute(grads[i], grads[i],
-            {lefts[i], rights[i], {}, {}, {}, {}, flag(keep_lefts, i), flag(keep_rights, i), block});
+            {lefts[i], rights[i], left_metrics[i], right_metrics[i], {}, {}, {}, {}, flag(keep_lefts, i),
+             flag(keep_rights, i), block});
 }
 
 void restore_(Tensor weight, Optional left, Optional left_image, Optional right, Optional right_image, Optional core,
@@ -258,7 +283,7 @@ void restore_(Tensor weight, Optional left, Optional left_image, Optional right,
   check_apart(op, "weight", weight, "right_image", right_image);
   check_apart(op, "weight", weight, "core", core);
   check_apart(op, "weight", weight, "reference", reference);
-  execute(weight, weight, {left, right, left_image, right_image, core, reference, keep_left, keep_right, block});
+  execute(weight, weight, {left, right, {}, {}, left_image, right_image, core, reference, keep_left, keep_right, block});
 }
 
 }  // namespace sculpt::cpu

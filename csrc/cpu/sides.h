@@ -28,6 +28,9 @@ struct Sizes {
     cols_b2 = round_up(n, kLanes<Acc>);
   }
   int64_t rows(int64_t count) const { return round_up(count, kRows); }
+  // A packed metric: r x r, of the left side an A operand, of the right side a B operand. It comes last in the shared
+  // memory, as the coefficients that it makes come last in the scratch memory.
+  int64_t metric_bytes(Side side) const { return span<Acc>(side == Side::left ? rows(r) * lda2 : r * cols_b1); }
 };
 
 template <class Dot>
@@ -75,6 +78,24 @@ void measure(const OneSided& s, int64_t threads, Plan& plan) {
     plan.scratch_bytes = span<A>(z.rows(plan.width) * z.lda1) + span<Acc>(z.rows(plan.width) * z.lda2) +
                          span<A>(z.rows(plan.width) * z.lda2);
   }
+  if (!s.metric.data) return;
+  plan.pack_tasks += 1;
+  plan.shared_bytes += z.metric_bytes(s.side);
+  plan.scratch_bytes += left ? span<Acc>(z.r * plan.width) : span<Acc>(z.rows(plan.width) * z.lda2);
+}
+
+template <class Dot>
+void pack_metric(const OneSided& s, const Sizes<Dot>& z, typename Dot::Acc* to) {
+  using Acc = typename Dot::Acc;
+  const Acc* x = static_cast<const Acc*>(s.metric.data);
+  const int64_t rs = s.metric.row_stride, cs = s.metric.col_stride;
+  if (s.side == Side::left) {
+    pack_a<Dot>(x, rs, cs, z.r, z.r, to, z.lda2);
+    __builtin_memset(to + z.r * z.lda2, 0, (z.rows(z.r) - z.r) * z.lda2 * sizeof(Acc));
+    return;
+  }
+  for (int64_t j = 0; j < z.r; j += kCols<Dot>)
+    pack_b<Dot>(x + j * cs, rs, cs, z.r, min64(z.r - j, kCols<Dot>), to + j * z.r);
 }
 
 template <class Dot, class S>
@@ -82,6 +103,12 @@ void pack_basis(const OneSided& s, const Plan& plan, char* shared, int64_t task)
   using A = typename Dot::A;
   using B = typename Dot::B;
   Sizes<Dot> z(s);
+  if constexpr (Dot::kPair == 1) {
+    if (s.metric.data && task == plan.pack_tasks - 1) {
+      char* last = shared + plan.shared_bytes - z.metric_bytes(s.side);
+      return pack_metric<Dot>(s, z, reinterpret_cast<typename Dot::Acc*>(last));
+    }
+  }
   const S* x = static_cast<const S*>(s.basis.data);
   const int64_t rs = s.basis.row_stride, cs = s.basis.col_stride;
   if (s.side == Side::left) {
@@ -128,6 +155,7 @@ void left_panel(const OneSided& s, const Plan& plan, char* shared, char* scratch
   Sizes<Dot> z(s);
   const A* a1 = take<A>(shared, z.rows(z.r) * z.lda1);
   const A* a2 = take<A>(shared, z.rows(z.m) * z.lda2);
+  [[maybe_unused]] const char* metric = shared;
   B* panel = take<B>(scratch, steps<Dot>(z.m) * plan.width);
   const int64_t deep = steps<Dot>(z.r) * Dot::kPair;
   Acc* coefficients = take<Acc>(scratch, deep * plan.width);
@@ -142,6 +170,14 @@ void left_panel(const OneSided& s, const Plan& plan, char* shared, char* scratch
     for (int64_t p = 0; p < count; p += kBlockK)
       product<Dot>(a1, z.lda1, z.r, panel, cols, count, p, min64(count, p + kBlockK), 32 * kRows,
                    Accumulate<Dot>{coefficients, deep, 0, p == 0});
+    if constexpr (Dot::kPair == 1) {
+      if (s.metric.data) {
+        Acc* found = coefficients;
+        coefficients = take<Acc>(scratch, deep * plan.width);
+        product<Dot>(reinterpret_cast<const A*>(metric), z.lda2, z.r, found, cols, z.r, 0, z.r, z.rows(z.r),
+                     Accumulate<Dot>{coefficients, deep, 0, true});
+      }
+    }
   }
   // Row i of columns block j is at coefficients + j * deep + i * width of the block.
   for (int64_t j = 0; j < cols; j += kCols<Dot>) {
@@ -183,6 +219,7 @@ void right_panel(const OneSided& s, const Plan& plan, char* shared, char* scratc
   Sizes<Dot> z(s);
   const B* b1 = take<B>(shared, steps<Dot>(z.n) * z.cols_b1);
   const B* b2 = take<B>(shared, steps<Dot>(z.r) * z.cols_b2);
+  [[maybe_unused]] const char* metric = shared;
   A* panel = take<A>(scratch, z.rows(plan.width) * z.lda1);
   Acc* coefficients = take<Acc>(scratch, z.rows(plan.width) * z.lda2);
   A* rounded = take<A>(scratch, z.rows(plan.width) * z.lda2);
@@ -201,6 +238,14 @@ void right_panel(const OneSided& s, const Plan& plan, char* shared, char* scratc
   for (int64_t p = 0; p < count; p += kBlockK)
     product<Dot>(panel, z.lda1, padded, b1, z.r, count, p, min64(count, p + kBlockK), padded,
                  Accumulate<Dot>{coefficients, 0, z.lda2, p == 0});
+  if constexpr (Dot::kPair == 1) {
+    if (s.metric.data) {
+      Acc* found = coefficients;
+      coefficients = take<Acc>(scratch, z.rows(plan.width) * z.lda2);
+      product<Dot>(found, z.lda2, padded, reinterpret_cast<const B*>(metric), z.r, z.r, 0, z.r, padded,
+                   Accumulate<Dot>{coefficients, 0, z.lda2, true});
+    }
+  }
   if (s.image.data)
     for (int64_t i = 0; i < rows; ++i)
       for (int64_t k = 0; k < z.r; ++k) coefficients[i * z.lda2 + k] -= Acc(at(s.image, i0 + i, k));
@@ -216,10 +261,12 @@ void right_panel(const OneSided& s, const Plan& plan, char* shared, char* scratc
 }
 
 // Which product: bf16 x bf16 on the dot instruction where there is one; fp64 in fp64; everything else in fp32. What a
-// restore subtracts is subtracted in fp32: rounding the difference to bf16 left errors of 4e-3.
+// restore subtracts is subtracted in fp32: rounding the difference to bf16 left errors of 4e-3. So is what a metric
+// makes, whose purpose is the digits that bf16 coefficients do not have (6e-4 of the protected part).
 inline bool dot_bf16(const OneSided& s) {
 #if defined(SCULPT_BF16_DOT)
-  return s.type == Type::bf16 && s.basis.type == Type::bf16 && !s.reference && !s.image.data && s.phase == Phase::whole;
+  return s.type == Type::bf16 && s.basis.type == Type::bf16 && !s.reference && !s.image.data && !s.metric.data &&
+         s.phase == Phase::whole;
 #else
   (void)s;
   return false;

@@ -25,37 +25,53 @@ __all__ = ["foreach_project_", "project", "project_", "restore_"]
 _FOREACH_ = torch.ops.sculpt.foreach_project_.default
 _RESTORE_ = torch.ops.sculpt.restore_.default
 _PRODUCT = torch.ops.sculpt._product.default
+_THIN = ("left", "right", "left_metric", "right_metric")
 
 
-def project(grad: Tensor, left: Tensor | None = None, right: Tensor | None = None, **flags: Any) -> Tensor:
-    mesh = common_mesh("project", {"grad": grad, "left": left, "right": right})
+def project(grad: Tensor, *thin: Tensor | None, **flags: Any) -> Tensor:
+    mesh, bases = _single("project", grad, thin)
     Layout.of("project", "grad", grad)
     result = wrap(local_of(grad).clone(), mesh, grad.placements, grad.shape)  # type: ignore[attr-defined]
-    _project("project", mesh, [_Matrix("grad", result, left, right, **flags)])
+    _project("project", mesh, [_Matrix("grad", result, **bases, **flags)])
     return result
 
 
-def project_(grad: Tensor, left: Tensor | None = None, right: Tensor | None = None, **flags: Any) -> None:
-    mesh = common_mesh("project_", {"grad": grad, "left": left, "right": right})
-    _project("project_", mesh, [_Matrix("grad", grad, left, right, **flags)])
+def project_(grad: Tensor, *thin: Tensor | None, **flags: Any) -> None:
+    mesh, bases = _single("project_", grad, thin)
+    _project("project_", mesh, [_Matrix("grad", grad, **bases, **flags)])
+
+
+def _single(op: str, grad: Tensor, thin: Sequence[Tensor | None]) -> tuple[DeviceMesh, dict[str, Any]]:
+    bases: dict[str, Any] = {"left": None, "right": None, **dict(zip(_THIN, thin, strict=False))}
+    return common_mesh(op, {"grad": grad, **bases}), bases
 
 
 def foreach_project_(
     grads: Sequence[Tensor],
     lefts: Sequence[Tensor | None],
     rights: Sequence[Tensor | None],
+    left_metrics: Sequence[Tensor | None] | None = None,
+    right_metrics: Sequence[Tensor | None] | None = None,
     *,
     keep_lefts: Sequence[bool] = (),
     keep_rights: Sequence[bool] = (),
     block: bool = False,
 ) -> None:
-    lists = {"grads": grads, "lefts": lefts, "rights": rights}
+    none, off = [None] * len(grads), [False] * len(grads)
+    lists = {
+        "grads": grads,
+        "lefts": lefts,
+        "rights": rights,
+        "left_metrics": left_metrics or none,
+        "right_metrics": right_metrics or none,
+    }
     tensors = {f"{name}[{i}]": tensor for name, entries in lists.items() for i, tensor in enumerate(entries)}
     mesh = common_mesh("foreach_project_", tensors)
-    keep_lefts, keep_rights = keep_lefts or [False] * len(grads), keep_rights or [False] * len(grads)
     matrices = [
-        _Matrix(f"grads[{i}]", *each, block)
-        for i, each in enumerate(zip(grads, lefts, rights, keep_lefts, keep_rights, strict=True))
+        _Matrix(f"grads[{i}]", grad, left, right, keep_left, keep_right, block, one, other)
+        for i, (grad, left, right, one, other, keep_left, keep_right) in enumerate(
+            zip(*lists.values(), keep_lefts or off, keep_rights or off, strict=True)
+        )
     ]
     _project("foreach_project_", mesh, matrices)
 
@@ -87,13 +103,15 @@ class _Matrix:
     keep_left: bool = False
     keep_right: bool = False
     block: bool = False
+    left_metric: Tensor | None = None
+    right_metric: Tensor | None = None
     start: Mapping[str, Tensor | None] | None = None
 
 
 @dataclass(frozen=True)
 class _Side:
-    """This rank's part of a basis and of its image, the mesh dimensions over which its `rows` are split, and all of the
-    basis where that is at hand."""
+    """This rank's part of a basis and of its image, the mesh dimensions over which its `rows` are split, all of the
+    basis where that is at hand, and its metric."""
 
     basis: Tensor
     keep: bool
@@ -101,6 +119,7 @@ class _Side:
     rows: int
     whole: Tensor | None
     image: Tensor | None
+    metric: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -130,6 +149,8 @@ def _project(op: str, mesh: DeviceMesh, matrices: Sequence[_Matrix]) -> None:
             [part.matrix for part in parts],
             [_basis(part.left) for part in parts],
             [_basis(part.right) for part in parts],
+            [_metric(part.left) for part in parts],
+            [_metric(part.right) for part in parts],
         )
     carried = [_carried(part) for part in parts]
     _project_local([_local_sides(part, thin is not None) for part, thin in zip(parts, carried, strict=True)])
@@ -148,7 +169,7 @@ def _part(each: _Matrix, layout: Layout) -> _Part:
     axes = {"left_image": LEFT_IMAGE, "right_image": RIGHT_IMAGE, "core": CORE, "reference": SAME}
     cut = {name: None if tensor is None else layout.part(tensor, axes[name]) for name, tensor in start.items()}
 
-    def side(basis: Tensor | None, keep: bool, left: bool) -> _Side | None:
+    def side(basis: Tensor | None, metric: Tensor | None, keep: bool, left: bool) -> _Side | None:
         if basis is None:
             return None
         assert isinstance(basis, DTensor)
@@ -160,9 +181,12 @@ def _part(each: _Matrix, layout: Layout) -> _Part:
         )
         image = None if keep else cut.get("left_image" if left else "right_image")
         own = layout.part(basis, LEFT if left else RIGHT)
-        return _Side(own, keep, span.dims, span.size, local_of(basis) if at_hand else None, image)
+        whole = local_of(basis) if at_hand else None
+        metric = None if metric is None else layout.part(metric, CORE)
+        return _Side(own, keep, span.dims, span.size, whole, image, metric)
 
-    left, right = side(each.left, each.keep_left, True), side(each.right, each.keep_right, False)
+    left = side(each.left, each.left_metric, each.keep_left, True)
+    right = side(each.right, each.right_metric, each.keep_right, False)
     matrix, core, reference = local_of(each.matrix), cut.get("core"), cut.get("reference")
     return _Part(matrix, left, right, each.block, each.start is not None, core, reference)
 
@@ -184,6 +208,8 @@ def _project_local(parts: Sequence[_Part]) -> None:
                 [part.matrix for part in plain],
                 [_basis(part.left) for part in plain],
                 [_basis(part.right) for part in plain],
+                [_metric(part.left) for part in plain],
+                [_metric(part.right) for part in plain],
                 keep_lefts=[part.left is not None and part.left.keep for part in plain],
                 keep_rights=[part.right is not None and part.right.keep for part in plain],
                 block=block,
@@ -209,21 +235,28 @@ def _basis(side: _Side | None) -> Tensor | None:
     return None if side is None else side.basis
 
 
+def _metric(side: _Side | None) -> Tensor | None:
+    return None if side is None else side.metric
+
+
 def _summed_sides(part: _Part) -> list[Summed]:
     left, right, matrix = part.left, part.right, part.matrix
     if part.block:
         assert left is not None
         assert right is not None
-        return [BlockSide(matrix, left.basis, right.basis, part.core, part.dims)] if part.dims else []
+        if not part.dims:
+            return []
+        return [BlockSide(matrix, left.basis, right.basis, part.core, part.dims, left.metric, right.metric)]
     sides: list[Summed] = []
     for side, transposed in ((left, False), (right, True)):
         if side is not None and side.dims:
-            view, image, reference = (
+            view, image, reference, metric = (
                 tensor.mT if transposed and tensor is not None else tensor
-                for tensor in (matrix, side.image, part.reference if side.keep else None)
+                for tensor in (matrix, side.image, part.reference if side.keep else None, side.metric)
             )
             assert view is not None
-            sides.append(OneSide(view, side.basis, side.keep, side.dims, side.rows, image, reference, side.whole))
+            thin = image, reference, side.whole, metric
+            sides.append(OneSide(view, side.basis, side.keep, side.dims, side.rows, *thin))
     return sides
 
 
@@ -233,15 +266,20 @@ def _carried(part: _Part) -> OneSide | None:
     left, right = part.left, part.right
     if part.block or part.restored or left is None or right is None or bool(left.dims) == bool(right.dims):
         return None
-    summed, other, matrix = (left, right, part.matrix) if left.dims else (right, left, part.matrix.mT)
+    turned = not left.dims
+    summed, other, matrix = (right, left, part.matrix.mT) if turned else (left, right, part.matrix)
     if not other.keep or other.basis.shape[-1] >= matrix.shape[-1]:
         return None
     dtype = torch.promote_types(matrix.dtype, torch.float32)
     wide = other.basis.to(dtype)
     thin = _PRODUCT(matrix, wide.expand(*matrix.shape[:-2], *wide.shape[-2:]))
     whole = None if summed.whole is None else summed.whole.to(dtype)
+    of_summed, of_other = (
+        side.metric.mT if turned and side.metric is not None else side.metric for side in (summed, other)
+    )
 
     def spread() -> None:
-        matrix.copy_(thin @ wide.mT)
+        matrix.copy_((thin if of_other is None else thin @ of_other) @ wide.mT)
 
-    return OneSide(thin, summed.basis.to(dtype), summed.keep, summed.dims, summed.rows, whole_basis=whole, then=spread)
+    sums = summed.basis.to(dtype), summed.keep, summed.dims, summed.rows
+    return OneSide(thin, *sums, whole_basis=whole, metric=of_summed, then=spread)

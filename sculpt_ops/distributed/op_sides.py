@@ -54,6 +54,7 @@ class OneSide:
     reference)``, where this rank has some of the rows. A right side is given transposed.
 
     matrix: (..., k, c), written; basis: (..., k, r); image: (..., r, c); reference: (..., k, c), None for zeros.
+    metric: (..., r, r), ``basis metric basisᵀ`` then; neither image nor reference with it.
     rows: of the whole matrix. whole_basis: (..., rows, r) where it is at hand and the rows are split over one mesh
     dimension: then the matrix may be exchanged. then: called when the matrix is written.
     """
@@ -66,6 +67,7 @@ class OneSide:
     image: Tensor | None = None
     reference: Tensor | None = None
     whole_basis: Tensor | None = None
+    metric: Tensor | None = None
     then: Callable[[], None] | None = None
 
     def exchanged(self, mesh: DeviceMesh) -> bool:
@@ -88,6 +90,8 @@ class OneSide:
     def apply(self, coefficients: Tensor) -> None:
         if self.image is not None:
             coefficients = coefficients - self.image.mT
+        if self.metric is not None:
+            coefficients = coefficients @ self.metric.mT
         _add_product(self.matrix, self.basis, coefficients.mT, self.keep, self.reference)
         if self.then is not None:
             self.then()
@@ -97,13 +101,15 @@ class OneSide:
 class BlockSide:
     """``matrix -= left (leftᵀ matrix right - core) rightᵀ`` where this rank has some of the rows, the columns or both.
 
-    The coefficients are the r x s core alone."""
+    The coefficients are the r x s core alone, ``left_metric leftᵀ matrix right right_metric`` with metrics."""
 
     matrix: Tensor
     left: Tensor
     right: Tensor
     core: Tensor | None
     dims: tuple[int, ...]
+    left_metric: Tensor | None = None
+    right_metric: Tensor | None = None
 
     def coefficients(self) -> Tensor:
         dtype, batch = _sum_dtype(self.matrix), self.matrix.shape[:-2]
@@ -114,6 +120,10 @@ class BlockSide:
     def apply(self, coefficients: Tensor) -> None:
         if self.core is not None:
             coefficients = coefficients - self.core
+        if self.left_metric is not None:
+            coefficients = self.left_metric @ coefficients
+        if self.right_metric is not None:
+            coefficients = coefficients @ self.right_metric
         thin = self.right.to(coefficients.dtype) @ coefficients.mT
         _add_product(self.matrix, self.left, thin.mT, keep=False, reference=None)
 
@@ -171,6 +181,7 @@ def _project_columns(sides: Sequence[OneSide], parts: Sequence[Tensor], ranks: R
             [parts[i] for i in plain],
             [sides[i].whole_basis for i in plain],
             [None] * len(plain),
+            left_metrics=[sides[i].metric for i in plain],
             keep_lefts=[sides[i].keep for i in plain],
         )
     for side, part in zip(sides, parts, strict=True):

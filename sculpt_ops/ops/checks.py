@@ -118,14 +118,35 @@ def _check_flags(
         raise ValueError(f"{op}: keep_right: given right=None, wanted a right basis")
 
 
+def _check_metric(op: str, side: str, metric: Tensor, basis: Tensor | None, matrix: Tensor) -> None:
+    name = f"{side}_metric"
+    if basis is None:
+        raise ValueError(f"{op}: {name}: given {side}=None, wanted a {side} basis")
+    rank, lead, batch = basis.shape[-1], metric.shape[:-2], matrix.shape[:-2]
+    good = metric.shape[-2:] == (rank, rank) and len(lead) <= len(batch)
+    if not (good and all(a in (b, 1) for a, b in zip(reversed(lead), reversed(batch), strict=False))):
+        raise ValueError(
+            f"{op}: {name}: given shape {_shape(metric)}, wanted (..., {rank}, {rank}) for a {side} basis of {rank} "
+            f"columns and a matrix of shape {_shape(matrix)}"
+        )
+    wanted = torch.promote_types(matrix.dtype, torch.float32)
+    if metric.dtype is not wanted:
+        raise TypeError(f"{op}: {name}: given dtype {dtype_name(metric.dtype)}, wanted {dtype_name(wanted)}")
+    if metric.device != matrix.device:
+        raise ValueError(f"{op}: {name}: given device {metric.device}, wanted the matrix's, {matrix.device}")
+
+
 def check_project(
     op: str,
     grad: Tensor,
     left: Tensor | None,
     right: Tensor | None,
-    keep_left: bool,
-    keep_right: bool,
-    block: bool,
+    left_metric: Tensor | None = None,
+    right_metric: Tensor | None = None,
+    *,
+    keep_left: bool = False,
+    keep_right: bool = False,
+    block: bool = False,
     name: str = "grad",
 ) -> None:
     """Shapes, dtypes, devices and flags of one projection; under tracing too."""
@@ -137,6 +158,10 @@ def check_project(
         _check_basis(op, "right", right, grad, n)
     if keep_left or keep_right or block:
         _check_flags(op, left, right, keep_left, keep_right, block)
+    if left_metric is not None:
+        _check_metric(op, "left", left_metric, left, grad)
+    if right_metric is not None:
+        _check_metric(op, "right", right_metric, right, grad)
 
 
 def check_foreach(
@@ -144,21 +169,33 @@ def check_foreach(
     grads: Sequence[Tensor],
     lefts: Sequence[Tensor | None],
     rights: Sequence[Tensor | None],
-    keep_lefts: Sequence[bool],
-    keep_rights: Sequence[bool],
-    block: bool,
+    left_metrics: Sequence[Tensor | None] | None = None,
+    right_metrics: Sequence[Tensor | None] | None = None,
+    *,
+    keep_lefts: Sequence[bool] = (),
+    keep_rights: Sequence[bool] = (),
+    block: bool = False,
 ) -> None:
-    """One entry of each list for each of ``grads``; flag lists may be empty."""
+    """One entry of each list for each of ``grads``; lists of flags and metrics may be empty."""
     count = len(grads)
     lists = (("lefts", lefts, False), ("rights", rights, False))
     flags = (("keep_lefts", keep_lefts, True), ("keep_rights", keep_rights, True))
-    for name, entries, may_be_empty in (*lists, *flags):
+    metrics = (("left_metrics", left_metrics or (), True), ("right_metrics", right_metrics or (), True))
+    for name, entries, may_be_empty in (*lists, *flags, *metrics):
         if len(entries) != count and not (may_be_empty and len(entries) == 0):
             raise ValueError(f"{op}: {name}: given {len(entries)} entries, wanted {count}, one for each of grads")
     for i, grad in enumerate(grads):
-        keep_left = bool(keep_lefts) and keep_lefts[i]
-        keep_right = bool(keep_rights) and keep_rights[i]
-        check_project(f"{op} (entry {i})", grad, lefts[i], rights[i], keep_left, keep_right, block)
+        check_project(
+            f"{op} (entry {i})",
+            grad,
+            lefts[i],
+            rights[i],
+            left_metrics[i] if left_metrics else None,
+            right_metrics[i] if right_metrics else None,
+            keep_left=bool(keep_lefts) and keep_lefts[i],
+            keep_right=bool(keep_rights) and keep_rights[i],
+            block=block,
+        )
 
 
 def check_restore(
@@ -175,7 +212,7 @@ def check_restore(
     block: bool,
 ) -> None:
     """Shapes, dtypes, devices and flags of a restore, and that each side has what it is restored from."""
-    check_project(op, weight, left, right, keep_left, keep_right, block, name="weight")
+    check_project(op, weight, left, right, keep_left=keep_left, keep_right=keep_right, block=block, name="weight")
     m, n = weight.shape[-2:]
     if block:
         assert left is not None
@@ -291,9 +328,15 @@ def check_apart(op: str, written_name: str, written: Tensor, **others: Tensor | 
 
 
 def check_foreach_apart(
-    op: str, grads: Sequence[Tensor], lefts: Sequence[Tensor | None], rights: Sequence[Tensor | None]
+    op: str,
+    grads: Sequence[Tensor],
+    lefts: Sequence[Tensor | None],
+    rights: Sequence[Tensor | None],
+    left_metrics: Sequence[Tensor | None] | None = None,
+    right_metrics: Sequence[Tensor | None] | None = None,
 ) -> None:
-    """No two entries to be written, and no entry and basis of any, share memory. Reads addresses: eager only."""
+    """No two entries to be written, and no entry and basis or metric of any, share memory. Reads addresses: eager
+    only."""
     for i, grad in enumerate(grads):
         check_written(op, f"grads[{i}]", grad)
     order = sorted((_extent(grad), i) for i, grad in enumerate(grads) if grad.numel())
@@ -308,8 +351,9 @@ def check_foreach_apart(
                 )
     begins = [begin for (begin, _), _ in order]
     reach = list(accumulate((end for (_, end), _ in order), max))
-    for name, bases in (("lefts", lefts), ("rights", rights)):
-        for i, basis in enumerate(bases):
+    bases = (("lefts", lefts), ("rights", rights), ("left_metrics", left_metrics), ("right_metrics", right_metrics))
+    for name, entries in bases:
+        for i, basis in enumerate(entries or ()):
             if basis is None or basis.numel() == 0:
                 continue
             begin, end = _extent(basis)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .. import reference as plain
 from .checks import check_apart, check_project, check_restore, check_written
-from .foreach_cuda import foreach_into
+from .foreach_cuda import foreach_into, foreach_with_metrics
 from .heuristics import triton_missing
 from .library import LIBRARY
 from .variants import project_into
@@ -22,14 +22,17 @@ def _project(
     grad: Tensor,
     left: Tensor | None = None,
     right: Tensor | None = None,
+    left_metric: Tensor | None = None,
+    right_metric: Tensor | None = None,
     *,
     keep_left: bool = False,
     keep_right: bool = False,
     block: bool = False,
 ) -> Tensor:
-    check_project("project", grad, left, right, keep_left, keep_right, block)
+    flags: dict[str, Any] = {"keep_left": keep_left, "keep_right": keep_right, "block": block}
+    check_project("project", grad, left, right, left_metric, right_metric, **flags)
     out = torch.empty_like(grad)
-    project_into(grad, left, right, out, keep_left, keep_right, block)
+    project_into(grad, left, right, out, **flags, left_metric=left_metric, right_metric=right_metric)
     return out
 
 
@@ -37,27 +40,37 @@ def _project_(
     grad: Tensor,
     left: Tensor | None = None,
     right: Tensor | None = None,
+    left_metric: Tensor | None = None,
+    right_metric: Tensor | None = None,
     *,
     keep_left: bool = False,
     keep_right: bool = False,
     block: bool = False,
 ) -> None:
-    check_project("project_", grad, left, right, keep_left, keep_right, block)
+    flags: dict[str, Any] = {"keep_left": keep_left, "keep_right": keep_right, "block": block}
+    metrics: dict[str, Any] = {"left_metric": left_metric, "right_metric": right_metric}
+    check_project("project_", grad, left, right, **metrics, **flags)
     check_written("project_", "grad", grad)
-    check_apart("project_", "grad", grad, left=left, right=right)
-    project_into(grad, left, right, grad, keep_left, keep_right, block, "project_")
+    check_apart("project_", "grad", grad, left=left, right=right, **metrics)
+    project_into(grad, left, right, grad, **flags, op="project_", **metrics)
 
 
 def _foreach_project_(
     grads: list[Tensor],
     lefts: list[Tensor | None],
     rights: list[Tensor | None],
+    left_metrics: list[Tensor | None] | None = None,
+    right_metrics: list[Tensor | None] | None = None,
     *,
     keep_lefts: Sequence[bool] = (),
     keep_rights: Sequence[bool] = (),
     block: bool = False,
 ) -> None:
-    foreach_into(grads, lefts, rights, keep_lefts, keep_rights, block)
+    if left_metrics or right_metrics:
+        metrics = left_metrics or [None] * len(grads), right_metrics or [None] * len(grads)
+        foreach_with_metrics(grads, lefts, rights, *metrics, keep_lefts, keep_rights, block)
+    else:
+        foreach_into(grads, lefts, rights, keep_lefts, keep_rights, block)
 
 
 def _restore_(

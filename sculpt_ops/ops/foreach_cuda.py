@@ -22,9 +22,9 @@ from .heuristics import Backend, choose, forced_backend, gpu_of, triton_missing
 from .library import LIBRARY  # noqa: F401  (the ops exist once the library is loaded)
 from .library_products import form_of, is_product, project_cublas, project_products
 from .side_lists import side_lists
-from .variants import backend_of, cuda_missing, project_into
+from .variants import backend_of, check_metric_backend, cuda_missing, project_into
 
-__all__ = ["Call", "foreach_into", "meet", "plan_call"]
+__all__ = ["Call", "foreach_into", "foreach_with_metrics", "meet", "plan_call"]
 
 OP = "foreach_project_"
 _LAYOUT = torch.ops.sculpt._layout.default
@@ -57,7 +57,7 @@ def plan_call(
     forced: Backend | None,
 ) -> Call:
     """Checks all of the lists but their addresses, and sorts them into groups and single matrices."""
-    check_foreach(OP, grads, lefts, rights, keep_lefts, keep_rights, block)
+    check_foreach(OP, grads, lefts, rights, keep_lefts=keep_lefts, keep_rights=keep_rights, block=block)
     for i, grad in enumerate(grads):
         check_written(OP, f"grads[{i}]", grad)
 
@@ -185,3 +185,29 @@ def foreach_into(
             project_cublas(grads[i], lefts[i], rights[i], grads[i], *flags)
         else:
             project_into(grads[i], lefts[i], rights[i], grads[i], *flags, OP)
+
+
+def foreach_with_metrics(
+    grads: Sequence[Tensor],
+    lefts: Sequence[Tensor | None],
+    rights: Sequence[Tensor | None],
+    left_metrics: Sequence[Tensor | None],
+    right_metrics: Sequence[Tensor | None],
+    keep_lefts: Sequence[bool],
+    keep_rights: Sequence[bool],
+    block: bool,
+) -> None:
+    """The same of lists of which some entries have a metric: those go one by one to library products."""
+    bases = lefts, rights, left_metrics, right_metrics
+    check_foreach(OP, grads, *bases, keep_lefts=keep_lefts, keep_rights=keep_rights, block=block)
+    check_foreach_apart(OP, grads, *bases)
+    check_metric_backend(OP, forced_backend())
+    off = [False] * len(grads)
+    entries = list(zip(grads, *bases, keep_lefts or off, keep_rights or off, strict=True))
+    plain = [entry for entry in entries if entry[3] is None and entry[4] is None]
+    if plain:
+        grads_, lefts_, rights_, _, _, keep_lefts_, keep_rights_ = zip(*plain, strict=True)
+        foreach_into(grads_, lefts_, rights_, keep_lefts_, keep_rights_, block)
+    for grad, left, right, left_metric, right_metric, keep_left, keep_right in entries:
+        if left_metric is not None or right_metric is not None:
+            project_into(grad, left, right, grad, keep_left, keep_right, block, OP, left_metric, right_metric)

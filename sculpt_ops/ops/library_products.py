@@ -16,6 +16,7 @@ from torch import Tensor
 
 from .heuristics import left_first
 from .library import LIBRARY  # noqa: F401  (the op exists once the library is loaded)
+from .metric_products import project_metrics
 from .split_products import can_split, project_split
 
 __all__ = ["form_of", "is_product", "project_cublas", "project_products"]
@@ -83,13 +84,24 @@ def _through_thin(
 
 
 def project_cublas(
-    grad: Tensor, left: Tensor | None, right: Tensor | None, out: Tensor, keep_left: bool, keep_right: bool, block: bool
+    grad: Tensor,
+    left: Tensor | None,
+    right: Tensor | None,
+    out: Tensor,
+    keep_left: bool,
+    keep_right: bool,
+    block: bool,
+    left_metric: Tensor | None = None,
+    right_metric: Tensor | None = None,
 ) -> None:
     """Write the projection of grad into out, which may be grad itself.
 
     A bfloat16 matrix with float32 bases goes through bfloat16 parts of them, another half-precision one through a
     float32 copy.
     """
+    if left_metric is not None or right_metric is not None:
+        project_metrics(grad, left, right, left_metric, right_metric, out, keep_left, keep_right, block)
+        return
     if is_product(grad, left, right):
         project_products([grad], [left], [right], [out], [form_of(keep_left, keep_right, block)])
         return

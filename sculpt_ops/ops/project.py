@@ -21,6 +21,7 @@ __all__ = ["foreach_project_", "project", "project_"]
 _PROJECT = torch.ops.sculpt.project.default
 _PROJECT_ = torch.ops.sculpt.project_.default
 _FOREACH_ = torch.ops.sculpt.foreach_project_.default
+_THIN = ("left", "right", "left_metric", "right_metric")
 
 
 def project(
@@ -31,6 +32,8 @@ def project(
     keep_left: bool = False,
     keep_right: bool = False,
     block: bool = False,
+    left_metric: Tensor | None = None,
+    right_metric: Tensor | None = None,
 ) -> Tensor:
     """``(I - L Lᵀ) grad (I - R Rᵀ)`` as a new tensor; a side whose basis is None is left alone.
 
@@ -44,15 +47,24 @@ def project(
         keep_right: the same for ``right``.
         block: ``grad - L Lᵀ grad R Rᵀ``, which removes only the part that both bases see. Takes both sides and no keep
             flag.
+        left_metric: (..., r, r) M, float32 (float64 with a float64 grad): ``L M Lᵀ`` takes the place of ``L Lᵀ``; None
+            is the identity. With ``M = (LᵀL)⁻¹``, computed in float64, it is the exact projector onto the span of the
+            columns, which need not be orthonormal then: those of a basis rounded to bf16. With a diagonal M of
+            importances in [0, 1] directions are protected in part (scaled gradient projection, Saha and Roy, AAAI 2023,
+            arXiv 2302.01386).
+        right_metric: (..., s, s), ``R M Rᵀ`` likewise.
 
-    Differentiable in ``grad``, ``left`` and ``right``. The columns are trusted to be orthonormal: 5e-6 off already
-    leaks 4e-6 of the gradient. A bf16 basis used as if orthonormal leaks 3e-3; give a float32 basis where that matters.
+    Differentiable in all tensors. Without a metric the columns are trusted to be orthonormal: 5e-6 off already leaks
+    4e-6 of the gradient. A bf16 basis used as if orthonormal leaks 3e-3; give it its metric, or a float32 basis, where
+    that matters. On a GPU everything with a metric is library products: prefer a float32 basis where its rank is 64 or
+    less, which the one-pass kernel takes.
 
     Raises:
         ValueError, TypeError: naming the argument, what was given and what was wanted; nothing has been written.
     """
-    refuse_forward_mode("project", grad, left, right)
-    out: Tensor = _PROJECT(grad, left, right, keep_left=keep_left, keep_right=keep_right, block=block)
+    refuse_forward_mode("project", grad, left, right, left_metric, right_metric)
+    flags: dict[str, Any] = {"keep_left": keep_left, "keep_right": keep_right, "block": block}
+    out: Tensor = _PROJECT(grad, left, right, left_metric, right_metric, **flags)
     return out
 
 
@@ -64,14 +76,17 @@ def project_(
     keep_left: bool = False,
     keep_right: bool = False,
     block: bool = False,
+    left_metric: Tensor | None = None,
+    right_metric: Tensor | None = None,
 ) -> Tensor:
     """In-place :func:`project`; returns ``grad``.
 
-    In grad mode a leaf that requires grad is refused before anything is written, as is a basis that requires grad; on
-    a non-leaf the call is differentiable in ``grad``. ``grad`` must hold every element once (no expanded tensor) and
-    share no memory with the bases.
+    In grad mode a leaf that requires grad is refused before anything is written, as is a basis or a metric that
+    requires grad; on a non-leaf the call is differentiable in ``grad``. ``grad`` must hold every element once (no
+    expanded tensor) and share no memory with the others.
     """
-    _PROJECT_(grad, left, right, keep_left=keep_left, keep_right=keep_right, block=block)
+    flags: dict[str, Any] = {"keep_left": keep_left, "keep_right": keep_right, "block": block}
+    _PROJECT_(grad, left, right, left_metric, right_metric, **flags)
     return grad
 
 
@@ -83,101 +98,98 @@ def foreach_project_(
     keep_lefts: Sequence[bool] = (),
     keep_rights: Sequence[bool] = (),
     block: bool = False,
+    left_metrics: Sequence[Tensor | None] = (),
+    right_metrics: Sequence[Tensor | None] = (),
 ) -> None:
     """:func:`project_` on every entry of ``grads``: shapes, ranks, dtypes and kept sides may all differ.
 
-    The lists have one entry a matrix; empty flag lists mean ``False`` throughout. Entries that share memory are refused
-    in eager mode, and so, in grad mode, is any input that requires grad.
+    The lists have one entry a matrix; empty lists of flags and metrics mean ``False`` and ``None`` throughout. Entries
+    that share memory are refused in eager mode, and so, in grad mode, is any input that requires grad.
     """
+    metrics = [list(entries) if entries else None for entries in (left_metrics, right_metrics)]
+    flags: dict[str, Any] = {"keep_lefts": keep_lefts, "keep_rights": keep_rights, "block": block}
     if not grads:  # lists without a tensor reach no backend, and an empty model is not an error
-        return check_foreach("foreach_project_", grads, lefts, rights, keep_lefts, keep_rights, block)
-    _FOREACH_(list(grads), list(lefts), list(rights), keep_lefts=keep_lefts, keep_rights=keep_rights, block=block)
+        return check_foreach("foreach_project_", grads, lefts, rights, *metrics, **flags)
+    _FOREACH_(list(grads), list(lefts), list(rights), *metrics, **flags)
 
 
 @torch.library.register_fake("sculpt::project")
-def _project_fake(
-    grad: Tensor,
-    left: Tensor | None = None,
-    right: Tensor | None = None,
-    *,
-    keep_left: bool = False,
-    keep_right: bool = False,
-    block: bool = False,
-) -> Tensor:
-    check_project("project", grad, left, right, keep_left, keep_right, block)
+def _project_fake(grad: Tensor, *thin: Tensor | None, **flags: Any) -> Tensor:
+    check_project("project", grad, *_four(thin), **flags)
     return torch.empty_like(grad)
 
 
 @torch.library.register_fake("sculpt::project_")
-def _project_fake_(
-    grad: Tensor,
-    left: Tensor | None = None,
-    right: Tensor | None = None,
-    *,
-    keep_left: bool = False,
-    keep_right: bool = False,
-    block: bool = False,
-) -> None:
-    check_project("project_", grad, left, right, keep_left, keep_right, block)
+def _project_fake_(grad: Tensor, *thin: Tensor | None, **flags: Any) -> None:
+    check_project("project_", grad, *_four(thin), **flags)
 
 
 @torch.library.register_fake("sculpt::foreach_project_")
-def _foreach_fake_(
-    grads: Sequence[Tensor],
-    lefts: Sequence[Tensor | None],
-    rights: Sequence[Tensor | None],
-    *,
-    keep_lefts: Sequence[bool] = (),
-    keep_rights: Sequence[bool] = (),
-    block: bool = False,
-) -> None:
-    check_foreach("foreach_project_", grads, lefts, rights, keep_lefts, keep_rights, block)
+def _foreach_fake_(grads: Sequence[Tensor], *thin: Any, **flags: Any) -> None:
+    check_foreach("foreach_project_", grads, *thin, **flags)
 
 
-def _side_gradient(go: Tensor, matrix: Tensor, basis: Tensor, keep: bool) -> Tensor:
-    """d/dL of <go, X -+ L Lᵀ X>: minus (go (Xᵀ L) + X (goᵀ L)), plus where the side is kept; summed over broadcasts."""
-    go, matrix = go.to(basis.dtype), matrix.to(basis.dtype)
-    gradient = go @ (matrix.mT @ basis) + matrix @ (go.mT @ basis)
-    return (gradient if keep else -gradient).sum_to_size(basis.shape)
+def _four(thin: Sequence[Any]) -> tuple[Any, Any, Any, Any]:
+    """left, right, left_metric, right_metric (or what a caller has for each): the dispatcher leaves out trailing
+    arguments that equal their default."""
+    return (*thin, None, None, None, None)[:4]
+
+
+def _transposed(metric: Tensor | None) -> Tensor | None:
+    return None if metric is None else metric.mT
+
+
+def _side_gradients(
+    go: Tensor, matrix: Tensor, basis: Tensor, metric: Tensor | None, keep: bool
+) -> tuple[Tensor, Tensor | None]:
+    """d/dL and d/dM of <go, X -+ L M Lᵀ X>: minus (go (Xᵀ L) Mᵀ + X (goᵀ L) M) and minus (Lᵀ go) (Xᵀ L), plus where the
+    side is kept; summed over broadcasts."""
+    wide = basis.dtype if metric is None else metric.dtype
+    sign = 1.0 if keep else -1.0
+    go, matrix, basis_ = go.to(wide), matrix.to(wide), basis.to(wide)
+    seen, asked = matrix.mT @ basis_, go.mT @ basis_
+    if metric is None:
+        return (sign * (go @ seen + matrix @ asked)).sum_to_size(basis.shape), None
+    d_basis = sign * (go @ (seen @ metric.mT) + matrix @ (asked @ metric))
+    return d_basis.sum_to_size(basis.shape).to(basis.dtype), (sign * (asked.mT @ seen)).sum_to_size(metric.shape)
 
 
 def _project_setup(ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[str, Any], output: Tensor) -> None:
-    # The dispatcher leaves out trailing arguments that equal their default.
-    grad, left, right = (*inputs, None, None)[:3]
-    # grad itself is needed by the bases' gradients only.
-    needed = any(basis is not None and basis.requires_grad for basis in (left, right))
-    ctx.save_for_backward(grad if needed else None, left, right)
+    grad, *given = inputs
+    thin = _four(given)
+    # grad itself is needed by the gradients of bases and metrics only.
+    needed = any(tensor is not None and tensor.requires_grad for tensor in thin)
+    ctx.save_for_backward(grad if needed else None, *thin)
     ctx.flags = keyword_only_inputs
 
 
 def _project_backward(ctx: Any, go: Tensor) -> tuple[Tensor | None, ...]:
-    grad, left, right = ctx.saved_tensors
+    grad, left, right, left_metric, right_metric = ctx.saved_tensors
     flags = ctx.flags
-    given = len(ctx.needs_input_grad)
-    need_grad, need_left, need_right = (*ctx.needs_input_grad, False, False)[:3]
-    d_grad = d_left = d_right = None
-    if need_grad:  # the projection is self-adjoint in grad
-        d_grad = _PROJECT(go, left, right, **flags)
-    if flags["block"]:
-        if need_left:
-            d_left = _side_gradient(go, _PROJECT(grad, None, right, keep_right=True), left, False)
-        if need_right:
-            d_right = _side_gradient(go.mT, _PROJECT(grad, left, None, keep_left=True).mT, right, False)
-        return (d_grad, d_left, d_right)[:given]
-    if need_left:
-        seen = grad if right is None else _PROJECT(grad, None, right, keep_right=flags["keep_right"])
-        d_left = _side_gradient(go, seen, left, flags["keep_left"])
-    if need_right:
-        seen = grad if left is None else _PROJECT(grad, left, None, keep_left=flags["keep_left"])
-        d_right = _side_gradient(go.mT, seen.mT, right, flags["keep_right"])
-    return (d_grad, d_left, d_right)[:given]
+    block = flags["block"]
+    need_grad, *need = ctx.needs_input_grad
+    need_left, need_right, need_left_metric, need_right_metric = _four(need)
+    d_grad = d_left = d_right = d_left_metric = d_right_metric = None
+    if need_grad:
+        d_grad = _PROJECT(go, left, right, _transposed(left_metric), _transposed(right_metric), **flags)
+    if need_left or need_left_metric:
+        keep = block or flags["keep_right"]
+        seen = grad if right is None else _PROJECT(grad, None, right, None, right_metric, keep_right=keep)
+        d_left, d_left_metric = _side_gradients(go, seen, left, left_metric, flags["keep_left"])
+    if need_right or need_right_metric:
+        keep = block or flags["keep_left"]
+        seen = grad if left is None else _PROJECT(grad, left, None, left_metric, keep_left=keep)
+        of_right = go.mT, seen.mT, right, _transposed(right_metric)
+        d_right, d_right_metric = _side_gradients(*of_right, flags["keep_right"])
+    found = d_grad, d_left, d_right, d_left_metric, _transposed(d_right_metric)
+    return found[: len(ctx.needs_input_grad)]
 
 
 torch.library.register_autograd("sculpt::project", _project_backward, setup_context=_project_setup)
 
 
 def _refuse_basis_grad(op: str, **bases: Tensor | None) -> None:
-    """An in-place form has no gradient for its bases; say so instead of returning a wrong one."""
+    """An in-place form has no gradient for its bases and metrics; say so instead of returning a wrong one."""
     for name, basis in bases.items():
         if basis is not None and basis.requires_grad:
             raise RuntimeError(
@@ -196,56 +208,38 @@ def _refuse_leaf(op: str, name: str, matrix: Tensor) -> None:
         )
 
 
-def _project_autograd_(
-    keyset: Any,
-    grad: Tensor,
-    left: Tensor | None = None,
-    right: Tensor | None = None,
-    *,
-    keep_left: bool = False,
-    keep_right: bool = False,
-    block: bool = False,
-) -> None:
-    check_project("project_", grad, left, right, keep_left, keep_right, block)
-    refuse_forward_mode("project_", grad, left, right)
+def _project_autograd_(keyset: Any, grad: Tensor, *given: Tensor | None, **flags: Any) -> None:
+    thin = _four(given)
+    check_project("project_", grad, *thin, **flags)
+    refuse_forward_mode("project_", grad, *thin)
     if torch.is_grad_enabled():
-        _refuse_basis_grad("project_", left=left, right=right)
+        _refuse_basis_grad("project_", **dict(zip(_THIN, thin, strict=True)))
         if grad.requires_grad:
             _refuse_leaf("project_", "grad", grad)
             # copy_ carries autograd's rules for in-place writes (views, saved versions); project carries the gradient.
-            grad.copy_(_PROJECT(grad, left, right, keep_left=keep_left, keep_right=keep_right, block=block))
+            grad.copy_(_PROJECT(grad, *thin, **flags))
             return
-    _PROJECT_.redispatch(
-        keyset & AFTER_AUTOGRAD, grad, left, right, keep_left=keep_left, keep_right=keep_right, block=block
-    )
+    _PROJECT_.redispatch(keyset & AFTER_AUTOGRAD, grad, *thin, **flags)
     torch.autograd.graph.increment_version(grad)
 
 
-def _foreach_autograd_(
-    keyset: Any,
-    grads: list[Tensor],
-    lefts: list[Tensor | None],
-    rights: list[Tensor | None],
-    *,
-    keep_lefts: Sequence[bool] = (),
-    keep_rights: Sequence[bool] = (),
-    block: bool = False,
-) -> None:
+def _foreach_autograd_(keyset: Any, grads: list[Tensor], *thin: Any, **flags: Any) -> None:
     if not (grads and grads[0].is_cuda):  # The CUDA kernel checks by itself, once a list and not once a call.
-        check_foreach("foreach_project_", grads, lefts, rights, keep_lefts, keep_rights, block)
-    refuse_forward_mode("foreach_project_", *grads, *lefts, *rights)
+        check_foreach("foreach_project_", grads, *thin, **flags)
+    lists = {name: tensors for name, tensors in zip(_THIN, thin, strict=False) if tensors is not None}
+    tensors = [tensor for entries in (grads, *lists.values()) for tensor in entries]
+    refuse_forward_mode("foreach_project_", *tensors)
     # Asked of all at once first: a name for each takes several times as long.
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for ts in (grads, lefts, rights) for t in ts):
-        for i, (grad, left, right) in enumerate(zip(grads, lefts, rights, strict=True)):
-            _refuse_basis_grad("foreach_project_", **{f"lefts[{i}]": left, f"rights[{i}]": right})
+    if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors):
+        for name, entries in lists.items():
+            _refuse_basis_grad("foreach_project_", **{f"{name}s[{i}]": entry for i, entry in enumerate(entries)})
+        for i, grad in enumerate(grads):
             if grad.requires_grad:
                 raise RuntimeError(
                     f"foreach_project_: grads[{i}]: given a tensor that requires grad, wanted one that does not; "
                     "detach it, or use project_ on it"
                 )
-    _FOREACH_.redispatch(
-        keyset & AFTER_AUTOGRAD, grads, lefts, rights, keep_lefts=keep_lefts, keep_rights=keep_rights, block=block
-    )
+    _FOREACH_.redispatch(keyset & AFTER_AUTOGRAD, grads, *thin, **flags)
     torch.autograd.graph.increment_version(grads)
 
 
@@ -263,22 +257,22 @@ def _vmap_basis(basis: Tensor | None, bdim: int | None, logical: int) -> Tensor 
 
 @torch.library.register_vmap("sculpt::project")
 def _project_vmap(
-    info: Any, in_dims: tuple[int | None, ...], grad: Tensor, left: Any = None, right: Any = None, **flags: Any
+    info: Any, in_dims: tuple[int | None, ...], grad: Tensor, *thin: Tensor | None, **flags: bool
 ) -> tuple[Tensor, int]:
-    dims = (*in_dims, None, None)[:3]
-    logical = grad.dim() - (dims[0] is not None)
-    grad = grad.expand(info.batch_size, *grad.shape) if dims[0] is None else grad.movedim(dims[0], 0)
-    left, right = _vmap_basis(left, dims[1], logical), _vmap_basis(right, dims[2], logical)
-    return _PROJECT(grad, left, right, **flags), 0
+    dim, *dims = in_dims
+    logical = grad.dim() - (dim is not None)
+    grad = grad.expand(info.batch_size, *grad.shape) if dim is None else grad.movedim(dim, 0)
+    mapped = [_vmap_basis(basis, bdim, logical) for basis, bdim in zip(_four(thin), _four(dims), strict=True)]
+    return _PROJECT(grad, *mapped, **flags), 0
 
 
 @torch.library.register_vmap("sculpt::project_")
 def _project_vmap_(
-    info: Any, in_dims: tuple[int | None, ...], grad: Tensor, left: Any = None, right: Any = None, **flags: Any
+    info: Any, in_dims: tuple[int | None, ...], grad: Tensor, *thin: Tensor | None, **flags: bool
 ) -> tuple[None, None]:
-    dims = (*in_dims, None, None)[:3]
-    if dims[0] is None:
+    dim, *dims = in_dims
+    if dim is None:
         raise ValueError("project_: grad: given a tensor that vmap does not map, wanted a mapped one: it is written to")
-    left, right = _vmap_basis(left, dims[1], grad.dim() - 1), _vmap_basis(right, dims[2], grad.dim() - 1)
-    _PROJECT_(grad.movedim(dims[0], 0), left, right, **flags)
+    mapped = [_vmap_basis(basis, bdim, grad.dim() - 1) for basis, bdim in zip(_four(thin), _four(dims), strict=True)]
+    _PROJECT_(grad.movedim(dim, 0), *mapped, **flags)
     return None, None

@@ -28,7 +28,15 @@ from torch import Tensor
 from .. import reference
 from .heuristics import left_first, stacked, triton_missing
 
-__all__ = ["can_split", "project_split", "project_to_float32"]
+__all__ = [
+    "can_split",
+    "coefficients_of",
+    "parts_of",
+    "project_split",
+    "project_to_float32",
+    "wide_mm",
+    "write_projection",
+]
 
 # Most r + s of two sides at once. On an H200, 4096 x 11008 and 11008 x 4096, that took 0.94 to 0.97 of the sides' own
 # times at 128, and 1.08 to 1.10 at 256 (bench/results/nvidia-h200-2026-11-26.json).
@@ -67,11 +75,18 @@ def _corrects(grad: Tensor, r: int, s: int) -> bool:
     return max(r, s) <= CORRECTED and not (grad.is_cuda and _triton_parts() is None)
 
 
-def _wide_mm(a: Tensor, b: Tensor) -> Tensor:
+def wide_mm(a: Tensor, b: Tensor) -> Tensor:
     """a b of bfloat16 in float32."""
     if a.is_cuda and torch.version.hip is None:
         return torch.mm(a, b, out_dtype=torch.float32)
     return a.float() @ b.float()
+
+
+def parts_of(factor: Tensor, low: int) -> Tensor:
+    """[h, l, h] of a float32 factor for low = 1, [h, h, l] for 2: (length, 3 rank) of (length, rank)."""
+    parts = factor.new_empty(factor.shape[0], 3 * factor.shape[1], dtype=torch.bfloat16)
+    _kernels(factor).split_parts(parts, factor, low)
+    return parts
 
 
 def _bases(near: Tensor, far: Tensor | None = None) -> list[Tensor]:
@@ -88,13 +103,17 @@ def _room(grad: Tensor, rank: int, turned: bool) -> Tensor:
     return grad.new_empty(m, rank) if turned else grad.new_empty(rank, n).mT
 
 
+def coefficients_of(grad: Tensor, basis: Tensor, turned: bool) -> Tensor:
+    """Gᵀ X of a bfloat16 basis, (n, rank) float32; of a turned one G X, (m, rank)."""
+    return wide_mm(grad, basis) if turned else wide_mm(basis.mT, grad).mT
+
+
 def _coefficients(grad: Tensor, basis: Tensor, rank: int, turned: bool) -> Tensor:
-    """Two halves, whose sum is Gᵀ X, of [h, l] of a basis: (n, 2 rank) float32, (m, 2 rank) of a turned one."""
-    pair = basis[:, : 2 * rank]
-    return _wide_mm(grad, pair) if turned else _wide_mm(pair.mT, grad).mT
+    """Two halves, whose sum is the coefficients, of [h, l] of a basis: twice the rank wide."""
+    return coefficients_of(grad, basis[:, : 2 * rank], turned)
 
 
-def _write(grad: Tensor, near: Tensor, coefficients: Tensor, out: Tensor, turned: bool, keeps: bool) -> None:
+def write_projection(grad: Tensor, near: Tensor, coefficients: Tensor, out: Tensor, turned: bool, keeps: bool) -> None:
     """out = grad - X Cᵀ, or X Cᵀ alone where it keeps."""
     tall, wide = (coefficients, near.mT) if turned else (near, coefficients.mT)
     if not keeps:
@@ -111,7 +130,7 @@ def _one_side(grad: Tensor, basis: Tensor, out: Tensor, turned: bool, keeps: boo
     halves = _coefficients(grad, basis, rank, turned)
     coefficients = _room(grad, 3 * rank, turned)
     _kernels(grad).split_parts(coefficients, halves, 2)
-    _write(grad, basis, coefficients, out, turned, keeps)
+    write_projection(grad, basis, coefficients, out, turned, keeps)
 
 
 def _at_once(grad: Tensor, near: Tensor, far: Tensor, out: Tensor, turned: bool) -> None:
@@ -127,9 +146,9 @@ def _at_once(grad: Tensor, near: Tensor, far: Tensor, out: Tensor, turned: bool)
     kernels.split_parts(tall[:, : 3 * r], near, 1, (of_far, far))
     kernels.split_parts(of_near, _coefficients(grad, tall, r, turned), 2)
     halves = _coefficients(grad, of_far, s, not turned)
-    core = _wide_mm(of_near[:, r:].mT, of_far[:, : 2 * s])
+    core = wide_mm(of_near[:, r:].mT, of_far[:, : 2 * s])
     kernels.corrected_parts(tall[:, 3 * r :], halves, near, core)
-    _write(grad, tall, wide, out, turned, False)
+    write_projection(grad, tall, wide, out, turned, False)
 
 
 def _through_thin(
@@ -147,16 +166,16 @@ def _through_thin(
     kernels.split_parts(coefficients, halves, 2)
     pair = coefficients[:, r:]
     if _corrects(grad, r, s):
-        core = _wide_mm(Y[:, : 2 * s].mT, pair)
+        core = wide_mm(Y[:, : 2 * s].mT, pair)
         kernels.corrected_parts(coefficients, None if spanned else halves, far, core)
     else:
         # h h + h l and l h of the core: l l would be a fourth product.
-        core = _wide_mm(pair.mT, Y[:, :s])
-        core = core[:r] + core[r:] + _wide_mm(coefficients[:, :r].mT, Y[:, s : 2 * s])
+        core = wide_mm(pair.mT, Y[:, :s])
+        core = core[:r] + core[r:] + wide_mm(coefficients[:, :r].mT, Y[:, s : 2 * s])
         kernels.split_parts(parts := grad.new_empty(r, 3 * s), core, 2)
-        inside = _wide_mm(Y, parts.mT) if turned else _wide_mm(parts, Y.mT).mT
+        inside = wide_mm(Y, parts.mT) if turned else wide_mm(parts, Y.mT).mT
         kernels.split_parts(coefficients, inside if spanned else halves[:, :r] + halves[:, r:] - inside, 2)
-    _write(grad, X, coefficients, out, turned, keeps)
+    write_projection(grad, X, coefficients, out, turned, keeps)
 
 
 def project_to_float32(
@@ -178,16 +197,16 @@ def project_to_float32(
         kernels.split_parts(*((image, beside) if below is None else (coimage, below)), 2)
     elif _corrects(grad, r, s):
         kernels.split_parts(coimage, below, 2)
-        core = _wide_mm(coimage[:, r:].mT, R[:, : 2 * s])
+        core = wide_mm(coimage[:, r:].mT, R[:, : 2 * s])
         kernels.corrected_parts(image, beside, left, core)
     else:
         kernels.split_parts(image, beside, 2)
-        four = _wide_mm(L[:, : 2 * r].mT, image[:, s:])
+        four = wide_mm(L[:, : 2 * r].mT, image[:, s:])
         core = four[:r, :s] + four[:r, s:] + four[r:, :s] + four[r:, s:]
         kernels.split_parts(parts := grad.new_empty(r, 3 * s), core, 2)
-        inside = _wide_mm(R, parts.mT)
+        inside = wide_mm(R, parts.mT)
         kernels.split_parts(coimage, below[:, :r] + below[:, r:] - inside, 2)
-    removed = _wide_mm(A[above:], B[before:].mT)
+    removed = wide_mm(A[above:], B[before:].mT)
     return torch.sub(grad[above:, before:], removed, out=removed)
 
 

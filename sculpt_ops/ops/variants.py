@@ -17,7 +17,15 @@ from .cuda_limits import why_not_cuda
 from .heuristics import Backend, choose, forced_backend, gpu_of, triton_missing
 from .library_products import project_cublas
 
-__all__ = ["backend_of", "cuda_missing", "project_cuda", "project_into", "project_triton", "why_not_cuda"]
+__all__ = [
+    "backend_of",
+    "check_metric_backend",
+    "cuda_missing",
+    "project_cuda",
+    "project_into",
+    "project_triton",
+    "why_not_cuda",
+]
 
 
 def _flat(tensor: Tensor) -> Tensor | None:
@@ -134,6 +142,14 @@ def backend_of(grad: Tensor, left: Tensor | None, right: Tensor | None, block: b
     )
 
 
+def check_metric_backend(op: str, forced: Backend | None) -> None:
+    """RuntimeError where a variant is asked for that takes no metric."""
+    if forced not in (None, "cublas"):
+        raise RuntimeError(
+            f"{op}: SCULPT_BACKEND: given '{forced}', but it takes no left_metric and no right_metric, wanted 'cublas'"
+        )
+
+
 def project_into(
     grad: Tensor,
     left: Tensor | None,
@@ -143,8 +159,11 @@ def project_into(
     keep_right: bool,
     block: bool,
     op: str = "project",
+    left_metric: Tensor | None = None,
+    right_metric: Tensor | None = None,
 ) -> None:
-    """``out`` (which may be ``grad``) becomes the projection of ``grad``, by the variant that the heuristics choose."""
+    """``out`` (which may be ``grad``) becomes the projection of ``grad``, by the variant that the heuristics choose;
+    with a metric library products."""
     if left is None and right is None:
         if out is not grad:
             out.copy_(grad)
@@ -152,6 +171,10 @@ def project_into(
     if grad.numel() == 0:
         return
     forced = forced_backend()
+    if left_metric is not None or right_metric is not None:
+        check_metric_backend(op, forced)
+        project_cublas(grad, left, right, out, keep_left, keep_right, block, left_metric, right_metric)
+        return
     backend = forced or backend_of(grad, left, right, block)
     if backend != "cublas":
         run = project_triton if backend == "triton" else project_cuda

@@ -36,6 +36,29 @@ def project_everywhere() -> None:
                     assert torch.equal(given.to_local(), out.to_local())
 
 
+def metrics_everywhere() -> None:
+    """Metrics that are not symmetric, of matrices one by one and in a list."""
+    for m, n, r, s in SHAPES:
+        grad, left, right = gaussian(m, n, dtype=torch.float32), *bases(m, n, r, s)
+        metrics = gaussian(r, r, dtype=torch.float32, seed=3), gaussian(s, s, dtype=torch.float32, seed=4)
+        for mesh, how in placements():
+            L, R = place_basis(left, mesh, how, "left", False), place_basis(right, mesh, how, "right", True)
+            one, other = (place(metric, mesh, WHOLE) for metric in metrics)
+            for flags in REMOVE_AND_KEEP:
+                given = place(grad, mesh, *how)
+                out = sculpt_ops.project(given, L, R, **flags, left_metric=one, right_metric=other)
+                assert_accurate(whole(out), with_metrics, grad, left, right, *metrics, **flags)
+                lists = {f"{name}s": [value] for name, value in flags.items() if name != "block"}
+                sculpt_ops.foreach_project_(
+                    [given], [L], [R], **lists, block="block" in flags, left_metrics=[one], right_metrics=[None]
+                )
+                assert_accurate(whole(given), with_metrics, grad, left, right, metrics[0], None, **flags)
+
+
+def with_metrics(grad: Tensor, left: Tensor, right: Tensor, one: Tensor, other: Tensor | None, **flags: bool) -> Tensor:
+    return reference.project(grad, left, right, **flags, left_metric=one, right_metric=other)
+
+
 def restore_everywhere() -> None:
     for m, n, r, s in SHAPES:
         weight, start = gaussian(m, n, dtype=torch.float32), gaussian(m, n, dtype=torch.float32, seed=2)
@@ -178,6 +201,10 @@ def bases(m: int, n: int, r: int, s: int, dtype: torch.dtype = torch.float32) ->
 
 def test_project_and_project_in_place_on_every_placement(ranks: Ranks) -> None:
     ranks.run(project_everywhere)
+
+
+def test_metrics_on_every_placement(ranks: Ranks) -> None:
+    ranks.run(metrics_everywhere)
 
 
 def test_restore_on_every_placement(ranks: Ranks) -> None:

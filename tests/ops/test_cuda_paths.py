@@ -117,7 +117,7 @@ def test_the_launches_of_parts(
     launches = Launches()
     kernels = {name: launches.named(name, getattr(reference, name)) for name in ("split_parts", "corrected_parts")}
     monkeypatch.setattr(split_products, "_kernels", lambda tensor: SimpleNamespace(**kernels))
-    monkeypatch.setattr(split_products, "_wide_mm", launches.named("product", split_products._wide_mm))
+    monkeypatch.setattr(split_products, "wide_mm", launches.named("product", split_products.wide_mm))
     grad = gaussian(m, n, dtype=torch.bfloat16)
     left = None if r is None else orthonormal(m, r, torch.float32)
     right = None if s is None else orthonormal(n, s, torch.float32)
