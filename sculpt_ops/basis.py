@@ -52,7 +52,7 @@ class Basis:
     @classmethod
     def store(cls, basis: Tensor, form: Literal["protected", "free"], dtype: torch.dtype | None = None) -> Basis:
         """`basis` (d, r), orthonormal, in `dtype`. A protected one becomes a reflector in 16 bit: rounded again later,
-        it would be another space."""
+        it would be another space, of which the sketches that `leak` compares with know nothing."""
         stored = cls(basis.contiguous(), form)
         if dtype is None or dtype.itemsize > 2:
             return stored

@@ -43,16 +43,13 @@ def test_the_ops_are_in_the_namespace_with_the_published_schemas() -> None:
         name: str(getattr(torch.ops.sculpt, name).default._schema)
         for name in ("project", "project_", "foreach_project_")
     }
+    bases = "Tensor? left=None, Tensor? right=None, Tensor? left_metric=None, Tensor? right_metric=None"
     flags = "*, bool keep_left=False, bool keep_right=False, bool block=False"
-    assert (
-        schemas["project"] == f"sculpt::project(Tensor grad, Tensor? left=None, Tensor? right=None, {flags}) -> Tensor"
-    )
-    assert schemas["project_"] == (
-        f"sculpt::project_(Tensor(a!) grad, Tensor? left=None, Tensor? right=None, {flags}) -> ()"
-    )
+    assert schemas["project"] == f"sculpt::project(Tensor grad, {bases}, {flags}) -> Tensor"
+    assert schemas["project_"] == f"sculpt::project_(Tensor(a!) grad, {bases}, {flags}) -> ()"
     assert schemas["foreach_project_"] == (
-        "sculpt::foreach_project_(Tensor(a!)[] grads, Tensor?[] lefts, Tensor?[] rights, *, bool[] keep_lefts=[], "
-        "bool[] keep_rights=[], bool block=False) -> ()"
+        "sculpt::foreach_project_(Tensor(a!)[] grads, Tensor?[] lefts, Tensor?[] rights, Tensor?[]? left_metrics=None, "
+        "Tensor?[]? right_metrics=None, *, bool[] keep_lefts=[], bool[] keep_rights=[], bool block=False) -> ()"
     )
     assert "Tensor? core=None, Tensor? reference=None" in str(torch.ops.sculpt.restore_.default._schema)
 
