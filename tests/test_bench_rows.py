@@ -90,7 +90,7 @@ def test_a_short_run_compiles_little() -> None:
             assert row["chosen"] == "cpu"
             assert row["basis"] == "float32"
             names[short, index] = set(row["contenders"])
-    always = {"sculpt", "sculpt, cublas", "mm + addmm_"}
+    always = {"sculpt", "sculpt, cublas", "mm + addmm_", "sculpt, bf16 basis and metric"}
     assert names[False, 24] == always | {"sculpt, triton"}
     assert names[True, 24] == always
     assert names[True, 8] == always | {"expression"}

@@ -74,6 +74,14 @@ def chosen_variant(grad: Tensor, left: Tensor | None, right: Tensor | None, bloc
     return chosen
 
 
+def spanned(grads: list[Tensor], left: Tensor | None, right: Tensor | None, block: bool) -> Contender:
+    """What protects as well as float32 bases: their rounding, with the metrics that make it an exact projector."""
+    rounded = [None if b is None else b.to(HALF) for b in (left, right)]
+    metrics = [None if b is None else torch.linalg.inv(b.double().mT @ b.double()).float() for b in rounded]
+    given: dict[str, Any] = {"block": block, "left_metric": metrics[0], "right_metric": metrics[1]}
+    return Contender("sculpt, bf16 basis and metric", lambda i: project_(grads[i], *rounded, **given))
+
+
 def projection(setting: Setting, index: int, case: Case) -> Row:
     device, (model, m, n, rank, dtype, basis_dtype, kind) = setting.device, case
     left = basis(m, rank, basis_dtype, device) if kind != "right" else None
@@ -94,6 +102,8 @@ def projection(setting: Setting, index: int, case: Case) -> Row:
         *each_variant(ours, device, triton),
         Contender("mm + addmm_", lambda i: library(grads[i], left, right, block)),
     ]
+    if dtype is HALF and basis_dtype is SINGLE:
+        contenders.append(spanned(grads, left, right, block))
     if index < EXPRESSIONS:
         contenders.append(Contender("expression", lambda i: expression(grads[i], left, right, block)))
     if index < COMPILED and not (setting.short or setting.small):
