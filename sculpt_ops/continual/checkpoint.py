@@ -202,7 +202,9 @@ class Checkpoints:
             if old.exists() and not model.exists():
                 old.replace(model)
             about = read_about(model)
-            if about is not None and _is_carried(following, about["tasks"]):
+            if about is not None and not about["carried"]:
+                shutil.rmtree(carried, ignore_errors=True)
+            elif about is not None and _is_carried(following, about["tasks"]):
                 shutil.rmtree(carried, ignore_errors=True)
                 following.replace(carried)
 

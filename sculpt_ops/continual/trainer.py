@@ -50,7 +50,8 @@ def _train(config: TrainConfig, zero_shot: RunResult | None, world: World, quiet
     progress = Progress(quiet or not world.first)
     tasks = world.together("reading the tasks", lambda: read_tasks(config, world))
     checkpoints = Checkpoints(Path(config.output), world)
-    checkpoints.settle()
+    if config.resume:
+        checkpoints.settle()
     done = world.together("opening the output", lambda: finished_run(config))
     names = [task.name for task in tasks]
     if done is not None and done.complete and done.tasks == names:
