@@ -35,7 +35,7 @@ from .tasks import Task, hold_out, load_tasks
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["check_finished", "finished_run", "open_for_training", "prepare", "read_tasks"]
+__all__ = ["check_finished", "finished_run", "is_resumed", "open_for_training", "prepare", "read_tasks"]
 
 # The same for every run, whatever its seed, so that runs are compared on the same items.
 SELECTION_SEED = 0
@@ -49,7 +49,7 @@ def finished_run(config: TrainConfig) -> RunResult | None:
     `config`, and there may be results, but no state, of one more that was begun."""
     output = Path(config.output)
     # States go last, so that a run cut short while it writes its model is not taken for finished.
-    if not _resumed(config) or has_states(output) or not (output / "model").is_dir():
+    if not is_resumed(config) or has_states(output) or not (output / "model").is_dir():
         return None
     result, about = RunResult.load(output), read_about(output / "model")
     if about is None:
@@ -74,7 +74,7 @@ def read_tasks(config: TrainConfig, world: World) -> list[Task]:
 
     output = Path(config.output)
     if world.first and output.exists():
-        _check_output(output, _resumed(config))
+        _check_output(output, is_resumed(config))
     check_schedule(config)
     training_arguments(config, str(output), 0)
     check_reports(config)
@@ -145,8 +145,8 @@ def prepare(config: TrainConfig, world: World, progress: Progress, tasks: list[T
     result = RunResult(config.title, names, str(output), settings, versions(world.device), notes)
     rows = {task.name: _hash_rows(task) for task in tasks}
     saved = None
-    state = read_state(output) if _resumed(config) else None
-    if state is None and _resumed(config):
+    state = read_state(output) if is_resumed(config) else None
+    if state is None and is_resumed(config):
         _check_nothing_learned(output)
     if state is not None:
         saved, earlier = _latest(config, world, len(tasks))
@@ -219,7 +219,7 @@ def _check_nothing_learned(output: Path) -> None:
         raise ValueError(f"resume: {output / STATE_FILE} is missing, without which no run goes on; name another output")
 
 
-def _resumed(config: TrainConfig) -> bool:
+def is_resumed(config: TrainConfig) -> bool:
     return config.resume or restarted()
 
 

@@ -15,7 +15,7 @@ from .distributed import World, join_world
 from .learn import learn
 from .measure import measure_abilities, measure_row, take_over
 from .modeling import save_model
-from .prepare import check_finished, finished_run, open_for_training, prepare, read_tasks
+from .prepare import check_finished, finished_run, is_resumed, open_for_training, prepare, read_tasks
 from .progress import Progress
 from .result import RunResult
 from .run import Run
@@ -50,7 +50,7 @@ def _train(config: TrainConfig, zero_shot: RunResult | None, world: World, quiet
     progress = Progress(quiet or not world.first)
     tasks = world.together("reading the tasks", lambda: read_tasks(config, world))
     checkpoints = Checkpoints(Path(config.output), world)
-    if config.resume:
+    if is_resumed(config):
         checkpoints.settle()
     done = world.together("opening the output", lambda: finished_run(config))
     names = [task.name for task in tasks]

@@ -276,3 +276,27 @@ def _project_vmap_(
     mapped = [_vmap_basis(basis, bdim, grad.dim() - 1) for basis, bdim in zip(_four(thin), _four(dims), strict=True)]
     _PROJECT_(grad.movedim(dim, 0), *mapped, **flags)
     return None, None
+
+
+@torch.library.register_vmap("sculpt::foreach_project_")
+def _foreach_vmap_(
+    info: Any, in_dims: tuple[Any, ...], grads: Sequence[Tensor], *thin: Sequence[Tensor | None] | None, **flags: Any
+) -> tuple[None, None]:
+    dims, *thin_dims = in_dims
+    for i, dim in enumerate(dims):
+        if dim is None:
+            raise ValueError(
+                f"foreach_project_: grads[{i}]: given a tensor that vmap does not map, wanted a mapped one: it is "
+                "written to"
+            )
+    lists = [
+        None
+        if entries is None
+        else [
+            _vmap_basis(basis, bdim, grad.dim() - 1)
+            for grad, basis, bdim in zip(grads, entries, bdims or [None] * len(grads), strict=True)
+        ]
+        for entries, bdims in zip(_four(thin), _four(thin_dims), strict=True)
+    ]
+    _FOREACH_([grad.movedim(dim, 0) for grad, dim in zip(grads, dims, strict=True)], *lists, **flags)
+    return None, None

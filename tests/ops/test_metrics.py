@@ -214,6 +214,17 @@ def test_vmap() -> None:
     written = grads.clone()
     torch.vmap(lambda g, m: sculpt_ops.project_(g, left, left_metric=m))(written, metrics)
     torch.testing.assert_close(written, wanted)
+    listed = grads.clone(), grads.mT.clone()
+
+    def both(a: Tensor, b: Tensor, m: Tensor) -> Tensor:
+        sculpt_ops.foreach_project_([a, b.mT], [left, left], [None, None], left_metrics=[m, None])
+        return a
+
+    torch.vmap(both)(*listed, metrics)
+    torch.testing.assert_close(listed[0], wanted)
+    torch.testing.assert_close(listed[1].mT, reference.project(grads, left))
+    with pytest.raises(ValueError, match=r"foreach_project_: grads\[0\]: given a tensor that vmap does not map"):
+        torch.vmap(lambda a: sculpt_ops.foreach_project_([grads[0]], [a], [None]))(left.expand(4, 7, 2))
 
 
 def test_what_is_refused_is_named_and_nothing_is_written() -> None:
