@@ -58,7 +58,8 @@ class LayerLeak:
         return None if self.right_norm is None else self._share(self.right_norm)
 
     def _share(self, norm: float) -> float:
-        return norm / self.change if self.change > 0 else 0.0
+        # Not `> 0`: of weights that hold NaN the change is NaN, and so is its share.
+        return 0.0 if self.change == 0 else norm / self.change
 
 
 def check_start_weights(start: Mapping[str, Tensor], layers: Mapping[str, LayerSubspace]) -> dict[str, Tensor]:

@@ -83,6 +83,8 @@ def resolve_targets(model: nn.Module, targets: str | Sequence[str] | None = None
 
 
 def _default_patterns(model: nn.Module, parameters: dict[str, nn.Parameter]) -> tuple[str, ...]:
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        model = model.module
     model_type = getattr(getattr(model, "config", None), "model_type", None)
     if model_type in DEFAULT_TARGETS:
         return DEFAULT_TARGETS[model_type]

@@ -31,13 +31,17 @@ inline void check_matrix(const char* op, const char* name, const Tensor& t) {
 }
 
 // `rows` x anything (cols < 0), leading dimensions broadcastable to those of the matrix.
-inline void check_thin(const char* op, const char* name, const Tensor& t, const Tensor& matrix, int64_t rows,
-                       int64_t cols) {
+inline bool fits(const Tensor& t, const Tensor& matrix, int64_t rows, int64_t cols) {
   const int64_t d = t.dim(), batch = matrix.dim() - 2;
   bool good = d >= 2 && t.size(d - 2) == rows && (cols < 0 || t.size(d - 1) == cols) && d - 2 <= batch;
   for (int64_t i = 0; good && i < d - 2; ++i)
     good = t.size(i) == matrix.size(batch - (d - 2) + i) || t.size(i) == 1;
-  STD_TORCH_CHECK(good, op, ": ", name, ": wanted shape (..., ", rows, ", ", cols < 0 ? "r" : std::to_string(cols),
+  return good;
+}
+
+inline void check_thin(const char* op, const char* name, const Tensor& t, const Tensor& matrix, int64_t rows,
+                       int64_t cols) {
+  STD_TORCH_CHECK(fits(t, matrix, rows, cols), op, ": ", name, ": wanted shape (..., ", rows, ", ", cols < 0 ? "r" : std::to_string(cols),
                   ") for a matrix of shape ", shape(matrix), ", given ", shape(t));
   STD_TORCH_CHECK(t.scalar_type() == matrix.scalar_type() ||
                       (is_half(matrix.scalar_type()) && t.scalar_type() == ScalarType::Float),
@@ -55,15 +59,12 @@ inline void check_basis(const char* op, const char* name, const Tensor& t, const
 inline void check_metric(const char* op, const char* name, const Tensor& t, const char* side,
                          const std::optional<Tensor>& basis, const Tensor& matrix) {
   STD_TORCH_CHECK(basis, op, ": ", name, ": wanted a ", side, " basis with it, given ", side, "=None");
-  const int64_t r = basis->size(basis->dim() - 1), d = t.dim(), batch = matrix.dim() - 2;
-  bool good = d >= 2 && t.size(d - 2) == r && t.size(d - 1) == r && d - 2 <= batch;
-  for (int64_t i = 0; good && i < d - 2; ++i)
-    good = t.size(i) == matrix.size(batch - (d - 2) + i) || t.size(i) == 1;
-  STD_TORCH_CHECK(good, op, ": ", name, ": wanted shape (..., ", r, ", ", r, ") for a basis of ", r, " columns, given ",
+  const int64_t r = basis->size(basis->dim() - 1);
+  STD_TORCH_CHECK(fits(t, matrix, r, r), op, ": ", name, ": wanted shape (..., ", r, ", ", r, ") for a basis of ", r, " columns, given ",
                   shape(t));
   const bool wide = matrix.scalar_type() == ScalarType::Double;
-  STD_TORCH_CHECK(t.scalar_type() == (wide ? ScalarType::Double : ScalarType::Float), op, ": ", name,
-                  ": wanted dtype ", wide ? "float64" : "float32", ", given another");
+  STD_TORCH_CHECK(t.scalar_type() == ScalarType::Float || (wide && t.scalar_type() == ScalarType::Double), op, ": ",
+                  name, ": wanted dtype float32", wide ? " or float64" : "", ", given another");
   STD_TORCH_CHECK(t.is_cpu() == matrix.is_cpu(), op, ": ", name, ": wanted the matrix's device");
 }
 
@@ -101,19 +102,56 @@ struct Extent {
   bool meets(const Extent& o) const { return begin < o.end && o.begin < end; }
 };
 
-// Matrices that interleave without sharing an element: column slices of one row-major matrix.
-inline bool column_slices(const Tensor& a, const Tensor& b) {
-  if (a.dim() != 2 || b.dim() != 2 || a.stride(1) != 1 || b.stride(1) != 1 || a.stride(0) != b.stride(0)) return false;
-  if (a.element_size() != b.element_size() || a.stride(0) <= 0) return false;
-  const int64_t pitch = a.stride(0), size = int64_t(a.element_size());
-  const int64_t bytes = int64_t(Extent(b).begin) - int64_t(Extent(a).begin);
-  if (bytes % size) return false;
-  const int64_t offset = ((bytes / size) % pitch + pitch) % pitch;
-  return offset >= a.size(1) && offset + b.size(1) <= pitch;
-}
+// Whether an element of one has a byte of the other: exact for slices, transposes and interleaved views; where it would
+// take too long, whether their spans meet. As `_share_memory` in sculpt_ops/ops/checks.py.
+class Overlap {
+ public:
+  Overlap(const Tensor& a, const Tensor& b) {
+    add(1, int64_t(a.element_size()) - 1, int64_t(b.element_size()) - 1);
+    for (int64_t i = 0; i < a.dim(); ++i) add(a.stride(i) * int64_t(a.element_size()), a.size(i) - 1, 0);
+    for (int64_t i = 0; i < b.dim(); ++i) add(b.stride(i) * int64_t(b.element_size()), 0, b.size(i) - 1);
+    std::sort(steps_.begin(), steps_.end(), [](const Step& x, const Step& y) { return x.stride > y.stride; });
+  }
+  // `distance`: bytes from the first of a to the first of b.
+  bool meets(int64_t distance, size_t at = 0) {
+    if (at == steps_.size() || ++tries_ > kMostTries) return distance == 0 || tries_ > kMostTries;
+    int64_t forth = 0, back = 0;
+    for (size_t i = at + 1; i < steps_.size(); ++i) {
+      forth += steps_[i].of_a * steps_[i].stride;
+      back += steps_[i].of_b * steps_[i].stride;
+    }
+    const auto [stride, of_a, of_b] = steps_[at];
+    const int64_t first = std::max(-floor(forth - distance, stride), -of_b);
+    const int64_t last = std::min(floor(distance + back, stride), of_a);
+    for (int64_t x = first; x <= last; ++x)
+      if (meets(distance - x * stride, at + 1)) return true;
+    return false;
+  }
+
+ private:
+  static constexpr int64_t kMostTries = 1000;
+  // How far an index of a goes, and one of b, by steps of so many bytes.
+  struct Step {
+    int64_t stride, of_a, of_b;
+  };
+  static int64_t floor(int64_t x, int64_t by) { return x / by - (x % by < 0); }
+  void add(int64_t stride, int64_t of_a, int64_t of_b) {
+    if (stride == 0 || (of_a == 0 && of_b == 0 && stride != 1)) return;
+    for (Step& step : steps_)
+      if (step.stride == stride) {
+        step.of_a += of_a;
+        step.of_b += of_b;
+        return;
+      }
+    steps_.push_back({stride, of_a, of_b});
+  }
+  std::vector<Step> steps_;
+  int64_t tries_ = 0;
+};
 
 inline bool share_memory(const Tensor& a, const Tensor& b) {
-  return Extent(a).meets(Extent(b)) && !column_slices(a, b);
+  const Extent x(a), y(b);
+  return x.meets(y) && Overlap(a, b).meets(int64_t(y.begin) - int64_t(x.begin));
 }
 
 // A tensor to be written must not hold one element twice.

@@ -111,6 +111,14 @@ bool rounds_between(const Tensor& in, const Arguments& a) {
          (single(a.left) || single(a.right) || a.left_metric || a.right_metric);
 }
 
+// A metric of a float64 matrix may be float32; the kernels read it in their own type.
+Arguments with_wide_metrics(Arguments a, const Tensor& in) {
+  if (in.scalar_type() != ScalarType::Double) return a;
+  for (Optional* t : {&a.left_metric, &a.right_metric})
+    if (*t && (*t)->scalar_type() == ScalarType::Float) *t = contiguous_copy(**t, ScalarType::Double);
+  return a;
+}
+
 Arguments in_float32(Arguments a) {
   for (Optional* t : {&a.left, &a.right, &a.left_image, &a.right_image, &a.core, &a.reference})
     if (*t) *t = contiguous_copy(**t, ScalarType::Float);
@@ -118,8 +126,9 @@ Arguments in_float32(Arguments a) {
 }
 
 // in and out may be one tensor.
-void execute(const Tensor& in, Tensor out, const Arguments& a) {
+void execute(const Tensor& in, Tensor out, const Arguments& given) {
   if (in.numel() == 0) return;
+  const Arguments a = with_wide_metrics(given, in);
   if (!a.left && !a.right) {
     if (in.get() != out.get()) torch::stable::copy_(out, in);
     return;

@@ -17,7 +17,6 @@ from .options import with_settings
 from .policies import parse_protect
 
 app = typer.Typer(
-    help="Continual full fine-tuning in protected subspaces.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -30,6 +29,23 @@ Protect = Annotated[str, typer.Option(help="A share of the directions such as 0.
 SideNames = Annotated[str, typer.Option(help=f"Sides to protect: {', '.join(get_args(Sides))}.")]
 Targets = Annotated[list[str] | None, typer.Option(help="Glob pattern of weights to protect; may be given repeatedly.")]
 RemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run model code that comes with the checkpoint.")]
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        from .. import __version__
+
+        typer.echo(f"sculpt-ops {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def main(
+    version: Annotated[
+        bool, typer.Option("--version", help="Show the version.", callback=_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Continual full fine-tuning in protected subspaces."""
 
 
 @contextmanager
@@ -105,7 +121,7 @@ def inspect(
     from ..derive import progress_bar
     from ..subspaces import Subspaces
     from ..targets import resolve_targets
-    from .modeling import open_model
+    from .modeling import open_weights
 
     with _one_line_errors():
         share = parse_protect(protect)
@@ -113,7 +129,7 @@ def inspect(
             raise ValueError("protect: got none, there is nothing to inspect")
         if isinstance(share, str | Importance):
             raise ValueError(f"protect: got {protect}, which depends on tasks; wanted a share, or such as schedule:2:5")
-        opened, _ = open_model(model, trust_remote_code=trust_remote_code)
+        opened = open_weights(model, trust_remote_code=trust_remote_code)
         summary = Subspaces.from_model(opened, protect=share, sides=check_sides(sides), targets=targets).summary()
         if output is None:
             typer.echo(summary)

@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
@@ -25,13 +25,22 @@ ABOUT_FILE = "sculpt.json"
 def open_model(
     source: str | Path, dtype: str = "float32", trust_remote_code: bool = False
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A decoder-only or encoder-decoder model and its tokenizer from a folder or a hub name (`may_be_on_hub`).
+    """As `open_weights`, and its tokenizer."""
+    from transformers import AutoTokenizer
+
+    model = open_weights(source, dtype, trust_remote_code)
+    with _opening(source):
+        options = {"local_files_only": Path(source).is_dir(), "trust_remote_code": trust_remote_code}
+        return model, AutoTokenizer.from_pretrained(source, **options)
+
+
+def open_weights(source: str | Path, dtype: str = "float32", trust_remote_code: bool = False) -> PreTrainedModel:
+    """A decoder-only or encoder-decoder model from a folder or a hub name (`may_be_on_hub`).
 
     ValueError if there is none, if it is an adapter, if weights are missing or cut short, or if they are quantised:
     those cannot be trained in full.
     """
-    from safetensors import SafetensorError
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
     local = Path(source).is_dir()
     if not local and not may_be_on_hub(source):
@@ -39,7 +48,7 @@ def open_model(
     if (Path(source) / "adapter_config.json").exists():
         raise ValueError(f"model: {source} is an adapter (LoRA) beside a model; merge them first (merge_and_unload)")
     options = {"local_files_only": local, "trust_remote_code": trust_remote_code}
-    try:
+    with _opening(source):
         settings = AutoConfig.from_pretrained(source, **options)
         if getattr(settings, "quantization_config", None) is not None:
             raise ValueError("its weights are quantised, full fine-tuning needs float weights")
@@ -48,16 +57,24 @@ def open_model(
             model, found = kind.from_pretrained(
                 source, dtype=getattr(torch, dtype), output_loading_info=True, **options
             )
-        tokenizer = AutoTokenizer.from_pretrained(source, **options)
-    except (OSError, ValueError, SafetensorError) as error:
-        said = str(error).splitlines()[0]
-        if not local and isinstance(error, OSError):
-            said = f"there is no folder of this name here, and the hub did not give it: {said}"
-        raise ValueError(f"model: cannot open {source}: {said}") from error
     if missing := sorted(found["missing_keys"]):
         # transformers draws them at random.
         raise ValueError(f"model: {source} has no weights for {list_names(missing)}")
-    return model, tokenizer
+    return cast("PreTrainedModel", model)
+
+
+@contextmanager
+def _opening(source: str | Path) -> Iterator[None]:
+    """What cannot be opened is said to be, in one line."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (OSError, ValueError, SafetensorError) as error:
+        said = str(error).splitlines()[0]
+        if not Path(source).is_dir() and isinstance(error, OSError):
+            said = f"there is no folder of this name here, and the hub did not give it: {said}"
+        raise ValueError(f"model: cannot open {source}: {said}") from error
 
 
 def may_be_on_hub(source: str | Path) -> bool:
@@ -122,7 +139,7 @@ def load_model(folder: Path, model: PreTrainedModel, world: World) -> None:
     moment. To be called by every rank."""
 
     def load() -> None:
-        saved, _ = open_model(folder, str(model.dtype).removeprefix("torch."))
+        saved = open_weights(folder, str(model.dtype).removeprefix("torch."))
         weights = dict(saved.named_parameters()) | dict(saved.named_buffers())
         for name, weight in [*model.named_parameters(), *model.named_buffers()]:
             weight.copy_(_laid_out(weights[name], weight))

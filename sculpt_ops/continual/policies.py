@@ -32,10 +32,11 @@ def parse_protect(text: str) -> Protect:
                 return Energy(float(share))
             case "importance", [] | [_, _]:
                 return Importance(*map(float, numbers))
-        return float(text)
+        return Fraction(float(text)).share
     except ValueError as error:
         raise ValueError(
-            f"protect: got {text!r}, wanted a share as 0.5, or rank:64, energy:0.9, importance:0.1:0.8, schedule, none"
+            f"protect: got {text!r}, wanted a share from 0 to 1 as 0.5, or rank:64, energy:0.9, importance:0.1:0.8, "
+            "schedule, none"
         ) from error
 
 

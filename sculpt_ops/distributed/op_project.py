@@ -279,7 +279,7 @@ def _carried(part: _Part) -> OneSide | None:
     )
 
     def spread() -> None:
-        matrix.copy_((thin if of_other is None else thin @ of_other) @ wide.mT)
+        matrix.copy_((thin if of_other is None else thin @ of_other.to(dtype)) @ wide.mT)
 
     sums = summed.basis.to(dtype), summed.keep, summed.dims, summed.rows
     return OneSide(thin, *sums, whole_basis=whole, metric=of_summed, then=spread)

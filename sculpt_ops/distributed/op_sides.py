@@ -91,7 +91,7 @@ class OneSide:
         if self.image is not None:
             coefficients = coefficients - self.image.mT
         if self.metric is not None:
-            coefficients = coefficients @ self.metric.mT
+            coefficients = coefficients @ self.metric.mT.to(coefficients.dtype)
         _add_product(self.matrix, self.basis, coefficients.mT, self.keep, self.reference)
         if self.then is not None:
             self.then()
@@ -121,9 +121,9 @@ class BlockSide:
         if self.core is not None:
             coefficients = coefficients - self.core
         if self.left_metric is not None:
-            coefficients = self.left_metric @ coefficients
+            coefficients = self.left_metric.to(coefficients.dtype) @ coefficients
         if self.right_metric is not None:
-            coefficients = coefficients @ self.right_metric
+            coefficients = coefficients @ self.right_metric.to(coefficients.dtype)
         thin = self.right.to(coefficients.dtype) @ coefficients.mT
         _add_product(self.matrix, self.left, thin.mT, keep=False, reference=None)
 

@@ -77,15 +77,19 @@ def check_matrix(op: str, name: str, matrix: Tensor) -> None:
         raise TypeError(f"{op}: {name}: given layout {matrix.layout}, wanted a dense (strided) tensor")
 
 
+def _is_led_by(thin: Tensor, matrix: Tensor) -> bool:
+    """Whether its leading dimensions broadcast to the matrix's."""
+    if thin.dim() <= 2:
+        return True
+    lead, batch = thin.shape[:-2], matrix.shape[:-2]
+    pairs = zip(reversed(lead), reversed(batch), strict=False)
+    return len(lead) <= len(batch) and all(a in (b, 1) for a, b in pairs)
+
+
 def _check_thin(op: str, name: str, thin: Tensor, matrix: Tensor, rows: int, cols: int | None) -> None:
-    shape, batch = thin.shape, matrix.shape[:-2]
+    shape = thin.shape
     good = len(shape) >= 2 and shape[-2] == rows and (cols is None or shape[-1] == cols)
-    if good and len(shape) > 2:
-        lead = shape[:-2]
-        good = len(lead) <= len(batch) and all(
-            a in (b, 1) for a, b in zip(reversed(lead), reversed(batch), strict=False)
-        )
-    if not good:
+    if not (good and _is_led_by(thin, matrix)):
         wanted = f"(..., {rows}, {'r' if cols is None else cols})"
         raise ValueError(
             f"{op}: {name}: given shape {_shape(thin)}, wanted {wanted} for a matrix of shape {_shape(matrix)}"
@@ -122,16 +126,16 @@ def _check_metric(op: str, side: str, metric: Tensor, basis: Tensor | None, matr
     name = f"{side}_metric"
     if basis is None:
         raise ValueError(f"{op}: {name}: given {side}=None, wanted a {side} basis")
-    rank, lead, batch = basis.shape[-1], metric.shape[:-2], matrix.shape[:-2]
-    good = metric.shape[-2:] == (rank, rank) and len(lead) <= len(batch)
-    if not (good and all(a in (b, 1) for a, b in zip(reversed(lead), reversed(batch), strict=False))):
+    rank = basis.shape[-1]
+    if metric.shape[-2:] != (rank, rank) or not _is_led_by(metric, matrix):
         raise ValueError(
             f"{op}: {name}: given shape {_shape(metric)}, wanted (..., {rank}, {rank}) for a {side} basis of {rank} "
             f"columns and a matrix of shape {_shape(matrix)}"
         )
-    wanted = torch.promote_types(matrix.dtype, torch.float32)
-    if metric.dtype is not wanted:
-        raise TypeError(f"{op}: {name}: given dtype {dtype_name(metric.dtype)}, wanted {dtype_name(wanted)}")
+    double = matrix.dtype is torch.float64
+    if metric.dtype is not torch.float32 and not (double and metric.dtype is torch.float64):
+        wanted = "float32 or float64" if double else "float32"
+        raise TypeError(f"{op}: {name}: given dtype {dtype_name(metric.dtype)}, wanted {wanted}")
     if metric.device != matrix.device:
         raise ValueError(f"{op}: {name}: given device {metric.device}, wanted the matrix's, {matrix.device}")
 
@@ -291,21 +295,38 @@ def _extent(tensor: Tensor) -> tuple[int, int]:
     return begin, begin + (last + 1) * tensor.element_size()
 
 
-def _column_slices(a: Tensor, b: Tensor) -> bool:
-    """Column slices of one row-major matrix interleave without sharing an element."""
-    if a.dim() != 2 or b.dim() != 2 or a.dtype is not b.dtype:
-        return False
-    pitch = a.stride(0)
-    if a.stride(1) != 1 or b.stride(1) != 1 or b.stride(0) != pitch or pitch <= 0:
-        return False
-    elements, odd = divmod(b.data_ptr() - a.data_ptr(), a.element_size())
-    offset = elements % pitch
-    return odd == 0 and offset >= a.shape[1] and offset + b.shape[1] <= pitch
+# Pairs of index ranges that are looked at before two tensors are taken to share memory.
+_MOST_TRIES = 1000
 
 
 def _share_memory(a: Tensor, b: Tensor) -> bool:
+    """Whether an element of one has a byte of the other: exact for slices, transposes and interleaved views; where it
+    would take too long, whether their spans meet."""
     (a0, a1), (b0, b1) = _extent(a), _extent(b)
-    return a0 < b1 and b0 < a1 and not _column_slices(a, b)
+    if not (a0 < b1 and b0 < a1):
+        return False
+    # By stride in bytes how far an index of a goes, and one of b: they meet where the sum of (index of a - index of b)
+    # times stride is the distance.
+    reach: dict[int, list[int]] = {1: [a.element_size() - 1, b.element_size() - 1]}
+    for which, tensor in enumerate((a, b)):
+        for size, stride in zip(tensor.shape, tensor.stride(), strict=True):
+            if size > 1 and stride:
+                reach.setdefault(stride * tensor.element_size(), [0, 0])[which] += size - 1
+    strides = sorted(reach, reverse=True)
+    tries = 0
+
+    def meet(at: int, distance: int) -> bool:
+        nonlocal tries
+        tries += 1
+        if at == len(strides) or tries > _MOST_TRIES:
+            return distance == 0 or tries > _MOST_TRIES
+        stride, rest = strides[at], strides[at + 1 :]
+        forth, back = (sum(reach[s][which] * s for s in rest) for which in (0, 1))
+        first = max(-((forth - distance) // stride), -reach[stride][1])
+        last = min((distance + back) // stride, reach[stride][0])
+        return any(meet(at + 1, distance - x * stride) for x in range(first, last + 1))
+
+    return meet(0, b0 - a0)
 
 
 def check_written(op: str, name: str, tensor: Tensor) -> None:

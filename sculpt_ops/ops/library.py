@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 
-__all__ = ["AFTER_AUTOGRAD", "LIBRARY"]
+__all__ = ["AFTER_AUTOGRAD", "LIBRARY", "explained", "without_autocast"]
 
 _spec = importlib.util.find_spec("sculpt_ops._C")
 if _spec is None or _spec.origin is None:
@@ -20,3 +22,33 @@ torch.ops.load_library(_spec.origin)
 LIBRARY = torch.library.Library("sculpt", "IMPL")
 # An Autograd kernel redispatches to what lies below it (functionalization, then the device) with this mask.
 AFTER_AUTOGRAD: Any = torch._C._after_autograd_keyset
+
+
+def without_autocast(tensor: torch.Tensor) -> AbstractContextManager[None]:
+    """For products whose dtype is promised: autocast would make it its own."""
+    kind = tensor.device.type
+    return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()
+
+
+def explained(check: Callable[[], None], op: Callable[..., Any], *given: Any, **flags: Any) -> Any:
+    """What `op` gives. Where it refuses, `check` says it first, with the error that belongs to the argument: what C++
+    says is a RuntimeError, and before torch 2.13 without its words. Costs nothing where nothing is wrong."""
+    if torch.compiler.is_compiling():
+        return op(*given, **flags)
+    try:
+        return op(*given, **flags)
+    except RuntimeError:
+        clear = _refusal(check)
+        if clear is None:
+            raise
+    raise clear
+
+
+def _refusal(check: Callable[[], None]) -> Exception | None:
+    try:
+        check()
+    except (TypeError, ValueError) as error:
+        return error
+    except RuntimeError:  # of tensors without memory of their own, as in a transform of torch.func
+        return None
+    return None

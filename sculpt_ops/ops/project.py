@@ -13,8 +13,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .checks import check_foreach, check_project, refuse_forward_mode
-from .library import AFTER_AUTOGRAD, LIBRARY
+from .checks import (
+    check_apart,
+    check_foreach,
+    check_foreach_apart,
+    check_project,
+    check_written,
+    refuse_forward_mode,
+)
+from .library import AFTER_AUTOGRAD, LIBRARY, explained, without_autocast
 
 __all__ = ["foreach_project_", "project", "project_"]
 
@@ -47,7 +54,7 @@ def project(
         keep_right: the same for ``right``.
         block: ``grad - L Lᵀ grad R Rᵀ``, which removes only the part that both bases see. Takes both sides and no keep
             flag.
-        left_metric: (..., r, r) M, float32 (float64 with a float64 grad): ``L M Lᵀ`` takes the place of ``L Lᵀ``; None
+        left_metric: (..., r, r) M, float32 (or float64, with a float64 grad): ``L M Lᵀ`` in the place of ``L Lᵀ``; None
             is the identity. With ``M = (LᵀL)⁻¹``, computed in float64, it is the exact projector onto the span of the
             columns, which need not be orthonormal then: those of a basis rounded to bf16. With a diagonal M of
             importances in [0, 1] directions are protected in part (scaled gradient projection, Saha and Roy, AAAI 2023,
@@ -62,9 +69,14 @@ def project(
     Raises:
         ValueError, TypeError: naming the argument, what was given and what was wanted; nothing has been written.
     """
-    refuse_forward_mode("project", grad, left, right, left_metric, right_metric)
+    thin = left, right, left_metric, right_metric
+    refuse_forward_mode("project", grad, *thin)
     flags: dict[str, Any] = {"keep_left": keep_left, "keep_right": keep_right, "block": block}
-    out: Tensor = _PROJECT(grad, left, right, left_metric, right_metric, **flags)
+
+    def check() -> None:
+        check_project("project", grad, *thin, **flags)
+
+    out: Tensor = explained(check, _PROJECT, grad, *thin, **flags)
     return out
 
 
@@ -86,7 +98,14 @@ def project_(
     expanded tensor) and share no memory with the others.
     """
     flags: dict[str, Any] = {"keep_left": keep_left, "keep_right": keep_right, "block": block}
-    _PROJECT_(grad, left, right, left_metric, right_metric, **flags)
+    thin = left, right, left_metric, right_metric
+
+    def check() -> None:
+        check_project("project_", grad, *thin, **flags)
+        check_written("project_", "grad", grad)
+        check_apart("project_", "grad", grad, **dict(zip(_THIN, thin, strict=True)))
+
+    explained(check, _PROJECT_, grad, *thin, **flags)
     return grad
 
 
@@ -110,7 +129,12 @@ def foreach_project_(
     flags: dict[str, Any] = {"keep_lefts": keep_lefts, "keep_rights": keep_rights, "block": block}
     if not grads:  # lists without a tensor reach no backend, and an empty model is not an error
         return check_foreach("foreach_project_", grads, lefts, rights, *metrics, **flags)
-    _FOREACH_(list(grads), list(lefts), list(rights), *metrics, **flags)
+
+    def check() -> None:
+        check_foreach("foreach_project_", grads, lefts, rights, *metrics, **flags)
+        check_foreach_apart("foreach_project_", grads, lefts, rights, *metrics)
+
+    explained(check, _FOREACH_, list(grads), list(lefts), list(rights), *metrics, **flags)
 
 
 @torch.library.register_fake("sculpt::project")
@@ -144,14 +168,16 @@ def _side_gradients(
 ) -> tuple[Tensor, Tensor | None]:
     """d/dL and d/dM of <go, X -+ L M Lᵀ X>: minus (go (Xᵀ L) Mᵀ + X (goᵀ L) M) and minus (Lᵀ go) (Xᵀ L), plus where the
     side is kept; summed over broadcasts."""
-    wide = basis.dtype if metric is None else metric.dtype
+    wide = basis.dtype if metric is None else torch.promote_types(basis.dtype, metric.dtype)
     sign = 1.0 if keep else -1.0
     go, matrix, basis_ = go.to(wide), matrix.to(wide), basis.to(wide)
     seen, asked = matrix.mT @ basis_, go.mT @ basis_
     if metric is None:
         return (sign * (go @ seen + matrix @ asked)).sum_to_size(basis.shape), None
-    d_basis = sign * (go @ (seen @ metric.mT) + matrix @ (asked @ metric))
-    return d_basis.sum_to_size(basis.shape).to(basis.dtype), (sign * (asked.mT @ seen)).sum_to_size(metric.shape)
+    M = metric.to(wide)
+    d_basis = sign * (go @ (seen @ M.mT) + matrix @ (asked @ M))
+    d_metric = sign * (asked.mT @ seen)
+    return d_basis.sum_to_size(basis.shape).to(basis.dtype), d_metric.sum_to_size(metric.shape).to(metric.dtype)
 
 
 def _project_setup(ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[str, Any], output: Tensor) -> None:
@@ -164,6 +190,11 @@ def _project_setup(ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[
 
 
 def _project_backward(ctx: Any, go: Tensor) -> tuple[Tensor | None, ...]:
+    with without_autocast(go):  # backward() itself may run under it
+        return _project_gradients(ctx, go)
+
+
+def _project_gradients(ctx: Any, go: Tensor) -> tuple[Tensor | None, ...]:
     grad, left, right, left_metric, right_metric = ctx.saved_tensors
     flags = ctx.flags
     block = flags["block"]

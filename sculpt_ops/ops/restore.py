@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .checks import check_restore, refuse_gradients
-from .library import AFTER_AUTOGRAD, LIBRARY
+from .checks import check_apart, check_restore, check_written, refuse_gradients
+from .library import AFTER_AUTOGRAD, LIBRARY, explained
 
 __all__ = ["restore_"]
 
@@ -52,18 +52,17 @@ def restore_(
         ValueError, TypeError, RuntimeError: naming the argument, what was given and what was wanted; nothing has been
             written.
     """
-    _RESTORE_(
-        weight,
-        left,
-        left_image,
-        right,
-        right_image,
-        core=core,
-        reference=reference,
-        keep_left=keep_left,
-        keep_right=keep_right,
-        block=block,
-    )
+    thin = left, left_image, right, right_image
+    start = {"core": core, "reference": reference}
+
+    def check() -> None:
+        check_restore("restore_", weight, *thin, core, reference, keep_left, keep_right, block)
+        check_written("restore_", "weight", weight)
+        names = ("left", "left_image", "right", "right_image")
+        check_apart("restore_", "weight", weight, **dict(zip(names, thin, strict=True)), **start)
+
+    flags = {"keep_left": keep_left, "keep_right": keep_right, "block": block}
+    explained(check, _RESTORE_, weight, *thin, **start, **flags)
     return weight
 
 

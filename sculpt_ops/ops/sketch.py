@@ -16,7 +16,7 @@ from torch.autograd.forward_ad import unpack_dual
 from .. import reference
 from .checks import check_sketch
 from .cuda import triton_missing
-from .library import AFTER_AUTOGRAD, LIBRARY
+from .library import AFTER_AUTOGRAD, LIBRARY, without_autocast
 
 __all__ = ["sketch", "test_matrix"]
 
@@ -167,7 +167,8 @@ def _sketch_autograd(
         # mode silently takes its tangent for zero.
         omega = _TEST_MATRIX(input, q, **keywords)
         matrix = input.mT if transpose else input
-        return torch.matmul(matrix.to(omega.dtype), omega)
+        with without_autocast(input):
+            return torch.matmul(matrix.to(omega.dtype), omega)
     out: Tensor = _SKETCH.redispatch(keyset & AFTER_AUTOGRAD, input, q, **keywords)
     return out
 

@@ -83,8 +83,8 @@ def test_train_and_report(model_folder: Path, tasks: Path, tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("options", "complaint"),
     [
-        (["--protect", "lots"], "protect: got 'lots', wanted a share as 0.5, or rank:64, energy:0.9, importance"),
-        (["--protect", "1.5"], "protect must lie between 0"),
+        (["--protect", "lots"], "protect: got 'lots', wanted a share from 0 to 1 as 0.5, or rank:64"),
+        (["--protect", "1.5"], "protect: got '1.5', wanted a share from 0 to 1"),
         (["--sides", "top"], "sides must be one of both, left, right, block"),
         (["--lr", "0"], "lr: got 0.0, wanted more than 0"),
         (["--state", "half"], "state: got 'half', wanted one of full, subspace"),
@@ -134,6 +134,20 @@ def test_inspect_shows_what_would_be_protected(model_folder: Path) -> None:
     for text in ("importance", "schedule"):
         assert f"got {text}, which depends on tasks" in refused(sculpt("inspect", model_folder, "--protect", text))
     assert sculpt("inspect", model_folder, "--protect", "schedule:2:5").exit_code == 0
+
+
+def test_inspect_needs_no_tokenizer(model_folder: Path, tmp_path: Path) -> None:
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    for name in ("config.json", "model.safetensors"):
+        (bare / name).write_bytes((model_folder / name).read_bytes())
+    assert sculpt("inspect", bare).output == sculpt("inspect", model_folder).output
+
+
+def test_the_version_is_shown() -> None:
+    import sculpt_ops
+
+    assert sculpt("--version").output == f"sculpt-ops {sculpt_ops.__version__}\n"
 
 
 def test_doctor_names_versions_and_ops() -> None:

@@ -200,3 +200,17 @@ def test_forward_mode_is_refused_and_not_dropped(op: str) -> None:
         torch.func.jvp(calls[op], (grad,), (torch.ones_like(grad),))
     with torch.autograd.forward_ad.dual_level():
         calls[op](grad)  # a plain tensor is welcome inside
+
+
+def test_autocast_changes_no_gradient() -> None:
+    """backward() under autocast, too: torch's products would be bfloat16 there."""
+    found = []
+    for enabled in (False, True):
+        grad, left, right = (t.requires_grad_() for t in inputs(torch.float32))
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            out = sculpt_ops.project(grad, left, right)
+            assert sculpt_ops.sketch(grad, 3, seed=1).dtype is torch.float32
+            (out * gaussian(7, 9, dtype=torch.float32, seed=4)).sum().backward()
+        found.append((out, grad.grad, left.grad, right.grad))
+    for plain, under in zip(*found, strict=True):
+        assert torch.equal(plain, under)

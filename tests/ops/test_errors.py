@@ -93,7 +93,9 @@ def call(entry: str, positional: tuple[Any, ...], flags: dict[str, Any]) -> None
 def test_project_refuses(entry: str, arguments: dict[str, Any], name: str, words: str) -> None:
     before = snapshot(arguments)
     flags = {k: v for k, v in arguments.items() if isinstance(v, bool)}
-    with pytest.raises((ValueError, TypeError, RuntimeError), match=words) as caught:
+    # Of torch.ops in inference mode the C++ kernels' own words: there is no Python below the Autograd key.
+    kinds = (ValueError, TypeError, RuntimeError) if entry == "inference" else (ValueError, TypeError)
+    with pytest.raises(kinds, match=words) as caught:
         call(entry, (arguments["grad"], arguments["left"], arguments["right"]), flags)
     assert f"{name}:" in str(caught.value)
     assert unchanged(arguments, before)
@@ -104,7 +106,7 @@ def test_project_refuses(entry: str, arguments: dict[str, Any], name: str, words
 )
 def test_in_place_refuses_shared_memory(arguments: dict[str, Any], name: str, words: str) -> None:
     before = snapshot(arguments)
-    with pytest.raises((ValueError, RuntimeError), match=words) as caught:
+    with pytest.raises(ValueError, match=words) as caught:
         sculpt_ops.project_(**arguments)
     assert f"{name}:" in str(caught.value)
     assert unchanged(arguments, before)
@@ -113,7 +115,7 @@ def test_in_place_refuses_shared_memory(arguments: dict[str, Any], name: str, wo
 
 def test_another_device_is_refused() -> None:
     arguments = make(left=torch.empty(M, 3, device="meta"))
-    with pytest.raises((ValueError, RuntimeError, NotImplementedError), match=r"left|device"):
+    with pytest.raises(ValueError, match=r"left: given device meta"):
         sculpt_ops.project_(**arguments)
 
 
@@ -153,11 +155,11 @@ def test_foreach_refuses_entries_that_share_memory_and_lists_of_other_lengths() 
     matrix = gaussian(2 * M, N, dtype=torch.float32)
     left = orthonormal(M, 3, torch.float32)
     before = matrix.clone()
-    with pytest.raises((ValueError, RuntimeError), match=r"entries 0 and 1 that share memory"):
+    with pytest.raises(ValueError, match=r"entries 0 and 1 that share memory"):
         sculpt_ops.foreach_project_([matrix[:M], matrix[M - 1 : -1]], [left, left], [None, None])
-    with pytest.raises((ValueError, RuntimeError), match=r"share memory"):
+    with pytest.raises(ValueError, match=r"share memory"):
         sculpt_ops.foreach_project_([matrix[:, :12], matrix[:, 8:]], [None, None], [None, None])
-    with pytest.raises((ValueError, RuntimeError), match=r"memory of its own"):
+    with pytest.raises(ValueError, match=r"memory of its own"):
         sculpt_ops.foreach_project_([matrix[:M], matrix[M:]], [None, matrix[:M, :3]], [None, None])
     with pytest.raises(ValueError, match=r"lefts: given 1 entries, wanted 2"):
         sculpt_ops.foreach_project_([matrix[:M], matrix[M:]], [left], [None, None])
@@ -181,11 +183,11 @@ def test_foreach_refuses_a_basis_inside_any_entry(by: str) -> None:
     before = matrix.clone()
     words = r"lefts.*memory"
     # The entry that begins last before the basis, and one that begins before that and ends later.
-    with pytest.raises((ValueError, RuntimeError), match=words):
+    with pytest.raises(ValueError, match=words):
         call([long, short], [left, beside])
-    with pytest.raises((ValueError, RuntimeError), match=words):
+    with pytest.raises(ValueError, match=words):
         call([short, long], [beside, left])
-    with pytest.raises((ValueError, RuntimeError), match=words):
+    with pytest.raises(ValueError, match=words):
         call([matrix[:2], matrix[2:]], [matrix[4:6, :2], None])
     assert torch.equal(matrix, before)
     call([long, short], [None, below[:, :2]])
@@ -232,8 +234,8 @@ def test_restore_refuses_shared_memory() -> None:
     weight = gaussian(M, N, dtype=torch.float32)
     left = orthonormal(M, 3, torch.float32)
     before = weight.clone()
-    with pytest.raises((ValueError, RuntimeError), match=r"left_image: .*memory"):
+    with pytest.raises(ValueError, match=r"left_image: .*memory"):
         sculpt_ops.restore_(weight, left, weight[:3], None, None)
-    with pytest.raises((ValueError, RuntimeError), match=r"reference: .*memory"):
+    with pytest.raises(ValueError, match=r"reference: .*memory"):
         sculpt_ops.restore_(weight, left, None, None, None, keep_left=True, reference=weight)
     assert torch.equal(weight, before)

@@ -139,6 +139,16 @@ def test_what_a_rounded_basis_leaves_without_its_metric_and_with_it() -> None:
     assert with_it < 2e-6
 
 
+def test_a_float64_matrix_takes_a_float32_metric() -> None:
+    grad, left = gaussian(20, 30).requires_grad_(), orthonormal(20, 3, torch.float64).requires_grad_()
+    own = metric(3, torch.float32).requires_grad_()
+    out = sculpt_ops.project(grad, left, left_metric=own)
+    torch.testing.assert_close(out, reference.project(grad, left, left_metric=own.double()))
+    (out * gaussian(20, 30, seed=4)).sum().backward()
+    assert own.grad is not None
+    assert own.grad.dtype is torch.float32
+
+
 def test_importances_protect_in_part() -> None:
     grad, left = gaussian(50, 70, dtype=torch.float32), orthonormal(50, 3, torch.float32)
     shares = torch.tensor([1.0, 0.25, 0.0])
@@ -242,6 +252,9 @@ def test_what_is_refused_is_named_and_nothing_is_written() -> None:
     ]
     for changed, kind, message in cases:
         given = {"left": left, "right": right, **changed}
+        if kind is not RuntimeError:
+            with pytest.raises(kind, match=message):
+                sculpt_ops.project(grad, **given)
         with pytest.raises(kind, match=message):
             sculpt_ops.project_(grad, **given)
         lists = {f"{name}s": [value] for name, value in given.items()}
@@ -250,7 +263,7 @@ def test_what_is_refused_is_named_and_nothing_is_written() -> None:
     with pytest.raises(ValueError, match="left_metrics: given 2 entries, wanted 1"):
         sculpt_ops.foreach_project_([grad], [left], [None], left_metrics=[one, one])
     shared = torch.eye(9)
-    with pytest.raises(RuntimeError, match="left_metric: wanted memory of its own"):
+    with pytest.raises(ValueError, match="left_metric: given memory shared with grad"):
         sculpt_ops.project_(shared, shared[:, :0].new_zeros(9, 2), left_metric=shared[:2, :2])
     assert torch.equal(grad, before)
 

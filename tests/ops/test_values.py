@@ -206,6 +206,27 @@ def test_foreach_takes_column_slices_of_one_matrix() -> None:
     torch.testing.assert_close(fused, expected, rtol=0, atol=1e-5)
 
 
+def test_foreach_takes_views_that_lie_between_each_other() -> None:
+    """Halves of stacked matrices by rows and by columns, transposed slices, every other column."""
+    stacked, matrix = gaussian(2, 24, 32, dtype=torch.float32), gaussian(24, 32, dtype=torch.float32)
+    lists = {
+        12: stacked.split(12, -2),
+        24: stacked.split(16, -1),
+        8: [part.mT for part in matrix.split(8, 1)],
+        16: [matrix[:16, ::2], matrix[:16, 1::2]],
+    }
+    for rows, views in lists.items():
+        left = orthonormal(rows, 2, torch.float32)
+        expected = [sculpt_ops.project(view, left) for view in views]
+        sculpt_ops.foreach_project_(list(views), [left] * len(views), [None] * len(views))
+        for view, wanted in zip(views, expected, strict=True):
+            torch.testing.assert_close(view, wanted, rtol=0, atol=1e-5)
+    beside = gaussian(24, 32, dtype=torch.float32)
+    beside[:, 8:10] = orthonormal(24, 2, torch.float32)
+    sculpt_ops.project_(beside[:, :8].mT, None, beside[:, 8:10])
+    assert (beside[:, 8:10].mT @ beside[:, :8]).abs().max() < 1e-5
+
+
 def restore_arguments(weight: Tensor, left: Tensor, right: Tensor) -> dict[str, Tensor]:
     return {"left_image": left.mT @ weight, "right_image": weight @ right, "core": left.mT @ weight @ right}
 
