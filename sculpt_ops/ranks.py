@@ -176,9 +176,10 @@ def as_policy(
         _check_share("protect", protect)
         return Fraction(protect)
     if isinstance(protect, int | np.integer):
+        share = f"protect={float(protect)} for a share of min(m, n) or " if 0 <= protect <= 1 else ""
         raise TypeError(
-            f"protect={protect!r} could be a share or a number of directions: write protect={float(protect)} "
-            f"for a share of min(m, n) or protect=Rank({int(protect)}) for a rank"
+            f"protect={protect!r} could be a share or a number of directions: write {share}"
+            f"protect=Rank({int(protect)}) for a rank"
         )
     if isinstance(protect, RankPolicy | Importance) and not isinstance(protect, type):
         return protect

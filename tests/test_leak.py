@@ -79,6 +79,12 @@ def test_no_change_is_no_leak() -> None:
     assert measure_sketched(layer, start, sketch_weight(layer, start, "w"), "w").total == 0.0
 
 
+def test_weights_of_nan_have_no_leak_of_zero() -> None:
+    start = torch.randn(24, 40)
+    leak = measure_exact(layer_of(start, 5, "both"), start * torch.nan, start)
+    assert all(share != share for share in (leak.total, leak.left, leak.right))
+
+
 def test_sketch_of_a_name_is_fixed() -> None:
     # A saved sketch must be readable by later releases: these signs may never change.
     layer = LayerSubspace((4, 3), 0, 0.0, Basis(torch.zeros(4, 0), "protected"))

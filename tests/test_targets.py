@@ -1,7 +1,9 @@
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from sculpt_ops.names import canonical_name, canonical_parameters, group_names
@@ -201,6 +203,16 @@ def test_wrapped_models_give_the_same_names() -> None:
     assert list(resolve_targets(Wrapper("_orig_mod", Wrapper("module", model)))) == names
     model.model.layers[0] = Wrapper("_checkpoint_wrapped_module", model.model.layers[0])
     assert list(resolve_targets(model)) == names
+
+
+def test_default_targets_of_a_model_in_ddp(tmp_path: Path) -> None:
+    model = tiny("llama")
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
+    try:
+        wrapped = torch.nn.parallel.DistributedDataParallel(model)
+        assert list(resolve_targets(wrapped)) == list(resolve_targets(model))
+    finally:
+        dist.destroy_process_group()
 
 
 def test_colliding_canonical_names_are_refused() -> None:

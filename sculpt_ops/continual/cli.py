@@ -87,9 +87,17 @@ def train(
         from .result import RunResult
         from .trainer import train as run
 
-        result = run(chosen, zero_shot=None if zero_shot is None else RunResult.load(zero_shot), quiet=quiet)
+        try:
+            result = run(chosen, zero_shot=None if zero_shot is None else RunResult.load(zero_shot), quiet=quiet)
+        except KeyboardInterrupt:
+            if is_first_process():
+                typer.echo("stopped; the same command with --resume goes on from what was saved", err=True)
+            raise typer.Exit(130) from None
         if is_first_process():
             typer.echo(write_report([result], chosen.output))
+            if not quiet:
+                accuracy = 100 * result.metrics.average_accuracy.value
+                typer.echo(f"average accuracy {accuracy:.1f} %; the model is in {chosen.output}/model", err=True)
 
 
 @app.command()

@@ -231,6 +231,8 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for name, value in left_open(self).items():
             object.__setattr__(self, name, value)
+        if isinstance(self.tasks, str | Path | Task):
+            object.__setattr__(self, "tasks", (self.tasks,))
         check_sides(self.sides)
         for entry in fields(self):
             _check(entry, getattr(self, entry.name))
@@ -272,6 +274,11 @@ class TrainConfig:
             )
         if self.remember is not None:
             self._check_remember(self.remember)
+        elif self.protects and isinstance(self.protect, float) and self.protect == 0.0:
+            raise ValueError(
+                "protect: got 0 with remember none, which protects nothing; wanted remember inputs:0.95, the default, "
+                "or method plain"
+            )
         if self.remember_text is not None and not self.remembers_inputs:
             raise ValueError(
                 f"remember_text: got {str(self.remember_text)!r} with remember {self.remember or 'none'}, wanted one "

@@ -18,7 +18,7 @@ from .encoding import Collator, Encoded, EncodedTask, encode_tasks
 from .evaluate import greedy_answers
 from .learn import steps_of
 from .plan import make_plan
-from .prepare import open_for_training, read_tasks, remembered_text, sequence_notes
+from .prepare import open_for_training, read_tasks, remembered_text, rounding_notes, sequence_notes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -140,7 +140,7 @@ def estimate(config: TrainConfig) -> Estimate:
         lr=config.lr,
         memory=_memory(config, encoded),
         tasks=made,
-        notes=[*sequence_notes(config, [task.name for task in tasks]), *cut],
+        notes=[*sequence_notes(config, [task.name for task in tasks]), *rounding_notes(config), *cut],
     )
 
 

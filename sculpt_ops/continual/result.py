@@ -144,7 +144,10 @@ class RunResult:
     def metrics(self) -> Metrics:
         """Average accuracy, backward transfer and forgetting with their intervals; ValueError for a run cut short."""
         if not self.complete:
-            raise ValueError(f"{self.output}: the run stopped after {len(self.correct) - 1} of {len(self.tasks)} tasks")
+            done = max(len(self.correct) - 1, 0)
+            raise ValueError(
+                f"{self.output}: the run stopped after {done} of {len(self.tasks)} tasks; sculpt train --resume goes on"
+            )
         return measure(self.correct)
 
     @property

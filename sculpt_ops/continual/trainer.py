@@ -65,6 +65,8 @@ def _train(config: TrainConfig, zero_shot: RunResult | None, world: World, quiet
     run = world.together("preparing the run", lambda: prepare(config, world, progress, tasks, opened))
     if zero_shot is not None and not run.result.predictions:
         world.together("zero_shot", lambda: take_over(run, zero_shot))
+    # An output that cannot be written is found before anything is measured.
+    world.on_first("opening the output", lambda: Path(config.output).mkdir(parents=True, exist_ok=True))
     if run.result.predictions:
         # What is taken over, or what a killed run had not yet written of what it had done.
         run.write()

@@ -13,6 +13,10 @@ from ..ops.finite import LinAlgError
 __all__ = ["Ranks", "collective"]
 
 
+# Only what every rank can make of a message: other exceptions have arguments of their own.
+_KNOWN = (ValueError, TypeError, LinAlgError, OSError, FileExistsError, FileNotFoundError, PermissionError)
+
+
 class Ranks(NamedTuple):
     """A process group and this process's place in it."""
 
@@ -44,8 +48,7 @@ class Ranks(NamedTuple):
         for rank, (raised, _) in enumerate(outcomes):
             if raised is not None:
                 kind, message = raised
-                # Only what every rank can make of a message: others have arguments of their own.
-                known = {k.__name__: k for k in (ValueError, TypeError, LinAlgError, OSError)}.get(kind)
+                known = {k.__name__: k for k in _KNOWN}.get(kind)
                 if failure is not None and rank == self.rank:
                     raise failure
                 raise known(message) if known is not None else RuntimeError(f"{what}: rank {rank}: {kind}: {message}")

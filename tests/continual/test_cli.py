@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 
 from sculpt_ops.continual.cli import app
 
+BFLOAT16 = ["--dtype", "bfloat16", "--master", "split"]
 QUICK = ["--max-steps", "2", "--eval-items", "3", "--max-length", "64", "--lr", "1e-2", "--cpu", "--quiet"]
 
 
@@ -77,7 +78,9 @@ def test_train_and_report(model_folder: Path, tasks: Path, tmp_path: Path) -> No
     compared = sculpt("report", plain, protected, "--output", tmp_path / "both")
     assert compared.exit_code == 0, compared.output
     assert "Difference from plain" in (tmp_path / "both" / "report.md").read_text()
-    assert "not empty; name a new folder" in refused(sculpt("train", model_folder, tasks, "--output", plain, *QUICK))
+    assert "not empty; add --resume to go on with its run, or name a new folder" in refused(
+        sculpt("train", model_folder, tasks, "--output", plain, *QUICK)
+    )
 
 
 @pytest.mark.parametrize(
@@ -142,6 +145,41 @@ def test_inspect_needs_no_tokenizer(model_folder: Path, tmp_path: Path) -> None:
     for name in ("config.json", "model.safetensors"):
         (bare / name).write_bytes((model_folder / name).read_bytes())
     assert sculpt("inspect", bare).output == sculpt("inspect", model_folder).output
+
+
+def test_a_run_that_is_stopped_says_how_to_go_on(
+    model_folder: Path, tasks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from sculpt_ops.continual import trainer
+
+    learn, output = trainer.learn, tmp_path / "run"
+
+    def stop(run: Any, index: int) -> None:
+        if index == 1:
+            raise KeyboardInterrupt
+        learn(run, index)
+
+    monkeypatch.setattr(trainer, "learn", stop)
+    command = ("train", model_folder, tasks, "--output", output, *QUICK)
+    stopped = sculpt(*command)
+    assert stopped.exit_code == 130
+    assert stopped.stderr == "stopped; the same command with --resume goes on from what was saved\n"
+    assert "the run stopped after 1 of 2 tasks; sculpt train --resume goes on" in refused(sculpt("report", output))
+    assert "add --resume to go on with its run" in refused(sculpt(*command))
+    monkeypatch.undo()
+    again = sculpt(*command[:-1], "--resume")
+    assert again.exit_code == 0, again.output
+    assert f"the model is in {output}/model" in again.stderr
+
+
+def test_what_protects_less_than_it_seems_is_said(model_folder: Path, tasks: Path, tmp_path: Path) -> None:
+    start = ("train", model_folder, tasks, "--output", tmp_path / "run", *QUICK)
+    assert "protect: got 0 with remember none, which protects nothing" in refused(sculpt(*start, "--protect", "0"))
+    half = sculpt(*start, "--protect", "0.5", "--dtype", "bfloat16", "--dry-run")
+    assert "each step is rounded to them" in half.output
+    assert "use --master split" in half.output
+    assert "rounded" not in sculpt(*start, "--protect", "0.5", *BFLOAT16, "--dry-run").output
+    assert "there is no run in" in sculpt(*start[:-1], "--resume").stderr
 
 
 def test_the_version_is_shown() -> None:

@@ -7,6 +7,7 @@ import struct
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -40,9 +41,9 @@ def made(
             predictions += [
                 Prediction(row, task, item, "yes", "yes" if ok else "no") for item, ok in enumerate(right.tolist())
             ]
-    config = TrainConfig(
-        model="/models/tiny", tasks=tasks, output=f"/runs/{seed}", protect=protect, seed=seed, name=name
-    )
+    remember = "inputs:0.95" if protect == 0.0 else None
+    settings: dict[str, Any] = {"protect": protect, "remember": remember, "seed": seed, "name": name}
+    config = TrainConfig(model="/models/tiny", tasks=tasks, output=f"/runs/{seed}", **settings)
     layers = {WEIGHT.format(i): {"shape": [64, 32], "rank": 16 + i, "energy": 0.9} for i in range(2)} if protect else {}
     learned = [
         LearnedTask(
