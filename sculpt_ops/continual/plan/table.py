@@ -11,6 +11,8 @@ __all__ = ["show_plan"]
 
 COLUMNS = ("weights", "bases", "gradients", "states", "activations", "peak", "in backward", "step, least")
 WIDTHS = [max(len(column) + 2, 8) for column in COLUMNS]
+# Bytes to spare below which a setting may not fit after all; a guess, which no measurement stands behind.
+TIGHT = 2 * 10**9
 
 
 def show_plan(plan: Plan) -> str:
@@ -57,7 +59,7 @@ def _notes(plan: Plan) -> list[str]:
         "mini_trainer lose those, and have moments in the weights' dtype.",
         "activations: counted in a run of the model's code without values, attention fused, no padding, with logits.",
         "in backward: the peak if weights are stepped in the backward pass. No peak includes the CUDA context or "
-        "fragmentation.",
+        "fragmentation. !: more than the GPU has.",
         f"step: a floor, not measured: {plan.gpu.bandwidth / 1e12:g} TB/s and {plan.gpu.products / 1e12:g} TFLOP/s "
         f"({plan.gpu.source}).",
     ]
@@ -71,8 +73,9 @@ def _verdict(plan: Plan) -> Iterator[str]:
     for protect in plan.protects:
         best, smallest = plan.cheapest(protect), plan.smallest(protect)
         if best is not None:
-            spare = _gigabytes(plan.gpu.memory - best.peak)
-            yield f"  {_flags(best.setting)}: {_gigabytes(best.peak)} GB, {spare} GB to spare"
+            spare = plan.gpu.memory - best.peak
+            tight = " (tight: the CUDA context and fragmentation come on top)" if spare < TIGHT else ""
+            yield f"  {_flags(best.setting)}: {_gigabytes(best.peak)} GB, {_gigabytes(spare)} GB to spare{tight}"
             continue
         less = "fewer --tokens take less" if plan.gradient_checkpointing else "--gradient-checkpointing takes less"
         yield f"  none; {_flags(smallest.setting)}: {_gigabytes(smallest.peak - plan.gpu.memory)} GB too many ({less})"
