@@ -375,10 +375,13 @@ def test_unusable_options_are_refused() -> None:
 
 @pytest.mark.parametrize("dtype", [BF16, torch.float16])
 def test_16_bit_weights_without_more_bits_are_warned_of_once(dtype: torch.dtype) -> None:
-    def stepped(options: dict[str, Any], dtype: torch.dtype, guarded: bool = False) -> list[str]:
+    def stepped(
+        options: dict[str, Any], dtype: torch.dtype, guarded: bool = False, cast: torch.dtype | None = None
+    ) -> list[str]:
         model = nn.Linear(8, 8, bias=False, dtype=dtype)
         subspaces = Subspaces.from_model(model, 0.5, targets="weight")
         optimizer = AdamW(model.parameters(), subspaces=subspaces, **options)
+        model.to(cast)
         if guarded:
             subspaces.guard(optimizer)
         with warnings.catch_warnings(record=True) as caught:
@@ -392,5 +395,5 @@ def test_16_bit_weights_without_more_bits_are_warned_of_once(dtype: torch.dtype)
     assert "guard(optimizer)" in message
     assert not stepped({}, dtype, guarded=True)
     assert not stepped({}, torch.float32)
-    if dtype is BF16:
-        assert not stepped({"master": "split"}, dtype)
+    assert len(stepped({}, torch.float32, cast=dtype)) == 1
+    assert len(stepped({"master": "split"}, dtype)) == (dtype is not BF16)

@@ -150,8 +150,7 @@ class AdamW(torch.optim.AdamW):
             for state in self.state.values():
                 state.pop("start", None)
         self._bound = bound
-        narrow = any(parameter.dtype.itemsize == 2 for parameter in bound)
-        self._rounds = narrow and self._options.master == "none"
+        self._unseen = True
 
     def _move_moments(self, bound: dict[Tensor, LayerSubspace]) -> None:
         """Moments of the full shape to where the layers of `bound` want them: at an owner, or sharded."""
@@ -202,15 +201,20 @@ class AdamW(torch.optim.AdamW):
         return loss
 
     def _warn_of_rounding(self) -> None:
-        """Once; whoever guards has a hook."""
-        if self._rounds and not self._optimizer_step_post_hooks:
+        """At the first step, which is where a model has its dtype at last; whoever guards has a hook."""
+        if not self._unseen:
+            return
+        self._unseen = False
+        dtypes = {parameter.dtype for parameter in self._bound}
+        # A master is of bfloat16 weights alone.
+        rounds = torch.float16 in dtypes or (torch.bfloat16 in dtypes and self._options.master == "none")
+        if rounds and not self._optimizer_step_post_hooks:
             warnings.warn(
                 "protected weights in 16 bit: each step is rounded to them, so that much of the change ends up in the "
                 "protected space; pass master='split' (bfloat16), call subspaces.guard(optimizer), or train float32 "
                 "weights under autocast",
                 stacklevel=4,
             )
-            self._rounds = False
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As torch's; drops compressed gradients too."""
@@ -460,4 +464,4 @@ class AdamW(torch.optim.AdamW):
         super().__setstate__(state)
         self._projected = {}
         self._in_backward = False
-        self._rounds = False
+        self._unseen = False
