@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+from ..names import list_names
 from ..subspaces import Subspaces
 from .config import TrainConfig
 from .distributed import World
@@ -46,6 +47,10 @@ def learn(run: Run, index: int) -> None:
         subspaces, derive_seconds = saved.subspaces(model)
         if subspaces is None:
             run.method.begin_task(context)
+    if full := [name for name, layer in (subspaces or {}).items() if not layer.block and 0 in layer.free_shape]:
+        run.progress.say(
+            f"{label}: {len(full)} weights have no free direction left and are not trained: {list_names(full)}"
+        )
     # Released before the training.
     run.previous = None
     context = run.context(index)

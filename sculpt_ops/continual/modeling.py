@@ -29,7 +29,7 @@ def open_model(
     from transformers import AutoTokenizer
 
     model = open_weights(source, dtype, trust_remote_code)
-    with _opening(source):
+    with _opening(source, "it has no tokenizer that transformers can open: "):
         options = {"local_files_only": Path(source).is_dir(), "trust_remote_code": trust_remote_code}
         return model, AutoTokenizer.from_pretrained(source, **options)
 
@@ -64,7 +64,7 @@ def open_weights(source: str | Path, dtype: str = "float32", trust_remote_code: 
 
 
 @contextmanager
-def _opening(source: str | Path) -> Iterator[None]:
+def _opening(source: str | Path, what: str = "") -> Iterator[None]:
     """What cannot be opened is said to be, in one line."""
     from safetensors import SafetensorError
 
@@ -74,7 +74,7 @@ def _opening(source: str | Path) -> Iterator[None]:
         said = str(error).splitlines()[0]
         if not Path(source).is_dir() and isinstance(error, OSError):
             said = f"there is no folder of this name here, and the hub did not give it: {said}"
-        raise ValueError(f"model: cannot open {source}: {said}") from error
+        raise ValueError(f"model: cannot open {source}: {what}{said}") from error
 
 
 def may_be_on_hub(source: str | Path) -> bool:

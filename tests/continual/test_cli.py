@@ -139,12 +139,15 @@ def test_inspect_shows_what_would_be_protected(model_folder: Path) -> None:
     assert sculpt("inspect", model_folder, "--protect", "schedule:2:5").exit_code == 0
 
 
-def test_inspect_needs_no_tokenizer(model_folder: Path, tmp_path: Path) -> None:
+def test_inspect_needs_no_tokenizer(model_folder: Path, tasks: Path, tmp_path: Path) -> None:
     bare = tmp_path / "bare"
     bare.mkdir()
     for name in ("config.json", "model.safetensors"):
         (bare / name).write_bytes((model_folder / name).read_bytes())
     assert sculpt("inspect", bare).output == sculpt("inspect", model_folder).output
+    assert "it has no tokenizer that transformers can open" in refused(
+        sculpt("train", bare, tasks, "--output", tmp_path / "run", *QUICK)
+    )
 
 
 def test_a_run_that_is_stopped_says_how_to_go_on(
@@ -180,6 +183,8 @@ def test_what_protects_less_than_it_seems_is_said(model_folder: Path, tasks: Pat
     assert "use --master split" in half.output
     assert "rounded" not in sculpt(*start, "--protect", "0.5", *BFLOAT16, "--dry-run").output
     assert "there is no run in" in sculpt(*start[:-1], "--resume").stderr
+    everything = sculpt(*start[:4], tmp_path / "all", *QUICK[:-1], "--protect", "rank:64")
+    assert "have no free direction left and are not trained: model.layers.0" in everything.stderr
 
 
 def test_the_version_is_shown() -> None:
