@@ -67,6 +67,20 @@ def write_report(results: Sequence[RunResult], folder: str | Path) -> Path:
     return folder / REPORT_FILE
 
 
+# What a comparison of methods has alike, and the rate, which methods have their own of but which is to be seen.
+TRAINING = (
+    "lr",
+    "epochs",
+    "task_epochs",
+    "max_steps",
+    "rows_per_step",
+    "max_length",
+    "lr_scheduler_type",
+    "dtype",
+    "bf16",
+)
+
+
 def _names(results: Sequence[RunResult]) -> list[str]:
     """The runs' names, with the folder where two are called the same."""
     names = [result.name for result in results]
@@ -91,6 +105,11 @@ def _head(results: Sequence[RunResult]) -> str:
         )
     else:
         lines.append(f"Seeds {', '.join(map(str, seeds))}. Intervals are 95 % over test items, within one run.")
+    configs = [result.config for result in results]
+    different = [key for key in TRAINING if any(config.get(key) != first.config.get(key) for config in configs)]
+    if different:
+        values = (f"{key} ({', '.join(str(config.get(key)) for config in configs)})" for key in different)
+        lines.append(f"Not trained alike: {'; '.join(values)}.")
     lines += sorted({note for result in results for note in result.notes})
     return "\n\n".join(lines)
 

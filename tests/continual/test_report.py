@@ -296,6 +296,14 @@ def test_rows_that_were_not_measured_are_left_empty(tmp_path: Path) -> None:
     assert rows(text, "## Result")["plain"][4] == "-"
 
 
+def test_runs_that_were_trained_in_other_ways_say_so_at_the_top(tmp_path: Path) -> None:
+    one, other = made(0.5), made(0.25)
+    other = replace(other, config={**other.config, "lr": 0.001, "epochs": 3})
+    text = write_report([one, other], tmp_path).read_text()
+    assert f"Not trained alike: lr ({one.config['lr']}, 0.001); epochs ({one.config['epochs']}, 3)." in text
+    assert "Not trained alike" not in write_report([one, replace(one, name="again")], tmp_path).read_text()
+
+
 def test_directions_that_are_remembered_are_counted(tmp_path: Path) -> None:
     run = made(0.0)
     learned = [
