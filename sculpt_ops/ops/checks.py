@@ -303,7 +303,8 @@ def _share_memory(a: Tensor, b: Tensor) -> bool:
     """Whether an element of one has a byte of the other: exact for slices, transposes and interleaved views; where it
     would take too long, whether their spans meet."""
     (a0, a1), (b0, b1) = _extent(a), _extent(b)
-    if not (a0 < b1 and b0 < a1):
+    # Without an address (a DTensor, a meta tensor) nothing is known.
+    if not (a0 < b1 and b0 < a1) or not (a0 and b0):
         return False
     # By stride in bytes how far an index of a goes, and one of b: they meet where the sum of (index of a - index of b)
     # times stride is the distance.

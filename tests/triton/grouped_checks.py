@@ -164,7 +164,9 @@ def test_a_call_is_planned_once_and_again_when_its_memory_moves(monkeypatch: pyt
     monkeypatch.setattr(grouped_launch, "upload", lambda a, d: uploads.append(a.shape[0]) or tables.upload(a, d))
     checks: list[int] = []
     check = foreach_cuda.check_foreach
-    monkeypatch.setattr(foreach_cuda, "check_foreach", lambda *args: checks.append(1) or check(*args))
+    monkeypatch.setattr(
+        foreach_cuda, "check_foreach", lambda *given, **flags: checks.append(1) or check(*given, **flags)
+    )
     members = [member(30, 40, 3, 4, i) for i in range(3)]
     lists = [[entry.grad for entry in members], [entry.left for entry in members], [entry.right for entry in members]]
     foreach_cuda.foreach_into(*lists, (), (), False)
