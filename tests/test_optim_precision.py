@@ -381,6 +381,7 @@ def test_16_bit_weights_without_more_bits_are_warned_of_once(dtype: torch.dtype)
         model = nn.Linear(8, 8, bias=False, dtype=dtype)
         subspaces = Subspaces.from_model(model, 0.5, targets="weight")
         optimizer = AdamW(model.parameters(), subspaces=subspaces, **options)
+        optimizer.load_state_dict(optimizer.state_dict())  # as accelerate does when it prepares an optimizer
         model.to(cast)
         if guarded:
             subspaces.guard(optimizer)

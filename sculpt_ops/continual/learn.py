@@ -7,6 +7,7 @@ import functools
 import math
 import tempfile
 import time
+import warnings
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -80,7 +81,10 @@ def learn(run: Run, index: int) -> None:
                 run.checkpoints.begin_task(index, subspaces, derive_seconds)
             trainer.add_callback(SaveEvery(config.save_every))
         if rows:
-            trainer.train(resume_from_checkpoint=None if saved is None else str(saved.folder))
+            with warnings.catch_warnings():
+                # A note of the run says it.
+                warnings.filterwarnings("ignore", message="protected weights in 16 bit")
+                trainer.train(resume_from_checkpoint=None if saved is None else str(saved.folder))
             trace.finish(trainer.state.global_step)
     # Trainer leaves its own use_cache in the config, and autocast wrapped around the forward pass.
     model.config.use_cache = use_cache

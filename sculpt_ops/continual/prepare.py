@@ -180,7 +180,7 @@ def sequence_notes(config: TrainConfig, names: Sequence[str]) -> list[str]:
 
 
 def rounding_notes(config: TrainConfig) -> list[str]:
-    """What protection loses where steps are rounded to 16-bit weights: 80 % of a change were in the protected space."""
+    """What `AdamW` warns of at its first step, before anything is trained: steps that are rounded to 16-bit weights."""
     if not config.protects or config.dtype == "float32" or config.master != "none":
         return []
     instead = "--master split" if config.dtype == "bfloat16" else "--dtype float32"

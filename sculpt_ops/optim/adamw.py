@@ -464,4 +464,5 @@ class AdamW(torch.optim.AdamW):
         super().__setstate__(state)
         self._projected = {}
         self._in_backward = False
-        self._unseen = False
+        # Kept where a state dict is loaded, as accelerate does before the first step; a copy does not warn again.
+        self._unseen = getattr(self, "_unseen", False)
