@@ -3,7 +3,7 @@
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY(sculpt, m) {
-  // The metrics are meant as keywords; torch registers no backward formula and no vmap for tensors that can be nothing else.
+  // The metrics are meant as keywords; torch registers no backward formula and no vmap for tensors that are keyword-only.
   m.def(
       "project(Tensor grad, Tensor? left=None, Tensor? right=None, Tensor? left_metric=None, Tensor? right_metric=None, "
       "*, bool keep_left=False, bool keep_right=False, bool block=False) -> Tensor");

@@ -133,9 +133,8 @@ class Subspaces(Mapping[str, LayerSubspace]):
             every rank keeps whole, on the CPU.
         basis_dtype: torch.float16 or torch.bfloat16 stores bases in 16 bit. What is protected is then exactly the span
             of the rounded ones, 3e-4 or 2e-3 away from the singular vectors', for half the memory and k² more 16-bit
-            numbers a side; a basis is made float32 where it is used: `project_gradients` of 576 x 1536, both sides,
-            then takes 1.1 times as long at k = d / 8 and 2.4 times at d / 2 (two CPU cores). None is float32 (float64
-            for a float64 parameter).
+            numbers a side; a basis is made float32 where it is used, which takes 4 d k² operations and a Cholesky QR
+            (see docs/optimizers.md). None is float32 (float64 for a float64 parameter).
         progress: show a bar, if rich is installed.
 
         Needs a few matrices of extra memory at a time, on the parameter's device. Raises ValueError or TypeError for an

@@ -41,8 +41,8 @@ inline bool fits(const Tensor& t, const Tensor& matrix, int64_t rows, int64_t co
 
 inline void check_thin(const char* op, const char* name, const Tensor& t, const Tensor& matrix, int64_t rows,
                        int64_t cols) {
-  STD_TORCH_CHECK(fits(t, matrix, rows, cols), op, ": ", name, ": wanted shape (..., ", rows, ", ", cols < 0 ? "r" : std::to_string(cols),
-                  ") for a matrix of shape ", shape(matrix), ", given ", shape(t));
+  STD_TORCH_CHECK(fits(t, matrix, rows, cols), op, ": ", name, ": wanted shape (..., ", rows, ", ",
+                  cols < 0 ? "r" : std::to_string(cols), ") for a matrix of shape ", shape(matrix), ", given ", shape(t));
   STD_TORCH_CHECK(t.scalar_type() == matrix.scalar_type() ||
                       (is_half(matrix.scalar_type()) && t.scalar_type() == ScalarType::Float),
                   op, ": ", name, ": wanted the matrix's dtype (or float32 with a bfloat16 or float16 matrix)");
@@ -60,8 +60,8 @@ inline void check_metric(const char* op, const char* name, const Tensor& t, cons
                          const std::optional<Tensor>& basis, const Tensor& matrix) {
   STD_TORCH_CHECK(basis, op, ": ", name, ": wanted a ", side, " basis with it, given ", side, "=None");
   const int64_t r = basis->size(basis->dim() - 1);
-  STD_TORCH_CHECK(fits(t, matrix, r, r), op, ": ", name, ": wanted shape (..., ", r, ", ", r, ") for a basis of ", r, " columns, given ",
-                  shape(t));
+  STD_TORCH_CHECK(fits(t, matrix, r, r), op, ": ", name, ": wanted shape (..., ", r, ", ", r, ") for a basis of ", r,
+                  " columns, given ", shape(t));
   const bool wide = matrix.scalar_type() == ScalarType::Double;
   STD_TORCH_CHECK(t.scalar_type() == ScalarType::Float || (wide && t.scalar_type() == ScalarType::Double), op, ": ",
                   name, ": wanted dtype float32", wide ? " or float64" : "", ", given another");

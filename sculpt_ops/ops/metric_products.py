@@ -16,8 +16,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from .heuristics import left_first
-from .split_products import coefficients_of, parts_of, wide_mm, write_projection
+from .split_products import coefficients_of, parts_of, through_thin_order, wide_mm, write_projection
 
 __all__ = ["project_metrics"]
 
@@ -84,12 +83,11 @@ def project_metrics(
     if grad.dtype is not torch.bfloat16 or any(x is not None and x.dim() > 2 for x in (grad, left, right)):
         out.copy_(reference.project(grad, left, right, **flags, left_metric=left_metric, right_metric=right_metric))
     elif left is not None and right is not None and (keep_left or keep_right or block):
-        both = block or (keep_left and keep_right)
-        turned = not (left_first(grad.shape[0], grad.shape[1], left.shape[1], right.shape[1]) if both else keep_left)
+        turned, spanned = through_thin_order(grad, left, right, keep_left, keep_right, block)
         bases, metrics = (left, right), (left_metric, right_metric)
         if turned:
             bases, metrics = bases[::-1], metrics[::-1]
-        _two(grad, bases, metrics, out, turned, both, not block)
+        _two(grad, bases, metrics, out, turned, spanned, not block)
     else:
         for basis, metric, keeps, turned in (
             (left, left_metric, keep_left, False),

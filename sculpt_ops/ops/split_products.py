@@ -34,6 +34,7 @@ __all__ = [
     "parts_of",
     "project_split",
     "project_to_float32",
+    "through_thin_order",
     "wide_mm",
     "write_projection",
 ]
@@ -89,12 +90,21 @@ def parts_of(factor: Tensor, low: int) -> Tensor:
     return parts
 
 
-def _bases(near: Tensor, far: Tensor | None = None) -> list[Tensor]:
+def _bases(near: Tensor, far: Tensor) -> list[Tensor]:
     """[h, l, h] of each, in one launch."""
-    bases = [near] if far is None else [near, far]
-    parts = [basis.new_empty(basis.shape[0], 3 * basis.shape[1], dtype=torch.bfloat16) for basis in bases]
-    _kernels(near).split_parts(parts[0], near, 1, None if far is None else (parts[1], far))
+    parts = [basis.new_empty(basis.shape[0], 3 * basis.shape[1], dtype=torch.bfloat16) for basis in (near, far)]
+    _kernels(near).split_parts(parts[0], near, 1, (parts[1], far))
     return parts
+
+
+def through_thin_order(
+    grad: Tensor, left: Tensor, right: Tensor, keep_left: bool, keep_right: bool, block: bool
+) -> tuple[bool, bool]:
+    """Of two sides of which one is kept, or of a block: whether the right basis is the near one, and whether what the
+    far one spans of the coefficients takes their place."""
+    both = block or (keep_left and keep_right)
+    first = left_first(grad.shape[0], grad.shape[1], left.shape[1], right.shape[1]) if both else keep_left
+    return not first, both
 
 
 def _room(grad: Tensor, rank: int, turned: bool) -> Tensor:
@@ -218,15 +228,13 @@ def project_split(
     if left is None or right is None:
         basis, keep = (right, keep_right) if left is None else (left, keep_left)
         assert basis is not None
-        (parts,) = _bases(basis)
-        _one_side(grad, parts, out, left is None, keep and not block)
+        _one_side(grad, parts_of(basis, 1), out, left is None, keep and not block)
         return
     r, s = left.shape[1], right.shape[1]
     if keep_left or keep_right or block:
-        both = block or (keep_left and keep_right)
-        turned = not (left_first(m, n, r, s) if both else keep_left)
+        turned, spanned = through_thin_order(grad, left, right, keep_left, keep_right, block)
         near, far = (right, left) if turned else (left, right)
-        _through_thin(grad, near, far, out, turned, spanned=both, keeps=not block)
+        _through_thin(grad, near, far, out, turned, spanned, keeps=not block)
     elif r + s <= AT_ONCE and _corrects(grad, r, s) and stacked(m, n, 3 * r, 3 * s, grad.dtype):
         turned = m > n
         near, far = (right, left) if turned else (left, right)

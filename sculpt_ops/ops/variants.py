@@ -173,9 +173,9 @@ def project_into(
     forced = forced_backend()
     if left_metric is not None or right_metric is not None:
         check_metric_backend(op, forced)
-        project_cublas(grad, left, right, out, keep_left, keep_right, block, left_metric, right_metric)
-        return
-    backend = forced or backend_of(grad, left, right, block)
+        backend: Backend = "cublas"
+    else:
+        backend = forced or backend_of(grad, left, right, block)
     if backend != "cublas":
         run = project_triton if backend == "triton" else project_cuda
         why = run(grad, left, right, out, keep_left, keep_right, block)
@@ -184,4 +184,4 @@ def project_into(
         if forced is not None:
             asked = _asked(grad, left, right)
             raise RuntimeError(f"{op}: SCULPT_BACKEND: given '{forced}', but it cannot run {asked}: {why}")
-    project_cublas(grad, left, right, out, keep_left, keep_right, block)
+    project_cublas(grad, left, right, out, keep_left, keep_right, block, left_metric, right_metric)

@@ -28,6 +28,18 @@ def gaussian(*shape: int, dtype: torch.dtype = torch.float64, seed: int = 1) -> 
     return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
+def sides(left: Tensor, right: Tensor, flags: dict[str, bool]) -> list[tuple[Tensor | None, Tensor | None]]:
+    """The bases that go with the flags: one, the other, both."""
+    wanted = [(left, None), (None, right), (left, right)]
+    if flags.get("block"):
+        return [(left, right)]
+    return [
+        (a, b)
+        for a, b in wanted
+        if not (flags.get("keep_left") and a is None) and not (flags.get("keep_right") and b is None)
+    ]
+
+
 class Extended:
     """A matrix in 80-bit floating point, with the few methods that the plain twins use: float64's own yardstick."""
 

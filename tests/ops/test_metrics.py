@@ -17,7 +17,7 @@ from sculpt_ops import reference
 from sculpt_ops.ops import foreach_cuda
 from sculpt_ops.ops.library_products import project_cublas
 
-from .accuracy import DTYPES, REMOVE_AND_KEEP, assert_accurate, gaussian, orthonormal
+from .accuracy import DTYPES, REMOVE_AND_KEEP, assert_accurate, gaussian, orthonormal, sides
 
 OPS = torch.ops.sculpt
 FLAGS = pytest.mark.parametrize("flags", REMOVE_AND_KEEP, ids=lambda f: "+".join(f) or "remove")
@@ -48,26 +48,14 @@ def plain(grad: Tensor, left: Any, right: Any, left_metric: Any, right_metric: A
     return reference.project(grad, left, right, **flags, left_metric=left_metric, right_metric=right_metric)
 
 
-def choices(flags: dict[str, bool]) -> list[tuple[bool, bool]]:
-    """Which of the two bases there are."""
-    if flags.get("block"):
-        return [(True, True)]
-    return [
-        (a, b)
-        for a, b in ((True, True), (True, False), (False, True))
-        if (a or not flags.get("keep_left")) and (b or not flags.get("keep_right"))
-    ]
-
-
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @FLAGS
 def test_values(dtype: torch.dtype, shape: tuple[int, int, int, int], flags: dict[str, bool]) -> None:
     m, n, r, s = shape
     grad, left, right = gaussian(m, n, dtype=dtype), orthonormal(m, r, dtype), orthonormal(n, s, dtype, seed=2)
-    for with_left, with_right in choices(flags):
-        a, b = left if with_left else None, right if with_right else None
-        ml, mr = metric(r, dtype) if with_left else None, metric(s, dtype, 6) if with_right else None
+    for a, b in sides(left, right, flags):
+        ml, mr = None if a is None else metric(r, dtype), None if b is None else metric(s, dtype, 6)
         for one, other in ((ml, mr), (ml, None), (None, mr)):
             metrics = {"left_metric": one, "right_metric": other}
             assert_accurate(sculpt_ops.project(grad, a, b, **flags, **metrics), plain, grad, a, b, one, other, **flags)
@@ -279,10 +267,9 @@ def test_library_products(dtypes: tuple[torch.dtype, torch.dtype], flags: dict[s
     spanned = (left.double() @ gaussian(r, s) @ right.double().mT).to(dtype)
     chosen = (flags.get("keep_left", False), flags.get("keep_right", False), flags.get("block", False))
     for grad in (gaussian(m, n, dtype=dtype), spanned):
-        for with_left, with_right in choices(flags):
-            a, b = left if with_left else None, right if with_right else None
-            one, other = metric(r, dtype) if with_left else None, metric(s, dtype, 6) if with_right else None
-            if with_left and grad is spanned:
+        for a, b in sides(left, right, flags):
+            one, other = None if a is None else metric(r, dtype), None if b is None else metric(s, dtype, 6)
+            if a is not None and grad is spanned:
                 one = span_metric(left.to(dtype)).to(torch.promote_types(dtype, torch.float32))
             for metrics in ((one, other), (one, None), (None, other)):
                 if metrics == (None, None):

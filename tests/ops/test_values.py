@@ -13,7 +13,7 @@ from torch import Tensor
 import sculpt_ops
 from sculpt_ops import reference
 
-from .accuracy import DTYPES, REMOVE_AND_KEEP, assert_accurate, gaussian, orthonormal
+from .accuracy import DTYPES, REMOVE_AND_KEEP, assert_accurate, gaussian, orthonormal, sides
 
 SHAPES = [
     # m, n, r, s
@@ -40,17 +40,6 @@ def test_two_sides_with_a_float32_basis_are_rounded_once(dtype: torch.dtype, hal
     expected = reference.project(grad.double(), left.double(), right.double())
     found = sculpt_ops.project(grad, left, right)
     assert float((found.double() - expected).abs().max()) <= 2 * torch.finfo(dtype).eps * float(expected.abs().max())
-
-
-def sides(left: Tensor, right: Tensor, flags: dict[str, bool]) -> list[tuple[Tensor | None, Tensor | None]]:
-    wanted = [(left, None), (None, right), (left, right)]
-    if flags.get("block"):
-        return [(left, right)]
-    return [
-        (a, b)
-        for a, b in wanted
-        if not (flags.get("keep_left") and a is None) and not (flags.get("keep_right") and b is None)
-    ]
 
 
 def layouts(matrix: Tensor) -> dict[str, Tensor]:
