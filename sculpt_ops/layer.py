@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, cast, get_args
 
@@ -15,11 +15,11 @@ from .basis import Basis
 from .buckets import in_buckets
 from .dtensor import is_dtensor
 from .linalg import complement, orthonormal
-from .ops import foreach_project_, project, project_
+from .ops import foreach_project_, project
 from .ops.split_products import can_split, project_to_float32
 from .remember import Remembered, Side, join
 
-__all__ = ["LayerSubspace", "Sides", "check_sides", "project_each_"]
+__all__ = ["LayerSubspace", "Sides", "check_sides", "from_coordinates_each", "project_each_"]
 
 Sides = Literal["both", "left", "right", "block"]
 
@@ -149,20 +149,7 @@ class LayerSubspace:
     def from_coordinates(self, coordinates: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """L_free coordinates R_freeᵀ (m, n) of `coordinates` of `free_shape`, in their dtype; in another, as `project_`
         then computes, only where no free basis is stored."""
-        assert not self.block
-        out = coordinates
-        left, right = _reflector(self.left_basis), _reflector(self.right_basis)
-        assert dtype is None or not (self.keep_left or self.keep_right)
-        if left is not None or right is not None:
-            above, before = (0 if reflector is None else reflector.shape[1] for reflector in (left, right))
-            padded = out.new_zeros(out.shape[0] + above, out.shape[1] + before, dtype=dtype)
-            padded[above:, before:] = out
-            out = project_(padded, left, right)
-        if self.keep_right and self.right_basis is not None:
-            out = out @ self.right_basis.matrix().mT
-        if self.keep_left and self.left_basis is not None:
-            out = self.left_basis.matrix() @ out
-        return out
+        return from_coordinates_each([(coordinates, self, dtype)])[0]
 
     def protected_left(self, matrix: Tensor) -> Tensor:
         """P_left @ matrix (m, c), in the dtype of `matrix`. Needs a left basis."""
@@ -270,6 +257,34 @@ def project_each_(pairs: Iterable[tuple[Tensor, LayerSubspace]]) -> None:
                 keep_rights=[] if block else [layer.keep_right for layer in layers],
                 block=block,
             )
+
+
+def from_coordinates_each(entries: Sequence[tuple[Tensor, LayerSubspace, torch.dtype | None]]) -> list[Tensor]:
+    """`LayerSubspace.from_coordinates` of each, with a layer and a dtype: the reflections in one grouped call, which on
+    a GPU is a few launches where it would be as many calls."""
+    matrices: list[Tensor] = []
+    reflected: list[tuple[Tensor, Tensor | None, Tensor | None]] = []
+    for coordinates, layer, dtype in entries:
+        assert not layer.block
+        assert dtype is None or not (layer.keep_left or layer.keep_right)
+        left, right = _reflector(layer.left_basis), _reflector(layer.right_basis)
+        matrix = coordinates
+        if left is not None or right is not None:
+            above, before = (0 if reflector is None else reflector.shape[1] for reflector in (left, right))
+            m, n = coordinates.shape
+            matrix = coordinates.new_zeros(m + above, n + before, dtype=dtype)
+            matrix[above:, before:] = coordinates
+            reflected.append((matrix, left, right))
+        matrices.append(matrix)
+    if reflected:
+        grads, lefts, rights = zip(*reflected, strict=True)
+        foreach_project_(grads, lefts, rights)
+    for i, (_, layer, _) in enumerate(entries):
+        if layer.keep_right and layer.right_basis is not None:
+            matrices[i] = matrices[i] @ layer.right_basis.matrix().mT
+        if layer.keep_left and layer.left_basis is not None:
+            matrices[i] = layer.left_basis.matrix() @ matrices[i]
+    return matrices
 
 
 def _given(basis: Basis | None, block: bool) -> Tensor | None:
