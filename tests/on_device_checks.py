@@ -239,3 +239,21 @@ def test_optimizer_leaves_the_protected_part(dtype: torch.dtype, flags: dict[str
         assert layer.left is not None
         leak = (layer.left.double().mT @ change).norm() / change.norm()
         assert leak < 1e-5
+
+
+def test_short_padded_rows_have_finite_gradients() -> None:
+    """Batches of 64 tokens padded on the left, where cuDNN's attention had NaN on an H100."""
+    transformers = pytest.importorskip("transformers")
+    from sculpt_ops.continual.attention import without_cudnn_attention
+
+    sizes = {"hidden_size": 576, "intermediate_size": 1536, "num_attention_heads": 9, "num_key_value_heads": 3}
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, num_hidden_layers=2, vocab_size=512))
+    model = model.to(DEVICE)
+    lengths = torch.tensor([64, 61, 40, 33, 20, 9, 4, 3], device=DEVICE)
+    mask = (torch.arange(64, device=DEVICE) >= 64 - lengths[:, None]).long()
+    tokens = torch.randint(512, (8, 64), generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    with without_cudnn_attention(), torch.autocast(DEVICE.type, torch.bfloat16):
+        loss = model(input_ids=tokens, attention_mask=mask, labels=tokens.where(mask.bool(), -100)).loss
+    loss.backward()
+    assert loss.isfinite()
+    assert all(parameter.grad.isfinite().all() for parameter in model.parameters())

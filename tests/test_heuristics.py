@@ -56,7 +56,10 @@ def test_the_choice_for_one_matrix(
 @pytest.mark.parametrize("basis", [BF16, F32])
 def test_the_choice_for_a_block(basis: torch.dtype) -> None:
     assert choose(4096, 11008, 16, 16, BF16, basis, cuda=True, block=True) == "cuda"
-    assert choose(4096, 11008, 16, 17, BF16, basis, cuda=True, block=True) == "cublas"
+    assert choose(4096, 11008, 32, 32, BF16, basis, cuda=True, block=True) == "cuda"
+    assert choose(4096, 11008, 32, 33, BF16, basis, cuda=True, block=True) == "cublas"
+    assert choose(1024, 4096, 16, 16, BF16, basis, cuda=True, block=True) == "cuda"
+    assert choose(1024, 4096, 16, 17, BF16, basis, cuda=True, block=True) == "cublas"
     # A list of large ones goes one by one, of small ones in Triton's four launches.
     assert choose(4096, 11008, 16, 16, BF16, basis, cuda=True, block=True, batch=224) == "cuda"
     assert choose(576, 1536, 16, 16, BF16, basis, cuda=True, block=True, batch=210) == "triton"

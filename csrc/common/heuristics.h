@@ -48,8 +48,9 @@ constexpr int64_t kCudaRank = 64;
 constexpr int64_t kCudaBytes = int64_t(1) << 24;
 // Lists of at least so many matrices, of any size, one launch for all of a length: two sides up to the rank of one.
 constexpr int64_t kCudaList = 8;
-// Block, r + s: 0.84 to 0.93 of the library's time at 32, with float32 bases as well, and 1.3 to 1.6 at 128.
-constexpr int64_t kCudaRanksBlock = 32;
+// Block, r + s: 0.84 to 0.93 of the library's time at 32, with float32 bases as well. At 64 0.84 to 0.95 on an H100, of
+// matrices of kCudaBytes and more; 1.3 to 1.6 at 128.
+constexpr int64_t kCudaRanksBlock = 32, kCudaRanksLargeBlock = 64;
 
 // Triton's grouped kernels are chosen for lists of small matrices, where library products take as long to launch as to
 // run: T5-Large's, of up to 8 MB, in 0.6 and 0.3 of its time, while LLaMA-2 7B's take 1.3 to 3 times as long. At least this
@@ -89,9 +90,10 @@ inline bool side_pays(int64_t length, int64_t extent, int64_t r, bool split, int
 inline bool cuda_pays(const Work& work, const Gpu& gpu) {
   if (gpu.hip || gpu.capability != kCudaCapability || work.type != Type::kBFloat16) return false;
   const bool wide = work.basis == Type::kFloat32, list = work.batch >= kCudaList;
-  if (work.block) return work.r + work.s <= kCudaRanksBlock;
+  const bool large = work.m * work.n * size_of(work.type) >= kCudaBytes;
+  if (work.block) return work.r + work.s <= (large ? kCudaRanksLargeBlock : kCudaRanksBlock);
   if (work.n % 8) return false;
-  if (!list && work.m * work.n * size_of(work.type) < kCudaBytes) return false;
+  if (!list && !large) return false;
   return side_pays(work.m, work.n, work.r, wide, gpu.multiprocessors) &&
          side_pays(work.n, work.m, work.s, wide, gpu.multiprocessors);
 }
