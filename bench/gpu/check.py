@@ -31,6 +31,7 @@ PYTHON = sys.executable
 # first: twice the time was up before they were.
 GPU_TESTS = (
     "tests/cuda/side_checks.py",
+    "tests/on_device_training_checks.py",
     "tests/on_device_checks.py",
     "tests/triton/kernel_checks.py",
     "tests/triton/grouped_checks.py",
