@@ -171,10 +171,9 @@ def machine(device: torch.device) -> Row:
     """cuda_kernels, triton_kernels: why those of this package cannot be used, None where they can."""
     from transformers import __version__
 
-    known = facts(device)
-    known |= {"transformers": __version__, "cuda_kernels": cuda_missing(), "triton_kernels": triton_missing()}
-    known |= {"allocator": os.environ.get("PYTORCH_ALLOC_CONF"), "command": " ".join(("python", *sys.argv))}
-    return known | {"commit": os.environ.get("SCULPT_COMMIT") or known["commit"]}
+    kernels = {"cuda_kernels": cuda_missing(), "triton_kernels": triton_missing()}
+    allocator, command = os.environ.get("PYTORCH_ALLOC_CONF"), " ".join(("python", *sys.argv))
+    return facts(device) | kernels | {"transformers": __version__, "allocator": allocator, "command": command}
 
 
 def write(path: Path, content: Row) -> None:

@@ -16,7 +16,7 @@ from .buckets import in_buckets
 from .dtensor import is_dtensor
 from .linalg import complement, orthonormal
 from .ops import foreach_project_, project
-from .ops.split_products import can_split, project_to_float32
+from .ops.split_products import can_split, product_in_parts, project_to_float32, splitting_pays
 from .remember import Remembered, Side, join
 
 __all__ = ["LayerSubspace", "Sides", "check_sides", "from_coordinates_each", "project_each_"]
@@ -126,21 +126,26 @@ class LayerSubspace:
     def to_coordinates(self, matrix: Tensor) -> Tensor:
         """L_freeᵀ matrix R_free of `matrix` (m, n), in float32 (float64 for float64): (m - k, n - k) for both sides.
 
-        On a GPU those of a bfloat16 matrix, with reflectors stored, are good to 2e-5 of it.
+        On a GPU those of a bfloat16 matrix, with reflectors stored, are good to 2e-5 of it, and those of a float32 one
+        with bases of large ranks.
         With `from_coordinates` an isometry of the free part of `matrix`. Not for a block.
         """
         assert not self.block
         out = matrix
         # The bases that make the matrix smaller come first.
         if self.keep_left and self.left_basis is not None:
-            out = _PRODUCT(out, self.left_basis.matrix(), transpose=True).mT
+            basis = self.left_basis.matrix()
+            parts = _has_tensor_cores(out) and splitting_pays(out, basis)
+            out = product_in_parts(basis.mT, out.mT) if parts else _PRODUCT(out, basis, transpose=True).mT
         if self.keep_right and self.right_basis is not None:
-            out = _PRODUCT(out, self.right_basis.matrix())
+            basis = self.right_basis.matrix()
+            parts = _has_tensor_cores(out) and splitting_pays(out, basis)
+            out = product_in_parts(out, basis.mT) if parts else _PRODUCT(out, basis)
         left, right = _reflector(self.left_basis), _reflector(self.right_basis)
         if left is not None or right is not None:
             above, before = (0 if reflector is None else reflector.shape[1] for reflector in (left, right))
             # In float32: half precision would round what the reflector has mixed, 2^-9 of it.
-            if _on_tensor_cores(out, left, right):
+            if _has_tensor_cores(out) and (can_split(out, left, right) or splitting_pays(out, left, right)):
                 out = project_to_float32(out, left, right, above, before)
             else:
                 out = project(out.to(torch.promote_types(out.dtype, torch.float32)), left, right)[above:, before:]
@@ -232,19 +237,25 @@ def _reflector(basis: Basis | None) -> Tensor | None:
     return basis.matrix()
 
 
-def _on_tensor_cores(matrix: Tensor, left: Tensor | None, right: Tensor | None) -> bool:
-    """Whether a projection to float32 is made of bfloat16 parts: on a GPU of a bfloat16 matrix; not while tracing, for
-    which there are the ops alone."""
-    if not matrix.is_cuda or is_dtensor(matrix) or isinstance(matrix, FakeTensor) or torch.compiler.is_compiling():
+def _has_tensor_cores(matrix: Tensor) -> bool:
+    """Whether parts in bfloat16 are faster than float32: on a GPU; not while tracing, for which there are the ops
+    alone."""
+    if not matrix.is_cuda or torch.compiler.is_compiling():
         return False
-    return can_split(matrix, left, right)
+    return not (is_dtensor(matrix) or isinstance(matrix, FakeTensor))
 
 
-def project_each_(pairs: Iterable[tuple[Tensor, LayerSubspace]]) -> None:
+def project_each_(pairs: Iterable[tuple[Tensor, LayerSubspace]], in_parts: bool = False) -> None:
     """Project every matrix in place onto the free space of its layer, in one grouped call a device and dtype; in
-    several where bases have to be made for it."""
+    several where bases have to be made for it. in_parts: float32 matrices may go in bfloat16 parts, see
+    `splitting_pays`, to 2^-17 of each."""
     groups: dict[tuple[torch.device, torch.dtype, bool], list[tuple[Tensor, LayerSubspace]]] = {}
     for matrix, layer in pairs:
+        if in_parts and not (layer.block or layer.keep_left or layer.keep_right) and _has_tensor_cores(matrix):
+            left, right = _given(layer.left_basis, False), _given(layer.right_basis, False)
+            if splitting_pays(matrix, left, right):
+                matrix.copy_(project_to_float32(matrix, left, right))
+                continue
         groups.setdefault((matrix.device, matrix.dtype, layer.block), []).append((matrix, layer))
     for (_, _, block), group in groups.items():
         for part in in_buckets(group, _made_bytes, _MADE_BYTES):
@@ -274,16 +285,23 @@ def from_coordinates_each(entries: Sequence[tuple[Tensor, LayerSubspace, torch.d
             m, n = coordinates.shape
             matrix = coordinates.new_zeros(m + above, n + before, dtype=dtype)
             matrix[above:, before:] = coordinates
-            reflected.append((matrix, left, right))
+            if _has_tensor_cores(matrix) and splitting_pays(matrix, left, right):
+                matrix = project_to_float32(matrix, left, right)
+            else:
+                reflected.append((matrix, left, right))
         matrices.append(matrix)
     if reflected:
         grads, lefts, rights = zip(*reflected, strict=True)
         foreach_project_(grads, lefts, rights)
     for i, (_, layer, _) in enumerate(entries):
         if layer.keep_right and layer.right_basis is not None:
-            matrices[i] = matrices[i] @ layer.right_basis.matrix().mT
+            basis = layer.right_basis.matrix()
+            parts = _has_tensor_cores(basis) and splitting_pays(matrices[i], basis)
+            matrices[i] = product_in_parts(matrices[i], basis) if parts else matrices[i] @ basis.mT
         if layer.keep_left and layer.left_basis is not None:
-            matrices[i] = layer.left_basis.matrix() @ matrices[i]
+            basis = layer.left_basis.matrix()
+            parts = _has_tensor_cores(basis) and splitting_pays(matrices[i], basis)
+            matrices[i] = product_in_parts(basis, matrices[i].mT) if parts else basis @ matrices[i]
     return matrices
 
 

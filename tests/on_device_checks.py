@@ -192,6 +192,25 @@ def test_coordinates_of_a_bfloat16_matrix(m: int, n: int, rank: int) -> None:
         assert (found.double() - L.mT @ grad.double() @ R).norm() <= 2e-5 * grad.double().norm()
         back = layer.from_coordinates(found, torch.bfloat16)
         assert (back.double() - L @ found.double() @ R.mT).norm() <= 2**-7 * found.double().norm()
+        found, back = layer.to_coordinates(grad.float()), layer.from_coordinates(found)
+        assert (found.double() - L.mT @ grad.double() @ R).norm() <= 1e-5 * grad.double().norm()
+        assert (back.double() - L @ found.double() @ R.mT).norm() <= 3e-5 * found.double().norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=lambda d: str(d).removeprefix("torch."))
+@pytest.mark.parametrize("protect", [0.4, 0.6])
+def test_bases_in_16_bit_and_float32_steps(protect: float, dtype: torch.dtype) -> None:
+    """Large ranks, so that products are made of parts on a GPU: what is left of a step in the protected space."""
+    weight = torch.nn.ParameterDict({"w": gaussian(640, 512)})
+    subspaces = sculpt_ops.Subspaces.from_model(weight, protect, targets="w", basis_dtype=dtype)
+    layer = subspaces["w"].with_reflectors()
+    columns = layer.left_basis.matrix().double()  # type: ignore[union-attr]
+    scale = 1.0 if layer.keep_left else 2.0
+    assert (columns.mT @ columns / scale - torch.eye(columns.shape[1], device=DEVICE)).abs().max() <= 4e-6
+    step = layer.from_coordinates(gaussian(*layer.free_shape))
+    for basis, matrix in ((layer.left_basis, step), (layer.right_basis, step.mT)):
+        assert basis is not None
+        assert basis.protected(matrix.double()).norm() <= 6e-6 * step.norm()
 
 
 @pytest.mark.skipif(not CUDA, reason="needs a GPU")

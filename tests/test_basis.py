@@ -11,7 +11,6 @@ from sculpt_ops import layer as layer_module
 from sculpt_ops.basis import Basis
 from sculpt_ops.layer import LayerSubspace
 from sculpt_ops.ops import split_products
-from sculpt_ops.ops.split_products import can_split
 from sculpt_ops.subspaces import Subspaces
 
 from .ops.accuracy import gaussian, orthonormal
@@ -244,7 +243,7 @@ def test_coordinates_are_those_of_the_free_columns(name: str) -> None:
 @pytest.mark.parametrize("name", kinds())
 def test_coordinates_by_products_of_bfloat16_parts(name: str, corrected: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """As a GPU makes those of a bfloat16 matrix, and its steps where no free basis is stored; ranks large and small."""
-    monkeypatch.setattr(layer_module, "_on_tensor_cores", can_split)
+    monkeypatch.setattr(layer_module, "_has_tensor_cores", lambda _: True)
     monkeypatch.setattr(split_products, "CORRECTED", corrected)
     layer = kinds()[name]
     L, R = (_free(basis, d) for basis, d in zip((layer.left_basis, layer.right_basis), layer.shape, strict=True))
@@ -259,6 +258,49 @@ def test_coordinates_by_products_of_bfloat16_parts(name: str, corrected: int, mo
         assert back.dtype is torch.bfloat16
         error = (back.double() - L @ coordinates.double() @ R.mT).norm()
         assert error <= 2**-8 * float(coordinates.norm())
+
+
+@pytest.mark.parametrize("corrected", [0, 128])
+@pytest.mark.parametrize("name", kinds())
+def test_coordinates_of_float32_by_parts(name: str, corrected: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a GPU makes them at large ranks, and steps out of them, with free bases too."""
+    monkeypatch.setattr(layer_module, "_has_tensor_cores", lambda _: True)
+    monkeypatch.setattr(split_products, "CORRECTED", corrected)
+    monkeypatch.setattr(split_products, "SPLIT_FLOAT32", 1)
+    layer = kinds()[name]
+    L, R = (_free(basis, d) for basis, d in zip((layer.left_basis, layer.right_basis), layer.shape, strict=True))
+    grad, coordinates = (gaussian(*shape, dtype=torch.float32) for shape in (layer.shape, layer.free_shape))
+    found, back = layer.to_coordinates(grad), layer.from_coordinates(coordinates)
+    assert found.dtype is back.dtype is torch.float32
+    assert (found.double() - L.mT @ grad.double() @ R).norm() <= 1e-5 * float(grad.norm())
+    assert (back.double() - L @ coordinates.double() @ R.mT).norm() <= 1e-5 * float(coordinates.norm())
+    for basis, turned in ((layer.left_basis, back), (layer.right_basis, back.mT)):
+        if basis is not None:
+            assert basis.protected(turned.double()).norm() <= 6e-6 * float(back.norm())
+
+
+def test_float32_steps_are_projected_by_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU at large ranks; what keeps a side or is a block is left to the ops."""
+    parts = []
+    made = split_products.project_to_float32
+    monkeypatch.setattr(layer_module, "_has_tensor_cores", lambda _: True)
+    monkeypatch.setattr(split_products, "SPLIT_FLOAT32", 1)
+    monkeypatch.setattr(layer_module, "project_to_float32", lambda *given: parts.append(given) or made(*given))
+    taken = 0
+    for layer in Kinds().subspaces.values():
+        if layer.block or not layer.protects:
+            continue
+        grad = gaussian(*layer.shape, dtype=torch.float32)
+        exact = grad.double()
+        layer_module.project_each_([(exact, layer.with_bases(lambda b: Basis(b.span().double(), _plain(b))))])
+        layer_module.project_each_([(grad, layer)], in_parts=True)
+        assert (grad.double() - exact).norm() <= 1e-5 * float(exact.norm())
+        taken += not (layer.keep_left or layer.keep_right)
+    assert len(parts) == taken > 0
+
+
+def _plain(basis: Basis) -> Literal["protected", "free"]:
+    return "free" if basis.keep else "protected"
 
 
 @pytest.mark.parametrize("name", kinds())

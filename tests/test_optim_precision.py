@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from sculpt_ops import layer
 from sculpt_ops.layer import project_each_
-from sculpt_ops.ops.split_products import can_split
 from sculpt_ops.optim import AdamW, rows
 from sculpt_ops.optim.options import Options
 from sculpt_ops.subspaces import Subspaces
@@ -74,7 +73,7 @@ def test_steps_in_bfloat16_change_bfloat16_weights_as_well(
 
         monkeypatch.setattr(rows, "_steps_in_bfloat16", chosen)
         if narrow:
-            monkeypatch.setattr(layer, "_on_tensor_cores", can_split)
+            monkeypatch.setattr(layer, "_has_tensor_cores", lambda _: True)
         model = Kinds((BF16,))
         wide = in_float32(model)
         start = start_of(wide)

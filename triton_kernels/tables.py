@@ -12,7 +12,7 @@ __all__ = ["held", "is_capturing", "upload"]
 
 T = TypeVar("T")
 
-# Two for a list whose addresses are known. AdamW's step of LLaMA-2 7B has some 80 lists: with room for 32 tables in
+# Two for a list whose addresses are known. AdamW's step of LLaMA-2 7B has dozens of lists: with room for 32 tables in
 # all each was checked and sorted anew at every step.
 TABLES = 512
 _tables: OrderedDict[Hashable, Any] = OrderedDict()

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
+import os
 import platform
 import subprocess
 import time
@@ -54,9 +55,6 @@ def _version(package: str) -> str | None:
 def facts(device: torch.device) -> dict[str, Any]:
     """GPU, driver, versions and commit: what a figure is worth nothing without."""
     cuda = device.type == "cuda"
-    here = str(Path(__file__).parent)
-    changed = _output("git", "-C", here, "status", "--porcelain", "--untracked-files=no", "--", ".")
-    commit = _output("git", "-C", here, "rev-parse", "--short", "HEAD")
     properties = torch.cuda.get_device_properties(device) if cuda else None
     return {
         "date": datetime.date.today().isoformat(),
@@ -71,8 +69,18 @@ def facts(device: torch.device) -> dict[str, Any]:
         "triton": _version("triton"),
         "python": platform.python_version(),
         "sculpt_ops": _version("sculpt-ops"),
-        "commit": None if commit is None else commit + ("+changes" if changed else ""),
+        "commit": _commit(),
     }
+
+
+def _commit() -> str | None:
+    """SCULPT_COMMIT where it is set, for a copy whose repository is elsewhere."""
+    if given := os.environ.get("SCULPT_COMMIT"):
+        return given
+    here = str(Path(__file__).parent)
+    commit = _output("git", "-C", here, "rev-parse", "--short", "HEAD")
+    changed = _output("git", "-C", here, "status", "--porcelain", "--untracked-files=no", "--", ".")
+    return f"{commit}+changes" if commit and changed else commit
 
 
 def run(

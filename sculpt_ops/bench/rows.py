@@ -296,7 +296,9 @@ def optimizer_step(setting: Setting) -> Iterator[Row]:
         parameter.grad = torch.randn_like(parameter)
     subspaces = Subspaces.from_model(model, protect=Rank(rank), targets="*")
     full = AdamW(model.named_parameters(), lr=1e-5, subspaces=subspaces)
-    compact = AdamW(model.named_parameters(), lr=1e-5, subspaces=subspaces, state="subspace")
+    # Of its own: it puts reflectors in the place of bases.
+    turned = Subspaces(dict(subspaces.items()), {}).bind(model)
+    compact = AdamW(model.named_parameters(), lr=1e-5, subspaces=turned, state="subspace")
     plain = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=setting.device.type == "cuda")
     contenders = [
         Contender("sculpt.AdamW", lambda _: full.step()),

@@ -28,19 +28,28 @@ def _sum_dtype(input: Tensor) -> torch.dtype:
 
 def product_library(input: Tensor, factor: Tensor, *, transpose: bool = False) -> Tensor:
     """Library products. A bf16 matrix is exact on tensor cores, so only the thin factor is split, hi + lo: the error
-    is 2^-17 of the factor. The two halves stand side by side and the matrix is read once."""
+    is 2^-17 of the factor. The two halves stand side by side and the matrix is read once. A float16 matrix is two bf16
+    parts exactly."""
     matrix = input.mT if transpose else input
-    if input.dtype is not torch.bfloat16 or factor.dtype is not torch.float32 or not input.is_cuda:
+    if input.dtype.itemsize != 2 or factor.dtype is not torch.float32 or not input.is_cuda:
         return matrix.to(factor.dtype) @ factor
     high = factor.bfloat16()
     halves = torch.cat((high, (factor - high.float()).bfloat16()), dim=-1)
-    if input.dim() == 2:
-        wide = torch.mm(matrix, halves, out_dtype=torch.float32)
-    else:
-        flat = torch.bmm(matrix.flatten(0, -3), halves.flatten(0, -3), out_dtype=torch.float32)
-        wide = flat.unflatten(0, input.shape[:-2])
+    rounded = matrix.bfloat16()
+    wide = _wide(rounded, halves)
+    if rounded.dtype is not matrix.dtype:
+        wide += _wide((matrix.float() - rounded.float()).bfloat16(), halves)
     high_part, low_part = wide.chunk(2, dim=-1)
     return high_part + low_part
+
+
+def _wide(matrix: Tensor, factor: Tensor) -> Tensor:
+    """matrix factor of bfloat16 in float32."""
+    if matrix.dim() == 2:
+        out: Tensor = torch.mm(matrix, factor, out_dtype=torch.float32)
+        return out
+    out = torch.bmm(matrix.flatten(0, -3), factor.flatten(0, -3), out_dtype=torch.float32)
+    return out.view(*matrix.shape[:-2], *out.shape[-2:])
 
 
 def _gram_cuda(input: Tensor, *, transpose: bool = False, double: bool = False) -> Tensor:

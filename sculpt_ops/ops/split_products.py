@@ -32,8 +32,10 @@ __all__ = [
     "can_split",
     "coefficients_of",
     "parts_of",
+    "product_in_parts",
     "project_split",
     "project_to_float32",
+    "splitting_pays",
     "through_thin_order",
     "wide_mm",
     "write_projection",
@@ -42,6 +44,9 @@ __all__ = [
 # Most r + s of two sides at once. On an H200, 4096 x 11008 and 11008 x 4096, that took 0.94 to 0.97 of the sides' own
 # times at 128, and 1.08 to 1.10 at 256 (bench/results/nvidia-h200-2026-11-26.json).
 AT_ONCE = 128
+# Least r + s of float32 matrices. Their products have no tensor cores (51 TFLOP/s on an H200, bfloat16 790); below some
+# 160 three products of parts would take longer, where splitting the matrix is most of the work.
+SPLIT_FLOAT32 = 256
 # Largest rank of a correction in one kernel, which reads the core and the basis again for every tile; not measured.
 CORRECTED = 128
 
@@ -53,6 +58,16 @@ def can_split(grad: Tensor, left: Tensor | None, right: Tensor | None) -> bool:
         grad.dtype == torch.bfloat16
         and any(basis.dtype == torch.float32 for basis in bases)
         and all(tensor.dim() == 2 for tensor in (grad, *bases))
+    )
+
+
+def splitting_pays(matrix: Tensor, *given: Tensor | None) -> bool:
+    """One float32 matrix with float32 bases of large ranks: on a GPU faster in parts than in products of float32."""
+    bases = [basis for basis in given if basis is not None]
+    return (
+        matrix.dim() == 2
+        and all(tensor.dtype == torch.float32 for tensor in (matrix, *bases))
+        and sum(basis.shape[-1] for basis in bases) >= SPLIT_FLOAT32
     )
 
 
@@ -90,6 +105,11 @@ def parts_of(factor: Tensor, low: int) -> Tensor:
     return parts
 
 
+def product_in_parts(a: Tensor, b: Tensor) -> Tensor:
+    """a bᵀ of float32 matrices, to 2^-16 of it: three products of bfloat16 as one of three times the depth."""
+    return wide_mm(parts_of(a, 1), parts_of(b, 2).mT)
+
+
 def _bases(near: Tensor, far: Tensor) -> list[Tensor]:
     """[h, l, h] of each, in one launch."""
     parts = [basis.new_empty(basis.shape[0], 3 * basis.shape[1], dtype=torch.bfloat16) for basis in (near, far)]
@@ -118,9 +138,13 @@ def coefficients_of(grad: Tensor, basis: Tensor, turned: bool) -> Tensor:
     return wide_mm(grad, basis) if turned else wide_mm(basis.mT, grad).mT
 
 
-def _coefficients(grad: Tensor, basis: Tensor, rank: int, turned: bool) -> Tensor:
-    """Two halves, whose sum is the coefficients, of [h, l] of a basis: twice the rank wide."""
-    return coefficients_of(grad, basis[:, : 2 * rank], turned)
+def _coefficients(grad: Tensor, basis: Tensor, rank: int, turned: bool, rest: Tensor | None = None) -> Tensor:
+    """Two halves, whose sum is the coefficients, of [h, l] of a basis: twice the rank wide. rest: of a float32 matrix
+    what its rounding, grad, took."""
+    halves = coefficients_of(grad, basis[:, : 2 * rank], turned)
+    if rest is not None:
+        halves[:, :rank] += coefficients_of(rest, basis[:, :rank], turned)
+    return halves
 
 
 def write_projection(grad: Tensor, near: Tensor, coefficients: Tensor, out: Tensor, turned: bool, keeps: bool) -> None:
@@ -191,18 +215,21 @@ def _through_thin(
 def project_to_float32(
     grad: Tensor, left: Tensor | None, right: Tensor | None, above: int = 0, before: int = 0
 ) -> Tensor:
-    """The projection of what `can_split` takes, sides removed, in float32: to 2^-17 of the matrix. Without the first
-    `above` rows and `before` columns."""
+    """The projection, sides removed, in float32 to 2^-17 of the matrix: of what `can_split` takes, or all in float32.
+    Without the first `above` rows and `before` columns."""
     kernels = _kernels(grad)
+    matrix = grad.bfloat16()
+    rest = None if matrix.dtype is grad.dtype else (grad - matrix).bfloat16()
     m, n = grad.shape
     r, s = (0 if basis is None else basis.shape[1] for basis in (left, right))
     # Beside each other [h, l, h] of the left basis and [h, h, l] of the right image, below it the other way round.
-    A, B = (grad.new_empty(size, 3 * (r + s)) for size in (m, n))
+    A, B = (grad.new_empty(size, 3 * (r + s), dtype=torch.bfloat16) for size in (m, n))
     L, image, coimage, R = A[:, : 3 * r], A[:, 3 * r :], B[:, : 3 * r], B[:, 3 * r :]
     bases = [pair for pair in ((L, left), (R, right)) if pair[1] is not None]
     kernels.split_parts(*bases[0], 1, *bases[1:])
-    below = None if left is None else _coefficients(grad, L, r, False)
-    beside = None if right is None else _coefficients(grad, R, s, True)
+    below = None if left is None else _coefficients(matrix, L, r, False, rest)
+    beside = None if right is None else _coefficients(matrix, R, s, True, rest)
+    del matrix, rest
     if below is None or beside is None:
         kernels.split_parts(*((image, beside) if below is None else (coimage, below)), 2)
     elif _corrects(grad, r, s):
@@ -213,8 +240,7 @@ def project_to_float32(
         kernels.split_parts(image, beside, 2)
         four = wide_mm(L[:, : 2 * r].mT, image[:, s:])
         core = four[:r, :s] + four[:r, s:] + four[r:, :s] + four[r:, s:]
-        kernels.split_parts(parts := grad.new_empty(r, 3 * s), core, 2)
-        inside = wide_mm(R, parts.mT)
+        inside = wide_mm(R, parts_of(core, 2).mT)
         kernels.split_parts(coimage, below[:, :r] + below[:, r:] - inside, 2)
     removed = wide_mm(A[above:], B[before:].mT)
     return torch.sub(grad[above:, before:], removed, out=removed)

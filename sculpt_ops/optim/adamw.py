@@ -408,7 +408,7 @@ class AdamW(torch.optim.AdamW):
             reference, version = self._projected.get(parameter, (None, -1))
             if reference is None or reference() is not grad or version != grad._version:
                 todo.append((parameter, grad, layer))
-        project_each_((grad, layer) for _, grad, layer in todo)
+        project_each_([(grad, layer) for _, grad, layer in todo], in_parts=True)
         for parameter, grad, _ in todo:
             self._projected[parameter] = (weakref.ref(grad), grad._version)
 

@@ -122,7 +122,9 @@ def step_rows(options: Options, group: Mapping[str, Any], rows: Sequence[Row]) -
     here = [row for row in rows if row.layer is None or row.layer.owner is None]
     whole = [row for row in here if not is_dtensor(row.parameter)]
     sharded = [row for row in here if is_dtensor(row.parameter)]
-    together = in_buckets(whole, lambda row: _share_of_bucket(options, group, row), BUCKET_BYTES)
+    # What the largest takes alone others may take together.
+    limit = max(BUCKET_BYTES, *map(_step_bytes, whole), 0)
+    together = in_buckets(whole, lambda row: _share_of_bucket(options, group, row), limit)
     for bucket in (*together, *_sharded_buckets(sharded)):
         if options.in_coordinates:
             # There and back: bases in 16 bit would be made float32 twice.
@@ -182,7 +184,8 @@ def make_steps(
             direction.sub_(coordinates_of(options, row, (entry or decays(row)).read()) * scale)
     if not options.in_coordinates:
         if options.project != "gradient":
-            project_each_((d, row.layer) for row, d in zip(rows, directions, strict=True) if row.layer is not None)
+            protected = [(d, row.layer) for row, d in zip(rows, directions, strict=True) if row.layer is not None]
+            project_each_(protected, in_parts=True)
         return directions
     inside = [
         (index, (directions[index], row.layer, torch.bfloat16 if narrow(options, row) else None))

@@ -211,7 +211,7 @@ def test_steps_of_bfloat16_weights(master: Any, sides: Any, state: Any, monkeypa
     for narrow in (True, False):
         if not narrow:
             monkeypatch.setattr(optim_rows, "_steps_in_bfloat16", lambda options, row: False)
-            monkeypatch.setattr(layer, "_on_tensor_cores", lambda *_: False)
+            monkeypatch.setattr(layer, "_has_tensor_cores", lambda _: False)
         torch.manual_seed(0)
         model = torch.nn.ModuleList(
             torch.nn.Linear(n, m, bias=False, device="cuda", dtype=torch.bfloat16) for m, n in ((256, 384), (320, 128))

@@ -106,7 +106,11 @@ def test_a_graph() -> None:
         (lambda g, u, v: (g.half(), u, v), {}, "grad: wanted dtype bfloat16"),
         (lambda g, u, v: (g, torch.eye(512, 256, device="cuda"), v), {}, "left, right: wanted ranks of 1 to 128"),
         (lambda g, u, v: (g, u, v.mT.contiguous().mT), {}, "right: wanted contiguous memory"),
-        (lambda g, u, v: (g, u, v), {"keep_left": True}, "keep_left, keep_right: wanted only with one basis"),
+        (
+            lambda g, u, v: (g, torch.eye(512, 100, device="cuda"), v),
+            {"keep_left": True},
+            "keep_left, keep_right: with both bases wanted only where each side by itself can run",
+        ),
         (lambda g, u, v: (g.unsqueeze(0), u, v), {}, "grad: wanted one matrix"),
     ],
 )
