@@ -80,6 +80,24 @@ def test_no_table_takes_the_time_of_another(monkeypatch: pytest.MonkeyPatch) -> 
     assert {row["table"] for row in found["rows"]} == {"projection", *tables}
 
 
+def test_some_tables_and_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("decompositions", "small_svds", "models", "optimizer_step"):
+        monkeypatch.setattr(command, name, lambda _, name=name: iter([{"table": name, "contenders": {}}]))
+    monkeypatch.setattr(
+        projections, "projection", lambda setting, index, case: row_of(case) | {"index": index, "rank": case.rank}
+    )
+    monkeypatch.setattr(command, "cases", lambda *_: projections.cases(SMALL, False))
+    quiet: Any = {"small": True, "say": lambda _: None}
+    found = bench.run(torch.device("cpu"), 30, **quiet, only=["projections"], ranks=[32])
+    wanted = [case for case in projections.cases(SMALL, False) if case.rank == 32]
+    assert [row["rank"] for row in found["rows"]] == [32] * len(wanted)
+    assert (found["complete"], found["only"], found["ranks"]) == (True, ["projections"], [32])
+    found = bench.run(torch.device("cpu"), 30, **quiet, only=["models", "optimizer_step"])
+    assert [row["table"] for row in found["rows"]] == ["models", "optimizer_step"]
+    assert found["complete"]
+    assert {name for name, _, _ in command.tables(iter(()))} == set(command.TABLES)
+
+
 def test_a_short_run_compiles_little() -> None:
     case = projections.Case("x", 32, 48, 4, torch.bfloat16, torch.float32, "left")
     names = {}

@@ -1,6 +1,7 @@
 """The benchmark behind `sculpt bench` and bench/gpu_check.sh: rows in one JSON file, and a table and a roofline of it.
 
 python -m sculpt_ops.bench --output results --seconds 240
+python -m sculpt_ops.bench --output results --only projections --rank 64    # some of it
 python -m sculpt_ops.bench --output results --dry-run            # tiny sizes on the CPU, to try the machinery
 python -m sculpt_ops.bench --repeat 1000                         # bitwise repeatability instead of times
 """
@@ -14,7 +15,7 @@ import os
 import platform
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from itertools import islice
 from pathlib import Path
@@ -28,8 +29,9 @@ from .report import WHICH, write_report
 from .rows import Row, Setting, basis, decompositions, models, optimizer_step, small_svds
 from .timing import measure_ceilings, synchronize
 
-__all__ = ["facts", "main", "repeat", "run"]
+__all__ = ["TABLES", "facts", "main", "repeat", "run"]
 
+TABLES = ("projections", "decompositions", "small_svds", "models", "optimizer_step")
 # Single projections before the other tables.
 FIRST_ROWS = 60
 # A run shorter than this leaves out what compiles much.
@@ -89,9 +91,12 @@ def run(
     small: bool = False,
     say: Callable[[str], Any] = print,
     save: Callable[[dict[str, Any]], Any] | None = None,
+    only: Sequence[str] = (),
+    ranks: Sequence[int] = (),
 ) -> dict[str, Any]:
     """All tables within about `seconds`: what fails is in `failed`, what there was no time for is not in `rows`.
 
+    only: names of `TABLES`, where not all are wanted. ranks: of single projections, likewise.
     save: is given the result after each table, so that a run that is ended leaves what it had.
     """
     begin = time.monotonic()
@@ -101,14 +106,17 @@ def run(
         "dry_run": small,
         "machine": facts(device),
         "ceilings": ceilings.__dict__,
+        "only": list(only),
+        "ranks": list(ranks),
         "rows": [],
         "failed": [],
         "complete": True,
     }
     setting = Setting(device, ceilings, small, begin, short=seconds < SHORT_SECONDS)
-    left = enumerate(cases(setting.models, small))
-    shares = 1.0
-    for name, share, table in tables(left):
+    left = enumerate(case for case in cases(setting.models, small) if not ranks or case.rank in ranks)
+    wanted = [entry for entry in tables(left) if not only or entry[0] in only]
+    shares = sum(share for _, share, _ in wanted)
+    for name, share, table in wanted:
         # Of what is left, as the row at which a table stops may take long; after the last share all of it.
         now, end = time.monotonic(), begin + seconds
         setting.deadline = now + (end - now) * share / shares if share else end
@@ -131,7 +139,7 @@ def run(
         result["seconds"] = time.monotonic() - begin
         if save is not None:
             save(result)
-    result["complete"] &= next(left, None) is None
+    result["complete"] &= next(left, None) is None or (bool(only) and "projections" not in only)
     return result
 
 
@@ -195,6 +203,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, default=Path("bench/results"), help="folder for the results")
     parser.add_argument("--seconds", type=float, default=240.0, help="time for all tables")
     parser.add_argument("--dry-run", action="store_true", help="tiny sizes on the CPU; its figures mean nothing")
+    parser.add_argument("--only", action="append", choices=TABLES, default=[], help="this table; may be repeated")
+    parser.add_argument("--rank", action="append", type=int, default=[], help="of single projections; likewise")
     parser.add_argument("--repeat", type=int, help="runs of each op that must agree to the bit, in place of times")
     parser.add_argument("--device", help="cuda, or cpu with --repeat")
     given = parser.parse_args(arguments)
@@ -207,9 +217,11 @@ def main(arguments: list[str] | None = None) -> int:
         return 1 if any(different.values()) else 0
     if device.type == "cpu" and not given.dry_run:
         parser.error("--device cpu: wanted with --repeat, or --dry-run")
-    result = run(
-        device, given.seconds, given.dry_run, save=lambda result: write_report(result, given.output, picture=False)
-    )
+
+    def save(result: dict[str, Any]) -> None:
+        write_report(result, given.output, picture=False)
+
+    result = run(device, given.seconds, given.dry_run, save=save, only=given.only, ranks=given.rank)
     for path in write_report(result, given.output):
         print(f"written: {path}")
     return 0

@@ -153,6 +153,8 @@ def inspect(
 def bench(
     output: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("bench-results"),
     seconds: Annotated[float, typer.Option(help="Time for all tables.")] = 240.0,
+    only: Annotated[list[str] | None, typer.Option(help="This table: projections, models, optimizer_step, ...")] = None,
+    rank: Annotated[list[int] | None, typer.Option(help="Of single projections; may be given repeatedly.")] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Tiny sizes on the CPU; its figures mean nothing.")
     ] = False,
@@ -162,6 +164,8 @@ def bench(
 
     with _one_line_errors():
         arguments = ["--output", str(output), "--seconds", str(seconds), *(["--dry-run"] if dry_run else [])]
+        arguments += [word for table in only or () for word in ("--only", table)]
+        arguments += [word for number in rank or () for word in ("--rank", str(number))]
         raise typer.Exit(main(arguments))
 
 
