@@ -31,10 +31,16 @@ A100, MI300X, V100 = Gpu(80, False, 108, 40 * 2**20), Gpu(94, True, 304, 4 * 2**
         (4096, 4096, 16, 16, (BF16, BF16), "cuda"),
         (4096, 4096, 64, 16, (BF16, BF16), "cuda"),
         (4096, 4096, 65, 16, (BF16, BF16), "cublas"),
-        (1024, 1024, 16, None, (BF16, BF16), "cublas"),  # as long as its launches
-        (1024, 1024, 16, 16, (BF16, BF16), "cublas"),
+        (1024, 1024, 32, None, (BF16, BF16), "cuda"),
+        (1024, 1024, 32, 16, (BF16, BF16), "cuda"),
+        (1024, 1024, 33, None, (BF16, BF16), "cublas"),  # as long as its launches
+        (576, 576, 16, None, (BF16, BF16), "cublas"),
+        (576, 576, 32, 16, (BF16, F32), "cuda"),
+        (576, 576, 33, None, (BF16, F32), "cublas"),  # not measured
         (4096, 4096, 16, 16, (BF16, F32), "cuda"),
         (4096, 4096, 64, 64, (BF16, F32), "cuda"),
+        (4096, 11008, 16, 16, (BF16, F32), "cuda"),
+        (4096, 11008, 17, 16, (BF16, F32), "cublas"),  # both sides at once
         (4096, 11008, 64, 64, (BF16, F32), "cublas"),
         (28672, 8192, 16, 16, (BF16, BF16), "cuda"),
         (28672, 8192, 32, None, (BF16, BF16), "cublas"),  # it fits no cluster
@@ -56,10 +62,8 @@ def test_the_choice_for_one_matrix(
 @pytest.mark.parametrize("basis", [BF16, F32])
 def test_the_choice_for_a_block(basis: torch.dtype) -> None:
     assert choose(4096, 11008, 16, 16, BF16, basis, cuda=True, block=True) == "cuda"
-    assert choose(4096, 11008, 32, 32, BF16, basis, cuda=True, block=True) == "cuda"
-    assert choose(4096, 11008, 32, 33, BF16, basis, cuda=True, block=True) == "cublas"
-    assert choose(1024, 4096, 16, 16, BF16, basis, cuda=True, block=True) == "cuda"
-    assert choose(1024, 4096, 16, 17, BF16, basis, cuda=True, block=True) == "cublas"
+    assert choose(4096, 11008, 16, 17, BF16, basis, cuda=True, block=True) == "cublas"
+    assert choose(1024, 4096, 16, 16, BF16, basis, cuda=True, block=True) == "cublas"
     # A list of large ones goes one by one, of small ones in Triton's four launches.
     assert choose(4096, 11008, 16, 16, BF16, basis, cuda=True, block=True, batch=224) == "cuda"
     assert choose(576, 1536, 16, 16, BF16, basis, cuda=True, block=True, batch=210) == "triton"
@@ -101,7 +105,8 @@ def test_the_choice_for_many_without_cuda_kernels(
         (1024, 1024, 64, None, (BF16, BF16), 288, "cuda"),
         (576, 1536, 16, None, (BF16, BF16), 210, "cuda"),
         (576, 1536, 16, 16, (BF16, BF16), 210, "cuda"),
-        (576, 1536, 16, 16, (BF16, BF16), 7, "cublas"),  # too few for a list
+        (576, 1536, 64, 64, (BF16, BF16), 7, "cublas"),  # too few for a list
+        (4096, 11008, 32, 32, (BF16, F32), 224, "cuda"),
         (576, 1536, 64, 64, (F16, F16), 210, "cublas"),
     ],
 )

@@ -44,13 +44,19 @@ constexpr int kCudaCapability = 90;
 // Two sides go one after the other: 0.79 to 0.88 at 64, 0.88 with float32 bases (on an H200 1.06, but two launches for seven
 // and no Python between them).
 constexpr int64_t kCudaRank = 64;
-// Single matrices of at least so many bytes: 4096 x 1024 took 1.07 of the library's time on the right, 576 x 576 1.15.
+// Single matrices of at least so many bytes: at 64 4096 x 1024 took 1.07 of the library's time on the right, 576 x 576 1.15 (an
+// H100). Up to a rank of 32 smaller ones too (an H200): 0.83 to 1.00 from 1536 x 576 on, 1.02 to 1.08 for 576 x 576, and
+// with float32 bases, which the library has in four launches, 0.61 to 0.93 of any size.
 constexpr int64_t kCudaBytes = int64_t(1) << 24;
+constexpr int64_t kCudaSmallRank = 32, kCudaSmallBytes = int64_t(1) << 20;
+// Two sides with float32 bases of larger ranks than this, of single matrices of more bytes than this, go to the library,
+// which reads them once for both: at 32 CUDA C++ took 1.05 (an H100) and 1.09 to 1.34 (an H200) of its time.
+constexpr int64_t kCudaBothFloat32Rank = 16, kCudaBothFloat32Bytes = int64_t(1) << 25;
 // Lists of at least so many matrices, of any size, one launch for all of a length: two sides up to the rank of one.
 constexpr int64_t kCudaList = 8;
-// Block, r + s: 0.84 to 0.93 of the library's time at 32, with float32 bases as well. At 64 0.84 to 0.95 on an H100, of
-// matrices of kCudaBytes and more; 1.3 to 1.6 at 128.
-constexpr int64_t kCudaRanksBlock = 32, kCudaRanksLargeBlock = 64;
+// Block, r + s, of matrices of kCudaBytes and more: 0.84 to 0.93 of the library's time at 32, with float32 bases as well. At
+// 64 0.84 to 0.95 on an H100, but 0.97 to 1.17 on an H200; 1.3 to 1.6 at 128.
+constexpr int64_t kCudaRanksBlock = 32;
 
 // Triton's grouped kernels are chosen for lists of small matrices, where library products take as long to launch as to
 // run: T5-Large's, of up to 8 MB, in 0.6 and 0.3 of its time, while LLaMA-2 7B's take 1.3 to 3 times as long. At least this
@@ -90,10 +96,11 @@ inline bool side_pays(int64_t length, int64_t extent, int64_t r, bool split, int
 inline bool cuda_pays(const Work& work, const Gpu& gpu) {
   if (gpu.hip || gpu.capability != kCudaCapability || work.type != Type::kBFloat16) return false;
   const bool wide = work.basis == Type::kFloat32, list = work.batch >= kCudaList;
-  const bool large = work.m * work.n * size_of(work.type) >= kCudaBytes;
-  if (work.block) return work.r + work.s <= (large ? kCudaRanksLargeBlock : kCudaRanksBlock);
+  const int64_t bytes = work.m * work.n * size_of(work.type), rank = std::max(work.r, work.s);
+  if (work.block) return bytes >= kCudaBytes && work.r + work.s <= kCudaRanksBlock;
   if (work.n % 8) return false;
-  if (!list && !large) return false;
+  if (!list && bytes < (rank > kCudaSmallRank ? kCudaBytes : wide ? 0 : kCudaSmallBytes)) return false;
+  if (!list && wide && work.r && work.s && rank > kCudaBothFloat32Rank && bytes > kCudaBothFloat32Bytes) return false;
   return side_pays(work.m, work.n, work.r, wide, gpu.multiprocessors) &&
          side_pays(work.n, work.m, work.s, wide, gpu.multiprocessors);
 }
