@@ -306,20 +306,25 @@ class Subspaces(Mapping[str, LayerSubspace]):
         return guard_optimizer(self, self._sketches, optimizer, start, offload)
 
     @torch.no_grad()
-    def leak(self, start: Mapping[str, Tensor] | None = None) -> dict[str, LayerLeak]:
+    def leak(
+        self, start: Mapping[str, Tensor] | None = None, *, read: Callable[[Tensor], Tensor] | None = None
+    ) -> dict[str, LayerLeak]:
         """How much of each weight's change since the start lies in its protected space; see `LayerLeak`.
 
         start: the start weights by name, for the exact figures in float64. Without it they are estimated from a sketch
             taken when the bases were made, to about 20 % of a norm.
+        read: what is measured in place of a parameter, one at a time (sharded ones all at once). With master="split"
+            that is `AdamW.master_weight`: the model's own weights lack the bits that hold most of a small change.
         """
         start = None if start is None else check_start_weights(start, self)
+        read = read or (lambda parameter: parameter)
         if self._sharded:
             from .distributed.layers import measure_sharded
 
-            return measure_sharded(self, dict(self._bound()), self._sketches, start)
+            return measure_sharded(self, {n: read(p) for n, p in self._bound()}, self._sketches, start)
         if start is None:
-            return {n: measure_sketched(self[n], p, self._sketches[n], n) for n, p in self._bound()}
-        return {name: measure_exact(self[name], parameter, start[name]) for name, parameter in self._bound()}
+            return {n: measure_sketched(self[n], read(p), self._sketches[n], n) for n, p in self._bound()}
+        return {name: measure_exact(self[name], read(parameter), start[name]) for name, parameter in self._bound()}
 
     @property
     def remembered(self) -> Mapping[str, Remembered]:

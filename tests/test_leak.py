@@ -108,6 +108,20 @@ def test_leak_from_start_weights_and_from_sketches() -> None:
         subspaces.leak(start | {"wide": torch.zeros(2, 2)})
 
 
+def test_leak_of_what_takes_the_place_of_the_weights() -> None:
+    """The bits that bfloat16 weights lack are most of a small change."""
+    model = Shapes(torch.bfloat16)
+    subspaces = Subspaces.from_model(model, 0.5, targets=list(SHAPES))
+    start = start_of(model)
+    optimizer = AdamW(model.parameters(), lr=1e-5, subspaces=subspaces, master="split")
+    train(model, optimizer, 5)
+    for given in (None, start):
+        rounded, master = subspaces.leak(given), subspaces.leak(given, read=optimizer.master_weight)
+        for name in subspaces:
+            assert rounded[name].total > 0.1
+            assert 0 < master[name].total < 1e-2 * rounded[name].total
+
+
 @pytest.mark.parametrize(("sides", "rank"), list(itertools.product(SIDES, (5, 20))))
 def test_sketch_sees_a_leak_of_a_millionth(sides: str, rank: int) -> None:
     start = torch.randn(24, 40).double()

@@ -134,7 +134,7 @@ def train(model: nn.Module, case: Case, *, own: bool = False, steps: int = 4) ->
             subspaces = protect(model, case)
             optimizer.set_subspaces(subspaces)
         norms += take_steps(model, optimizer, case, range(steps * task, steps * task + steps), own=own)
-    leaks = {name: leak.total for name, leak in subspaces.leak().items()}
+    leaks = {name: leak.total for name, leak in subspaces.leak(read=optimizer.master_weight).items()}
     in_place = [name for name, layer in subspaces.items() if subspaces.in_place(name) is not layer]
     return Outcome(weights_of(model, optimizer), norms, leaks, in_place)
 
