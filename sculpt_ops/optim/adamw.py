@@ -38,10 +38,10 @@ class AdamW(torch.optim.AdamW):
     replaced by reflectors in `subspaces` (`Subspaces.use_reflectors`); there is no second copy of them.
 
     In both, decay shrinks only the free part of W. After t steps in fp32 the protected part P of the change dW obeys
-    ||P dW|| <= 1e-6 ||dW|| + 2^-24 sqrt(t) ||W|| (6e-6 with bases of 256 columns and more together on a GPU, where steps
-    go in bfloat16 parts), the last term being the rounding of W itself. That is for steps that
-    vary, as with minibatches; where all are alike (a gradient that is zero or constant) their roundings add up to as
-    much as 2^-24 t ||W||. `subspaces.guard(optimizer)` holds either to one rounding.
+    ||P dW|| <= 1e-6 ||dW|| + 2^-24 sqrt(t) ||W||, the last term being the rounding of W itself. (On a GPU, with bases
+    of 256 columns and more together, steps go in bfloat16 parts: 6e-6 in place of 1e-6.) That is for steps that vary,
+    as with minibatches; where all are alike (a gradient that is zero or constant) their roundings add up to as much
+    as 2^-24 t ||W||. `subspaces.guard(optimizer)` holds either to one rounding.
 
     Parameters without a basis get exactly torch's AdamW, unless the options below concern them too. Arguments,
     defaults, `param_groups` and `state_dict` are those of `torch.optim.AdamW`; with state="full" state dicts load
