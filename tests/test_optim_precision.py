@@ -99,6 +99,27 @@ def test_steps_in_bfloat16_change_bfloat16_weights_as_well(
     assert leaks[1] <= 1.02 * leaks[0]
 
 
+def test_room_of_a_step_by_what_it_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU, made in one pass: the step alone, of three copies that others take, in two or four bytes a number."""
+    monkeypatch.setattr(rows, "in_one_pass", lambda device: True)
+    layer, group = Kinds().subspaces["both_25_32"], {"amsgrad": False, "foreach": None}
+
+    def share(options: dict[str, Any], dtype: torch.dtype = BF16, is_cuda: bool = True, **changes: Any) -> float:
+        parameter: Any = SimpleNamespace(
+            is_cuda=is_cuda, dtype=dtype, device=None, numel=lambda: 6000, element_size=lambda: dtype.itemsize
+        )
+        row = rows.Row(parameter, 0, {}, layer, None)
+        return rows._share_of_bucket(Options(**options), group | changes, row) / 6000
+
+    assert share({}) == share({"master": "stochastic"}) == pytest.approx(2 / 3, abs=1e-3)
+    # At the first step there are no low bits yet.
+    assert share({"master": "split"}) == share({}, torch.float32) == pytest.approx(4 / 3, abs=1e-3)
+    assert share({}, torch.float64) == 8
+    for options in ({"state": "subspace"}, {"moment_dtype": BF16}):
+        assert share(options) == 4
+    assert share({}, amsgrad=True) == share({}, foreach=True) == share({}, is_cuda=False) == 4
+
+
 @pytest.mark.parametrize(
     ("options", "changes", "wanted"),
     [

@@ -372,6 +372,7 @@ def _share_of_bucket(options: Options, group: Mapping[str, Any], row: Row) -> in
         or options.stochastic_moments
         or group["amsgrad"]
         or group["foreach"] is not None
+        or parameter.dtype not in _MOMENTS_SERVED
         or not (parameter.is_cuda and in_one_pass(parameter.device))
     ):
         return _step_bytes(row)
