@@ -16,6 +16,7 @@ from .buckets import in_buckets
 from .dtensor import is_dtensor
 from .linalg import complement, orthonormal
 from .ops import foreach_project_, project
+from .ops.heuristics import gpu_of
 from .ops.split_products import can_split, product_in_parts, project_to_float32, splitting_pays
 from .remember import Remembered, Side, join
 
@@ -238,11 +239,12 @@ def _reflector(basis: Basis | None) -> Tensor | None:
 
 
 def _has_tensor_cores(matrix: Tensor) -> bool:
-    """Whether parts in bfloat16 are faster than float32: on a GPU; not while tracing, for which there are the ops
-    alone."""
-    if not matrix.is_cuda or torch.compiler.is_compiling():
+    """Whether parts in bfloat16 are faster than float32: on an NVIDIA GPU from Ampere on; not while tracing, for which
+    there are the ops alone."""
+    if not matrix.is_cuda or torch.compiler.is_compiling() or is_dtensor(matrix) or isinstance(matrix, FakeTensor):
         return False
-    return not (is_dtensor(matrix) or isinstance(matrix, FakeTensor))
+    gpu = gpu_of(matrix.device.index)
+    return not gpu.hip and gpu.capability >= 80
 
 
 def project_each_(pairs: Iterable[tuple[Tensor, LayerSubspace]], in_parts: bool = False) -> None:

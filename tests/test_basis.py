@@ -1,6 +1,7 @@
 import functools
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Literal
 
 import pytest
@@ -11,6 +12,7 @@ from sculpt_ops import layer as layer_module
 from sculpt_ops.basis import Basis
 from sculpt_ops.layer import LayerSubspace
 from sculpt_ops.ops import split_products
+from sculpt_ops.ops.heuristics import Gpu
 from sculpt_ops.subspaces import Subspaces
 
 from .ops.accuracy import gaussian, orthonormal
@@ -19,6 +21,7 @@ from .training import Kinds, Shapes
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 D = 40
+MI300X = Gpu(94, True, 304, 0)
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 # Of a direction: how far it lies outside the space that is stored.
 AWAY = {torch.float32: 1e-6, torch.float64: 1e-13, torch.bfloat16: 4e-3, torch.float16: 5e-4}
@@ -277,6 +280,17 @@ def test_coordinates_of_float32_by_parts(name: str, corrected: int, monkeypatch:
     for basis, turned in ((layer.left_basis, back), (layer.right_basis, back.mT)):
         if basis is not None:
             assert basis.protected(turned.double()).norm() <= 6e-6 * float(back.norm())
+
+
+@pytest.mark.parametrize(
+    ("gpu", "wanted"),
+    [(Gpu(90, False, 132, 0), True), (Gpu(80, False, 108, 0), True), (Gpu(70, False, 80, 0), False), (MI300X, False)],
+)
+def test_parts_are_for_tensor_cores(gpu: Gpu, wanted: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(layer_module, "gpu_of", lambda index: gpu)
+    on_gpu: Any = SimpleNamespace(is_cuda=True, device=torch.device("cuda", 0))
+    assert layer_module._has_tensor_cores(on_gpu) is wanted
+    assert not layer_module._has_tensor_cores(torch.ones(2, 2))
 
 
 def test_float32_steps_are_projected_by_parts(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -31,7 +31,8 @@ def product_library(input: Tensor, factor: Tensor, *, transpose: bool = False) -
     is 2^-17 of the factor. The two halves stand side by side and the matrix is read once. A float16 matrix is two bf16
     parts exactly."""
     matrix = input.mT if transpose else input
-    if input.dtype.itemsize != 2 or factor.dtype is not torch.float32 or not input.is_cuda:
+    # HIP's products have no out_dtype.
+    if input.dtype.itemsize != 2 or factor.dtype is not torch.float32 or not input.is_cuda or torch.version.hip:
         return matrix.to(factor.dtype) @ factor
     high = factor.bfloat16()
     halves = torch.cat((high, (factor - high.float()).bfloat16()), dim=-1)
