@@ -284,7 +284,7 @@ def test_coordinates_of_float32_by_parts(name: str, corrected: int, monkeypatch:
 
 @pytest.mark.parametrize(
     ("gpu", "wanted"),
-    [(Gpu(90, False, 132, 0), True), (Gpu(80, False, 108, 0), True), (Gpu(70, False, 80, 0), False), (MI300X, False)],
+    [(Gpu(90, False, 132, 0), True), (Gpu(80, False, 108, 0), True), (Gpu(89, False, 128, 0), False), (MI300X, False)],
 )
 def test_parts_are_for_tensor_cores(gpu: Gpu, wanted: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(layer_module, "gpu_of", lambda index: gpu)
