@@ -95,6 +95,8 @@ def test_train_and_report(model_folder: Path, tasks: Path, tmp_path: Path) -> No
         (["--fuse-backward"], "fuse_backward: got True with max_grad_norm 1.0"),
         (["--order", "colours,smells"], "order: no task smells"),
         (["--targets", "*.nothing"], "'*.nothing' matches no parameter"),
+        (["--method", "plain", "--protect", "0.5"], "protect: got 0.5 with method 'plain', which has no use for it"),
+        (["--method", "lora", "--remember", "inputs:0.9"], "remember: got 'inputs:0.9' with method 'lora', which has"),
         (["--zero-shot", "nowhere"], "nowhere holds no run of `sculpt train`"),
         (["--lr-scheduler-type", "sideways"], "sideways"),
     ],
