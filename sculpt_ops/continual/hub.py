@@ -63,7 +63,7 @@ def _unreached() -> str | None:
     """Why the hub does not answer, None if it does: one request, whatever it is answered, by the client that the hub's
     package uses, with its proxies and certificates."""
     from huggingface_hub import constants
-    from huggingface_hub.utils import get_session
+    from huggingface_hub.utils import get_session  # type: ignore[attr-defined]
 
     if constants.HF_HUB_OFFLINE:
         return "HF_HUB_OFFLINE is set"

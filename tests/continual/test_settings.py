@@ -100,9 +100,9 @@ def test_a_flag_for_another_method_leaves_out_what_the_file_has_for_its_own(file
     lora = make_config(path, {"method": "lora"})
     assert (lora.targets, lora.lora_rank, lora.lr) == (["*.x"], 4, 1e-5)
     assert (lora.protect, lora.sides, lora.others) == (None, "both", "train")
-    with pytest.raises(ValueError, match="^lora_rank: got 4 with method 'sculpt'"):
+    with pytest.raises(ValueError, match=r"^lora_rank: got 4 with method 'sculpt'"):
         make_config(path)
-    with pytest.raises(ValueError, match="^sides: got 'left' with method 'lora'"):
+    with pytest.raises(ValueError, match=r"^sides: got 'left' with method 'lora'"):
         make_config(path, {"method": "lora", "sides": "left"})
 
 
