@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
-import multiprocessing
 import resource
 import tempfile
 from collections.abc import Iterable
@@ -21,7 +20,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from conftest import machine
-from torch import Tensor
+from torch import Tensor, multiprocessing
 
 from sculpt_ops import AdamW, Subspaces
 from sculpt_ops.continual.modeling import open_model
@@ -55,29 +54,19 @@ def labelled(rows: list[dict[str, Any]]) -> Iterable[tuple[dict[str, Any], int, 
 
 
 def launch(model: Path, size: int, state: str) -> list[dict[str, Any]]:
-    """One row a rank."""
-    context = multiprocessing.get_context("spawn")
-    results: Any = context.Queue()
+    """One row a rank. Where one fails the others are ended too, and its error is raised."""
     with tempfile.TemporaryDirectory() as folder:
-        ranks = [
-            context.Process(target=measure, args=(rank, size, f"{folder}/store", model, state, results))
-            for rank in range(size)
-        ]
-        for process in ranks:
-            process.start()
-        rows = [results.get(timeout=600) for _ in ranks]
-        for process in ranks:
-            process.join()
-    return sorted(rows, key=lambda row: row["rank"])
+        multiprocessing.spawn(measure, (size, Path(folder), model, state), nprocs=size)
+        return [json.loads((Path(folder) / f"{rank}.json").read_text()) for rank in range(size)]
 
 
-def measure(rank: int, size: int, store: str, folder: Path, state: str, results: Any) -> None:
+def measure(rank: int, size: int, results: Path, folder: Path, state: str) -> None:
     from torch.distributed.fsdp import fully_shard
 
     from sculpt_ops.distributed.traffic import Traffic
 
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=size)
+    dist.init_process_group("gloo", init_method=f"file://{results}/store", rank=rank, world_size=size)
     model = open_model(folder)[0]
     for layer in model.model.layers:
         fully_shard(layer)
@@ -94,19 +83,18 @@ def measure(rank: int, size: int, store: str, folder: Path, state: str, results:
         with Traffic() as step:
             optimizer.step()
     moments = (value for kept in optimizer.state.values() for value in kept.values() if isinstance(value, Tensor))
-    results.put(
-        {
-            "rank": rank,
-            "weights": sum(local_nbytes(p) for p in model.parameters()),
-            "gradients": gradients,
-            "bases": subspaces.memory(),
-            "moments": sum(local_nbytes(value) for value in moments),
-            "step_bytes": step.bytes,
-            "step_collectives": len(step.collectives),
-            "setup_bytes": setup.bytes,
-            "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-        }
-    )
+    row = {
+        "rank": rank,
+        "weights": sum(local_nbytes(p) for p in model.parameters()),
+        "gradients": gradients,
+        "bases": subspaces.memory(),
+        "moments": sum(local_nbytes(value) for value in moments),
+        "step_bytes": step.bytes,
+        "step_collectives": len(step.collectives),
+        "setup_bytes": setup.bytes,
+        "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+    }
+    (results / f"{rank}.json").write_text(json.dumps(row))
     dist.destroy_process_group()
 
 

@@ -84,8 +84,10 @@ def run_batches(
         raise ValueError("batches: given None, wanted model inputs to run the layers on")
     if isinstance(batches, Mapping | Tensor | str) or not isinstance(batches, Iterable):
         raise TypeError(f"batches: given {type(batches).__name__}, wanted an iterable of model inputs, as a list")
+    empty = True
     with _hooked(model, hooks), torch.no_grad(), _uncompiled():
         for batch in batches:
+            empty = False
             if isinstance(batch, Tensor):
                 begin([])
                 model(batch.to(device))
@@ -95,6 +97,10 @@ def run_batches(
                 model(**moved)
             else:
                 raise TypeError(f"batches: given {type(batch).__name__} among them, wanted mappings or tensors")
+    if empty:
+        raise ValueError(
+            "batches: empty, wanted at least one model input; a generator is empty once it was gone through"
+        )
 
 
 def kept_tokens(values: Tensor, tokens: torch.Size, masks: Iterable[Tensor]) -> Tensor:

@@ -374,11 +374,12 @@ class Subspaces(Mapping[str, LayerSubspace]):
                     subspaces._sketches[name] = subspaces._sketches[name].to(parameter.device)
         return subspaces
 
-    def summary(self) -> str:
-        """A table of layer, shape, protected rank, energy held and what is stored, then what is NOT protected."""
+    def summary(self, *, kinds: bool = False) -> str:
+        """A table of layer, shape, protected rank, energy held and what is stored, then what is NOT protected. kinds:
+        one line for all layers whose names differ only in numbers, from the smallest figure to the largest."""
         from .summary import summarise
 
-        return summarise(self)
+        return summarise(self, kinds)
 
     @property
     def _sharded(self) -> bool:

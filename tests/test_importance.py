@@ -177,7 +177,7 @@ def poison(model: Small) -> None:
     ("batches", "targets", "prepare", "error", "message"),
     [
         (None, TARGETS, None, ValueError, "batches: given None, wanted model inputs"),
-        ([], TARGETS, None, ValueError, "batches: none of them runs the layers of square.weight, wide.weight, conv"),
+        ([], TARGETS, None, ValueError, "batches: empty, wanted at least one model input"),
         ([0], ["idle.weight", *TARGETS], None, ValueError, "batches: none of them runs the layers of idle.weight;"),
         ({"input": 0}, TARGETS, None, TypeError, "batches: given dict, wanted an iterable of model inputs"),
         (["text"], TARGETS, None, TypeError, "batches: given str among them, wanted mappings or tensors"),

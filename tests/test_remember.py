@@ -393,7 +393,8 @@ def test_inputs_that_cannot_be_had_are_refused() -> None:
     first = derive(model, None, RememberInputs(0.9), targets=MAPS)
     for batches, words in (
         (None, "batches: given None, wanted model inputs"),
-        ([], "batches: none of them runs the layers of"),
+        ([], "batches: empty, wanted at least one model input"),
+        (iter(()), "batches: empty, wanted at least one model input"),
         ([inputs(0) * float("nan")], "batches: the inputs of .* are not finite"),
     ):
         with pytest.raises(ValueError, match=words):

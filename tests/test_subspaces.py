@@ -1,4 +1,5 @@
 import gc
+import re
 from collections.abc import Callable
 
 import pytest
@@ -366,6 +367,22 @@ def test_summary_tells_what_is_not_protected() -> None:
     assert "NOT protected, frozen: 1 without a basis, 4 elements" in text
     assert "1 x norms.*, 4 elements" in text
     assert "rank 0: square" in Subspaces.from_model(model, 0.0, targets="square").summary()
+
+
+def test_summary_by_kinds_has_their_smallest_and_largest_figures() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 8, bias=False), nn.Linear(8, 16, bias=False), nn.Linear(16, 8, bias=False))
+    subspaces = Subspaces.from_model(model, 0.75, targets="*.weight")
+    kinds, total = subspaces.summary(kinds=True).splitlines()[1:3]
+    cells = re.split(" {2,}", kinds)
+    energies = sorted(layer.energy for layer in subspaces.values())
+    assert cells == [
+        *("*.weight", "3", "8 x 8, 16 x 8, 8 x 16", "6"),
+        *(f"{energies[0]:.1%} to {energies[-1]:.1%}", "2 free, 6 protected", "2 free, 6 protected"),
+    ]
+    assert total.startswith("3 matrices, ")
+    alike = Subspaces.from_model(nn.ModuleList([nn.Linear(8, 8, bias=False)]), 0.75, targets="*.weight")
+    assert alike.summary(kinds=True).splitlines()[1].split()[1:6] == ["1", "8", "x", "8", "6"]
 
 
 def test_progress_bar_changes_nothing(capsys: pytest.CaptureFixture[str]) -> None:

@@ -46,7 +46,8 @@ def run(job: Job, model: Path, work: Path, results: Path, ability: Sequence[Path
     if job.part == "final" and ability:
         settings |= {"ability": list(ability), "ability_items": ABILITY_ITEMS}
     settings.setdefault("eval_options", job.part == "final")
-    settings["protect"] = parse_protect(settings.get("protect", "0.5"))
+    if "protect" in settings:
+        settings["protect"] = parse_protect(settings["protect"])
     if "remember_text" in settings:
         settings["remember_text"] = work / settings["remember_text"]
     config = TrainConfig(

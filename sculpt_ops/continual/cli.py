@@ -123,9 +123,10 @@ def inspect(
         Path | None,
         typer.Option(help="Folder for inspect.md with every weight's spectrum and the ranks of other policies."),
     ] = None,
+    every: Annotated[bool, typer.Option("--all", help="Show every matrix, not every kind of matrix.")] = False,
     trust_remote_code: RemoteCode = False,
 ) -> None:
-    """Show what of MODEL would be protected: layer, shape, rank, energy held."""
+    """Show what of MODEL would be protected: kind of layer, number, shape, rank, energy held."""
     from ..derive import progress_bar
     from ..subspaces import Subspaces
     from ..targets import resolve_targets
@@ -138,15 +139,15 @@ def inspect(
         if isinstance(share, str | Importance):
             raise ValueError(f"protect: got {protect}, which depends on tasks; wanted a share, or such as schedule:2:5")
         opened = open_weights(model, trust_remote_code=trust_remote_code)
-        summary = Subspaces.from_model(opened, protect=share, sides=check_sides(sides), targets=targets).summary()
+        subspaces = Subspaces.from_model(opened, protect=share, sides=check_sides(sides), targets=targets)
         if output is None:
-            typer.echo(summary)
+            typer.echo(subspaces.summary(kinds=not every))
             return
         from .inspection import write_inspection
 
-        chosen = f"--protect {protect} --sides {sides}"
+        summaries = {f"--protect {protect} --sides {sides}": subspaces.summary()}
         with progress_bar(len(resolve_targets(opened, targets)), True) as advance:
-            typer.echo(write_inspection(opened, Path(model).name, output, targets, advance, {chosen: summary}))
+            typer.echo(write_inspection(opened, Path(model).name, output, targets, advance, summaries))
 
 
 @app.command()

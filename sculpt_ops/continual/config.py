@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import Field, dataclass, field, fields
 from pathlib import Path
 from typing import Any, get_args
@@ -32,16 +32,23 @@ METHODS = (
     *("sculpt", "random", "first", "plain", "interpolate", "lora", "o-lora", "peft-osf", "replay", "ewc"),
     *("multitask", "per-task"),
 )
-# That have protected subspaces.
-SUBSPACE_METHODS = ("sculpt", "random", "first")
+# That derive subspaces before each task, that have any, and that train PEFT's adapters on the same weights.
+DERIVING_METHODS = ("sculpt", "random")
+SUBSPACE_METHODS = (*DERIVING_METHODS, "first")
+ADAPTER_METHODS = ("lora", "o-lora", "peft-osf")
 
 
 def about(
-    help: str, *, choices: Sequence[str] | None = None, above: float | None = None, least: float | None = None
+    help: str,
+    *,
+    choices: Sequence[str] | None = None,
+    above: float | None = None,
+    least: float | None = None,
+    methods: Sequence[str] = METHODS,
 ) -> dict[str, Any]:
-    """A field's metadata: what the command line says about it, and the values it may have beside None, where it may be
-    that: one of `choices`, more than `above`, `least` or more."""
-    return {"help": help, "choices": choices, "above": above, "least": least}
+    """A field's metadata: what the command line says about it, the values it may have beside None, where it may be
+    that (one of `choices`, more than `above`, `least` or more), and the methods that have a use for it."""
+    return {"help": help, "choices": choices, "above": above, "least": least, "methods": methods}
 
 
 @dataclass(frozen=True)
@@ -83,7 +90,8 @@ class TrainConfig:
         metadata=about(
             "Of the singular directions of the weights: a share such as 0.5, or rank:64, energy:0.9, "
             "importance:0.1:0.8 (mrr and trr), schedule ((i - 1) / n at task i of n); none is plain fine-tuning. "
-            "Default: only what is remembered is protected."
+            "Default: only what is remembered is protected.",
+            methods=(*SUBSPACE_METHODS, "peft-osf"),
         ),
     )
     remember: str | None = field(
@@ -91,27 +99,44 @@ class TrainConfig:
         metadata=about(
             "Protect what earlier tasks have changed: rank:0.12 (a share, or a number, of each change's singular "
             "directions), inputs:0.95 (energy of the inputs of each layer), both joined by +, none. Default: "
-            "inputs:0.95; none where --protect is given."
+            "inputs:0.95; none where --protect is given.",
+            methods=DERIVING_METHODS,
         ),
     )
     remember_text: str | Path | None = field(
         default=None,
         metadata=about(
             "Text file whose inputs are protected from the first task on, for what the model can do already; with "
-            "inputs remembered."
+            "inputs remembered.",
+            methods=DERIVING_METHODS,
         ),
     )
-    sides: str = field(default="both", metadata=about("Sides to protect.", choices=get_args(Sides)))
+    sides: str = field(
+        default="both", metadata=about("Sides to protect.", choices=get_args(Sides), methods=SUBSPACE_METHODS)
+    )
     targets: str | Sequence[str] | None = field(
-        default=None, metadata=about("Glob pattern of weights to protect; may be given repeatedly.")
+        default=None,
+        metadata=about(
+            "Glob pattern of weights to protect; may be given repeatedly.",
+            methods=(*SUBSPACE_METHODS, *ADAPTER_METHODS),
+        ),
     )
     others: str = field(
         default=AUTO,
-        metadata=about("Weights without a basis. Default: freeze; train where --protect is given.", choices=OTHERS),
+        metadata=about(
+            "Weights without a basis. Default: freeze; train where --protect is given.",
+            choices=OTHERS,
+            methods=SUBSPACE_METHODS,
+        ),
     )
-    basis_dtype: str = field(default="float32", metadata=about("Of the bases.", choices=DTYPES))
+    basis_dtype: str = field(
+        default="float32", metadata=about("Of the bases.", choices=DTYPES, methods=SUBSPACE_METHODS)
+    )
     state: str = field(
-        default="full", metadata=about("Adam's moments, of the whole weight or of its free space.", choices=STATES)
+        default="full",
+        metadata=about(
+            "Adam's moments, of the whole weight or of its free space.", choices=STATES, methods=SUBSPACE_METHODS
+        ),
     )
     master: str = field(
         default="none", metadata=about("What bfloat16 weights have beside them to lose no small step.", choices=MASTERS)
@@ -133,14 +158,25 @@ class TrainConfig:
             choices=METHODS,
         ),
     )
-    lora_rank: int = field(default=8, metadata=about("Of the adapters of lora and o-lora.", above=0))
-    lora_alpha: int = field(default=32, metadata=about("Over the rank, what their product counts.", above=0))
-    olora_lambda: float = field(default=0.5, metadata=about("Weight of o-lora's orthogonality.", least=0))
-    ewc_lambda: float = field(default=1000.0, metadata=about("Weight of ewc's penalty.", least=0))
-    ewc_rows: int = field(default=64, metadata=about("Rows of each task that ewc's Fisher is taken from.", above=0))
-    replay_share: float = field(default=0.05, metadata=about("Of each earlier task's rows, in replay.", above=0))
+    lora_rank: int = field(
+        default=8, metadata=about("Of the adapters of lora and o-lora.", above=0, methods=("lora", "o-lora"))
+    )
+    lora_alpha: int = field(
+        default=32, metadata=about("Over the rank, what their product counts.", above=0, methods=("lora", "o-lora"))
+    )
+    olora_lambda: float = field(
+        default=0.5, metadata=about("Weight of o-lora's orthogonality.", least=0, methods=("o-lora",))
+    )
+    ewc_lambda: float = field(default=1000.0, metadata=about("Weight of ewc's penalty.", least=0, methods=("ewc",)))
+    ewc_rows: int = field(
+        default=64, metadata=about("Rows of each task that ewc's Fisher is taken from.", above=0, methods=("ewc",))
+    )
+    replay_share: float = field(
+        default=0.05, metadata=about("Of each earlier task's rows, in replay.", above=0, methods=("replay",))
+    )
     interpolation: float = field(
-        default=0.5, metadata=about("Share of each task's change that interpolate keeps.", above=0)
+        default=0.5,
+        metadata=about("Share of each task's change that interpolate keeps.", above=0, methods=("interpolate",)),
     )
     order: Sequence[str] | None = field(default=None, metadata=about("Names of the tasks to take, in order: a,b,c."))
     sequence: str | None = field(
@@ -234,8 +270,14 @@ class TrainConfig:
         if isinstance(self.tasks, str | Path | Task):
             object.__setattr__(self, "tasks", (self.tasks,))
         check_sides(self.sides)
+        given: dict[str, Any] = {}
         for entry in fields(self):
-            _check(entry, getattr(self, entry.name))
+            value = getattr(self, entry.name)
+            _check(entry, value)
+            # "train" is also what `others` is left as where there are no bases.
+            if value != entry.default and (entry.name, value) != ("others", "train"):
+                given[entry.name] = value
+        check_used(self.method, given)
         if self.protect is not None and self.protect != "schedule":
             as_policy(self.protect)
         self._check_combinations()
@@ -299,10 +341,6 @@ class TrainConfig:
 
     def _check_remember(self, remember: str) -> None:
         parse_remember(remember)
-        if self.method == "first":
-            raise ValueError(f"remember: got {remember!r} with method 'first', which derives nothing from later tasks")
-        if self.method not in SUBSPACE_METHODS:
-            raise ValueError(f"remember: got {remember!r} with method {self.method!r}, which protects nothing")
         if self.protect is None:
             raise ValueError(
                 f"remember: got {remember!r} with protect none, wanted protect 0 for what is remembered alone"
@@ -356,6 +394,20 @@ class TrainConfig:
             if settings[name] is not None and not isinstance(settings[name], str):
                 settings[name] = list(settings[name])
         return settings
+
+
+def check_used(method: str, given: Mapping[str, Any]) -> None:
+    """ValueError for the first of the settings `given`, by name, that `method` has no use for; None and `AUTO` ask for
+    nothing."""
+    for entry in fields(TrainConfig):
+        value = given.get(entry.name)
+        methods = entry.metadata["methods"]
+        if value is not None and value != AUTO and method not in methods:
+            shown = format_protect(value) if entry.name == "protect" else repr(value)
+            raise ValueError(
+                f"{entry.name}: got {shown} with method {method!r}, which has no use for it; leave it out, or take "
+                f"another method ({', '.join(methods)})"
+            )
 
 
 def _check(entry: Field[Any], value: Any) -> None:

@@ -191,7 +191,7 @@ def _memory(config: TrainConfig, encoded: Sequence[EncodedTask]) -> int | None:
     length = max(_length(row) for task in encoded for row in task.train)
     plan = make_plan(
         config.model,
-        protect=[0.5 if protect is None else protect],
+        protect=[] if protect is None else [protect],
         sides=config.sides,
         targets=config.targets,
         others=config.others,

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from ..names import canonical_parameters, group_names
 from ..ranks import Energy, Fraction, RankPolicy
+from ..summary import span
 from ..targets import resolve_targets
-from .markdown import span, table
+from .markdown import table
 from .plots import draw_energies, draw_spectra
 from .result import write_text
 

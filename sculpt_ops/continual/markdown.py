@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any
 
 from .metrics import Estimate
 
-__all__ = ["gibibytes", "largest", "percent", "plain", "seconds_text", "span", "table"]
+__all__ = ["gibibytes", "largest", "percent", "plain", "seconds_text", "table"]
 
 
 def plain(value: Any) -> str:
@@ -33,11 +33,6 @@ def gibibytes(size: int | None) -> str:
 def largest(values: Iterable[float]) -> str:
     largest = max(values, default=None)
     return "-" if largest is None else f"{largest:.1e}"
-
-
-def span(values: Sequence[float], style: str) -> str:
-    low, high = f"{min(values):{style}}", f"{max(values):{style}}"
-    return low if low == high else f"{low} to {high}"
 
 
 def table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:

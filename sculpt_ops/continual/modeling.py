@@ -14,6 +14,7 @@ import torch
 from ..dtensor import is_dtensor
 from ..names import list_names
 from .distributed import World
+from .hub import Place, find_model
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -28,27 +29,36 @@ def open_model(
     """As `open_weights`, and its tokenizer."""
     from transformers import AutoTokenizer
 
-    model = open_weights(source, dtype, trust_remote_code)
-    with _opening(source, "it has no tokenizer that transformers can open: "):
-        options = {"local_files_only": Path(source).is_dir(), "trust_remote_code": trust_remote_code}
+    place = _find(source)
+    model = _open_weights(source, place, dtype, trust_remote_code)
+    with _opening(source, place, "it has no tokenizer that transformers can open: "):
+        options = {"local_files_only": place.local, "trust_remote_code": trust_remote_code}
         return model, AutoTokenizer.from_pretrained(source, **options)
 
 
 def open_weights(source: str | Path, dtype: str = "float32", trust_remote_code: bool = False) -> PreTrainedModel:
-    """A decoder-only or encoder-decoder model from a folder or a hub name (`may_be_on_hub`).
+    """A decoder-only or encoder-decoder model from a folder or a hub name (`hub.find_model`).
 
     ValueError if there is none, if it is an adapter, if weights are missing or cut short, or if they are quantised:
     those cannot be trained in full.
     """
+    return _open_weights(source, _find(source), dtype, trust_remote_code)
+
+
+def _find(source: str | Path) -> Place:
+    try:
+        return find_model(source)
+    except ValueError as error:
+        raise ValueError(f"model: {error}") from error
+
+
+def _open_weights(source: str | Path, place: Place, dtype: str, trust_remote_code: bool) -> PreTrainedModel:
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
-    local = Path(source).is_dir()
-    if not local and not may_be_on_hub(source):
-        raise ValueError(f"model: there is no folder {source}")
     if (Path(source) / "adapter_config.json").exists():
         raise ValueError(f"model: {source} is an adapter (LoRA) beside a model; merge them first (merge_and_unload)")
-    options = {"local_files_only": local, "trust_remote_code": trust_remote_code}
-    with _opening(source):
+    options = {"local_files_only": place.local, "trust_remote_code": trust_remote_code}
+    with _opening(source, place):
         settings = AutoConfig.from_pretrained(source, **options)
         if getattr(settings, "quantization_config", None) is not None:
             raise ValueError("its weights are quantised, full fine-tuning needs float weights")
@@ -64,7 +74,7 @@ def open_weights(source: str | Path, dtype: str = "float32", trust_remote_code: 
 
 
 @contextmanager
-def _opening(source: str | Path, what: str = "") -> Iterator[None]:
+def _opening(source: str | Path, place: Place, what: str = "") -> Iterator[None]:
     """What cannot be opened is said to be, in one line."""
     from safetensors import SafetensorError
 
@@ -73,20 +83,8 @@ def _opening(source: str | Path, what: str = "") -> Iterator[None]:
     except (OSError, ValueError, SafetensorError) as error:
         said = str(error).splitlines()[0]
         if not Path(source).is_dir() and isinstance(error, OSError):
-            said = f"there is no folder of this name here, and the hub did not give it: {said}"
+            said = f"there is no folder of this name here, and {place.missing(said)}"
         raise ValueError(f"model: cannot open {source}: {what}{said}") from error
-
-
-def may_be_on_hub(source: str | Path) -> bool:
-    """Whether `source`, which is no folder, may name a repository of the hub, in a namespace (org/name) or in none
-    (gpt2); not what is a file here, or can only be a path."""
-    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
-
-    try:
-        validate_repo_id(str(source))
-    except ValueError:
-        return False
-    return not Path(source).exists()
 
 
 def save_model(

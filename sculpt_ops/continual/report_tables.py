@@ -7,7 +7,8 @@ from statistics import median
 from typing import Any
 
 from ..names import group_names
-from .markdown import largest, plain, span, table
+from ..summary import span
+from .markdown import largest, plain, table
 from .metrics import wilson_interval
 from .result import RunResult
 from .score import macro_f1

@@ -9,7 +9,7 @@ from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
-from .config import TrainConfig
+from .config import TrainConfig, check_used
 from .defaults import AUTO
 from .policies import parse_protect
 
@@ -29,10 +29,12 @@ def make_config(path: str | Path | None = None, flags: Mapping[str, Any] | None 
     """The settings of a YAML file, of one key per field of `TrainConfig`, with those of `flags` in their place.
 
     flags: values or their text, by field; None for what was not given. Paths are relative to the working directory.
-    ValueError names the field that is unknown (with the nearest there is), missing, or of the wrong type.
+    ValueError names the field that is unknown (with the nearest there is), missing, of the wrong type, or given for a
+    method that has no use for it. What only the file's method has a use for is left out where a flag names another.
     """
-    given = {} if path is None else read_yaml(path)
-    given |= {name: value for name, value in (flags or {}).items() if value is not None}
+    file = {} if path is None else read_yaml(path)
+    named = {name: value for name, value in (flags or {}).items() if value is not None}
+    given = file | named
     for name in given:
         if name not in FIELDS:
             near = difflib.get_close_matches(name.replace("-", "_"), FIELDS, n=1)
@@ -41,7 +43,17 @@ def make_config(path: str | Path | None = None, flags: Mapping[str, Any] | None 
         if entry.default is MISSING and name not in given:
             place = name.upper() if name in ARGUMENTS else f"--{name}"
             raise ValueError(f"{name}: missing; give it on the command line ({place}) or in the file of --config")
-    return TrainConfig(**{name: _read(name, value) for name, value in given.items()})
+    values = {name: _read(name, value) for name, value in given.items()}
+    method, own = values.get("method", TrainConfig.method), str(file.get("method", TrainConfig.method))
+    # Where a flag names another method, what in the file was for the file's own goes with that.
+    kept = {
+        name: value
+        for name, value in values.items()
+        if name in named or method in (methods := FIELDS[name].metadata["methods"]) or own not in methods
+    }
+    config = TrainConfig(**kept)
+    check_used(method, kept)
+    return config
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:

@@ -182,7 +182,11 @@ def test_a_model_without_known_targets(short: dict[str, Any], tokenizer: Any, tm
     tokenizer.save_pretrained(tmp_path / "model")
     message = refused(tmp_path / "out", **{**short, "model": tmp_path / "model"})
     assert "no default targets for model type 'gpt_neox'" in message
-    plain = TrainConfig(**{**short, "model": tmp_path / "model"}, protect=None, output=tmp_path / "plain")
+    for nothing in ({"method": "plain"}, {"protect": None, "others": "freeze"}):
+        plain = TrainConfig(**{**short, "model": tmp_path / "model"}, **nothing, output=tmp_path / "plain")
+        shown = estimate(plain)
+        assert (shown.matrices, shown.trained) == (0, shown.parameters)
+        assert shown.memory is not None
     assert train(plain, quiet=True).complete
 
 

@@ -95,6 +95,8 @@ def test_train_and_report(model_folder: Path, tasks: Path, tmp_path: Path) -> No
         (["--fuse-backward"], "fuse_backward: got True with max_grad_norm 1.0"),
         (["--order", "colours,smells"], "order: no task smells"),
         (["--targets", "*.nothing"], "'*.nothing' matches no parameter"),
+        (["--method", "plain", "--protect", "0.5"], "protect: got 0.5 with method 'plain', which has no use for it"),
+        (["--method", "lora", "--remember", "inputs:0.9"], "remember: got 'inputs:0.9' with method 'lora', which has"),
         (["--zero-shot", "nowhere"], "nowhere holds no run of `sculpt train`"),
         (["--lr-scheduler-type", "sideways"], "sideways"),
     ],
@@ -130,8 +132,17 @@ def test_a_run_that_diverges_ends_with_code_1(model_folder: Path, tasks: Path, t
 def test_inspect_shows_what_would_be_protected(model_folder: Path) -> None:
     result = sculpt("inspect", model_folder, "--protect", "0.25", "--targets", "*.mlp.*.weight")
     assert result.exit_code == 0, result.output
-    assert "model.layers.1.mlp.down_proj.weight" in result.stdout
-    assert "32 x 64" in result.stdout
+    lines = [line.split() for line in result.stdout.splitlines()]
+    assert lines[0] == ["layer", "number", "shape", "rank", "energy", "left", "right"]
+    assert [line[:6] for line in lines[1:4]] == [
+        ["model.layers.*.mlp.gate_proj.weight", "2", "64", "x", "32", "8"],
+        ["model.layers.*.mlp.up_proj.weight", "2", "64", "x", "32", "8"],
+        ["model.layers.*.mlp.down_proj.weight", "2", "32", "x", "64", "8"],
+    ]
+    every = sculpt("inspect", model_folder, "--protect", "0.25", "--targets", "*.mlp.*.weight", "--all").stdout
+    assert "model.layers.1.mlp.down_proj.weight  32 x 64  8 " in every
+    # The same lines after the table.
+    assert every.splitlines()[7:] == result.stdout.splitlines()[4:]
     assert "NOT protected" in result.stdout
     assert "nothing to inspect" in refused(sculpt("inspect", model_folder, "--protect", "none"))
     for text in ("importance", "schedule"):

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from sculpt_ops.continual import TrainConfig, train
-from sculpt_ops.continual.config import format_protect, parse_protect
+from sculpt_ops.continual.config import METHODS, format_protect, parse_protect
 from sculpt_ops.ranks import Fraction
 
 
@@ -87,7 +87,7 @@ def test_what_to_protect_is_read_as_it_is_written(text: str) -> None:
         ({"method": "plain"}, None, None, "train", 2e-5),
         ({"method": "first"}, 0.5, None, "train", 2e-5),
         ({"method": "peft-osf"}, 0.5, None, "train", 3e-5),
-        ({"method": "lora", "others": "freeze"}, None, None, "freeze", 1e-3),
+        ({"method": "lora"}, None, None, "train", 1e-3),
     ],
 )
 def test_what_is_left_open_is_what_did_best_for_the_method(
@@ -97,6 +97,35 @@ def test_what_is_left_open_is_what_did_best_for_the_method(
     assert (config.protect, config.remember, config.others, config.lr) == (protect, remember, others, lr)
     # A copy is of these, whatever it changes.
     assert dataclasses.replace(config, seed=1).remember == remember
+
+
+@pytest.mark.parametrize(
+    ("method", "given"),
+    [
+        ("plain", {"protect": 0.5}),
+        ("plain", {"others": "freeze"}),
+        ("lora", {"remember": "inputs:0.9"}),
+        ("lora", {"sides": "left"}),
+        ("sculpt", {"ewc_lambda": 1.0}),
+        ("first", {"remember": "rank:4"}),
+        ("plain", {"remember_text": "known.txt"}),
+        ("ewc", {"targets": "*.x"}),
+        ("o-lora", {"interpolation": 0.1}),
+        ("per-task", {"state": "subspace"}),
+    ],
+)
+def test_a_setting_that_the_method_has_no_use_for_is_refused(method: str, given: dict[str, Any]) -> None:
+    (name,) = given
+    with pytest.raises(ValueError, match=rf"^{name}: got .* with method '{method}', which has no use for it; leave it"):
+        TrainConfig("m", ["t"], "o", method=method, **given)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_what_is_left_open_is_never_refused(method: str) -> None:
+    config = TrainConfig("m", ["t"], "o", method=method)
+    assert dataclasses.replace(config, seed=1).method == method
+    if method != "peft-osf":
+        assert TrainConfig("m", ["t"], "o", method=method, protect=None, remember=None).protect is None
 
 
 def test_importance_alone_takes_the_published_ratios() -> None:

@@ -239,7 +239,7 @@ def test_what_a_text_feeds_the_layers_is_kept_from_the_first_task_on(
     ("change", "complaint"),
     [
         ({"remember": "rank:2"}, "remember_text: got 'known.txt' with remember rank:2, wanted one with inputs"),
-        ({"method": "plain"}, "remember_text: got 'known.txt' with remember none"),
+        ({"protect": None}, "remember_text: got 'known.txt' with remember none"),
         ({}, "remember_text: there is no file known.txt"),
     ],
 )

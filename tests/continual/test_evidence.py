@@ -192,7 +192,9 @@ def test_the_protocol_is_of_settings_that_there_are(modules: dict[str, Any], pro
     every = [*first, *finals, *jobs.ablation_jobs(protocol)]
     assert len({(job.part, job.name) for job in every}) == len(every)
     for job in every:
-        settings = {**job.settings, "protect": parse_protect(job.settings.get("protect", "0.5"))}
+        settings = dict(job.settings)
+        if "protect" in settings:
+            settings["protect"] = parse_protect(settings["protect"])
         config = TrainConfig("model", ["task"], "output", **settings)
         assert protocol.reads_text or config.remember_text is None
         if not job.config.startswith("bound: "):

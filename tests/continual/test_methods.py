@@ -95,11 +95,6 @@ def test_the_names_are_those_of_the_settings() -> None:
         ({"method": "replay", "replay_share": 2.0}, r"replay_share: got 2.0, wanted a share in \(0, 1\]"),
         ({"method": "interpolate", "interpolation": 0.0}, "interpolation: got 0.0, wanted more than 0"),
         ({"method": "lora", "lora_rank": 0}, "lora_rank: got 0, wanted more than 0"),
-        ({"method": "ewc", "remember": "rank:4"}, "remember: got 'rank:4' with method 'ewc', which protects nothing"),
-        (
-            {"method": "first", "remember": "rank:4"},
-            "remember: got 'rank:4' with method 'first', which derives nothing",
-        ),
     ],
 )
 def test_settings_that_cannot_be(settings: dict[str, Any], words: str) -> None:

@@ -83,6 +83,29 @@ def test_a_wrong_setting_is_named(text: str, complaint: str, file: Callable[[str
     assert "\n" not in str(caught.value)
 
 
+def test_a_setting_given_for_another_method_is_refused(file: Callable[[str], Path]) -> None:
+    """Even at the value that it has anyway; what asks for nothing is not."""
+    for name, value in {"ewc_lambda": "1000", "sides": "both", "protect": "0.5"}.items():
+        method = "plain" if name != "ewc_lambda" else "sculpt"
+        with pytest.raises(ValueError, match=f"^{name}: got .* with method '{method}', which has no use for it"):
+            make_config(file(""), {"method": method, name: value})
+        with pytest.raises(ValueError, match=f"^{name}: got .* with method '{method}', which has no use for it"):
+            make_config(file(f"method: {method}\n{name}: {value}\n"))
+    asked = {"method": "lora", "protect": "none", "remember": "none", "others": "auto", "remember_text": "none"}
+    assert make_config(file(""), asked).method == "lora"
+
+
+def test_a_flag_for_another_method_leaves_out_what_the_file_has_for_its_own(file: Callable[[str], Path]) -> None:
+    path = file("protect: 0.5\nsides: right\nothers: freeze\ntargets: ['*.x']\nlora_rank: 4\nlr: 1e-5\n")
+    lora = make_config(path, {"method": "lora"})
+    assert (lora.targets, lora.lora_rank, lora.lr) == (["*.x"], 4, 1e-5)
+    assert (lora.protect, lora.sides, lora.others) == (None, "both", "train")
+    with pytest.raises(ValueError, match=r"^lora_rank: got 4 with method 'sculpt'"):
+        make_config(path)
+    with pytest.raises(ValueError, match=r"^sides: got 'left' with method 'lora'"):
+        make_config(path, {"method": "lora", "sides": "left"})
+
+
 def test_a_file_that_is_none(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="config: there is no file"):
         make_config(tmp_path / "nothing.yaml")

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..modeling import may_be_on_hub
+from ..hub import find_model, may_be_on_hub
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -83,7 +83,7 @@ def open_config(model: str | Path, trust_remote_code: bool = False) -> Pretraine
 
     known = KNOWN_MODELS.get(str(model).lower())
     path = Path(model)
-    on_hub = path.suffix != ".json" and may_be_on_hub(model)
+    place = None
     neither = f"there is no such folder or config.json, it is none of {', '.join(KNOWN_MODELS)}"
     try:
         if known is not None:
@@ -91,8 +91,11 @@ def open_config(model: str | Path, trust_remote_code: bool = False) -> Pretraine
         if path.suffix == ".json" and path.is_file():
             settings = json.loads(path.read_text(encoding="utf-8"))
             config = AutoConfig.for_model(settings.pop("model_type", None)).from_dict(settings)
-        elif path.is_dir() or on_hub:
-            config = AutoConfig.from_pretrained(model, local_files_only=not on_hub, trust_remote_code=trust_remote_code)
+        elif path.is_dir() or (path.suffix != ".json" and may_be_on_hub(model)):
+            place = find_model(model)
+            config = AutoConfig.from_pretrained(
+                model, local_files_only=place.local, trust_remote_code=trust_remote_code
+            )
         else:
             raise ValueError(f"{neither}, and no hub name")
         if getattr(config, "quantization_config", None) is not None:
@@ -100,8 +103,8 @@ def open_config(model: str | Path, trust_remote_code: bool = False) -> Pretraine
         return config
     except (OSError, ValueError) as error:
         said = str(error).splitlines()[0]
-        if on_hub and isinstance(error, OSError):
-            said = f"{neither}, and the hub did not give it: {said}"
+        if place is not None and not path.is_dir() and isinstance(error, OSError):
+            said = f"{neither}, and {place.missing(said)}"
         raise ValueError(f"model: cannot plan for {model}: {said}") from error
 
 

@@ -59,7 +59,8 @@ def make_plan(
 ) -> Plan:
     """Plan for `model`, of which no weights are needed; see `models.open_config` for what it may be.
 
-    protect: shares to compare, each as in `Subspaces.from_model`, of a kind that needs neither weights nor data.
+    protect: shares to compare, each as in `Subspaces.from_model`, of a kind that needs neither weights nor data; none
+        for AdamW alone.
     sides, targets, others: as in `Subspaces.from_model`.
     dtypes: of the weights. bf16: bfloat16 autocast over float32 weights.
     tokens: of one forward pass, in `batch_size` rows; None is as few rows as the model has positions for.
@@ -79,7 +80,8 @@ def make_plan(
     config = open_config(model, trust_remote_code)
     with FakeTensorMode():
         first = fake_model(config, torch.float32)
-        found = resolve_targets(first, targets)
+        # Where nothing is protected an architecture without known targets has its plan too.
+        found = resolve_targets(first, targets) if policies else {}
         rows, length = _batch_shape(first, tokens, batch_size)
         planner = _Planner(
             config=config,
@@ -128,7 +130,7 @@ class _Planner:
         model = self._model(dtype)
         trace = self._trace(model, autocast)
         yield self._row(Setting("AdamW", dtype, autocast), model, trace)
-        if self.others == "freeze":
+        if self.others == "freeze" and self.ranks:
             targets = next(iter(self.ranks.values()))
             for name, parameter in canonical_parameters(model)[0].items():
                 parameter.requires_grad_(name in targets)
