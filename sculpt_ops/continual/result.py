@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -14,6 +15,11 @@ from .metrics import Metrics, measure
 
 RUN_FILE = "run.json"
 PREDICTIONS_FILE = "predictions.jsonl"
+
+
+def resume_command(output: str | Path) -> str:
+    """What goes on with the run in the folder `output`."""
+    return f"sculpt train --output {shlex.quote(str(output))} --resume"
 
 
 @dataclass(frozen=True)
@@ -146,7 +152,8 @@ class RunResult:
         if not self.complete:
             done = max(len(self.correct) - 1, 0)
             raise ValueError(
-                f"{self.output}: the run stopped after {done} of {len(self.tasks)} tasks; sculpt train --resume goes on"
+                f"{self.output}: the run stopped after {done} of {len(self.tasks)} tasks; "
+                f"{resume_command(self.output)} goes on"
             )
         return measure(self.correct)
 
