@@ -256,7 +256,8 @@ def _check_same_data(state: dict[str, object], earlier: list[str], rows: dict[st
             f"resume: the run was started with the tasks {', '.join(earlier)}, wanted the same, or more after them, "
             f"got {', '.join(rows)}"
         )
-    if changed := [name for name in earlier if known.get(name) != rows[name]]:
+    # An added task is in run.json first: a run killed right then has learned nothing of it.
+    if changed := [name for name in earlier if known.get(name, rows[name]) != rows[name]]:
         raise ValueError(f"resume: the rows of task {changed[0]} are not those that the run was started with")
 
 
