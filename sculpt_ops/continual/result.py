@@ -59,7 +59,8 @@ class LearnedTask:
     change inside the protected directions of one side, where that side is protected. leak_over_time: (step, median over
     the weights, the largest) triples; leak_seconds: spent measuring, part of train_seconds but of no step's. All empty
     for plain fine-tuning. remembered: per protected weight the share of the change by the task before that is
-    protected in this one, known where changes are remembered. majority: the share of test items that the most frequent
+    protected in this one, known where changes are remembered. remembered_earlier: of every earlier task the median of
+    that share over the weights, None where it is not known. majority: the share of test items that the most frequent
     training answer is right for, of a task with options.
     """
 
@@ -80,6 +81,7 @@ class LearnedTask:
     leak_over_time: list[tuple[int, float, float]] = field(default_factory=list)
     leak_seconds: float = 0.0
     remembered: dict[str, float] = field(default_factory=dict)
+    remembered_earlier: list[float | None] = field(default_factory=list)
     majority: float | None = None
 
 
