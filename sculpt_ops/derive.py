@@ -14,7 +14,7 @@ from .basis import Basis
 from .decompose import Choice, choose_method, top_subspaces
 from .input_covariance import input_covariances, input_sides
 from .layer import LayerSubspace, Sides, project_each_
-from .leak import sketch_side, sketch_weight
+from .leak import SKETCH_COLUMNS, sketch_side, sketch_weight
 from .ops.finite import check_finite
 from .remember import (
     Memory,
@@ -126,16 +126,16 @@ def _remember_changes(
 
 def protected_shares(
     layers: Mapping[str, LayerSubspace], targets: Mapping[str, Tensor], starts: Mapping[str, Tensor]
-) -> dict[str, float]:
+) -> dict[str, list[float]]:
     """||P dW|| / ||dW|| of every matrix's change since `starts`, P its projector: the `LayerLeak.total` of a change
-    that was made before the layers were, to 1e-6. 0.0 where nothing has changed."""
-    shares: dict[str, float] = {}
+    that was made before the layers were, to 1e-6. 0.0 where nothing has changed. One number each, for one change."""
+    shares: dict[str, list[float]] = {}
     for name, layer in layers.items():
         change = change_of(targets[name], starts[name])
         free = change.clone()
         project_each_([(free, layer)])
         norm = float(torch.linalg.vector_norm(change))
-        shares[name] = float(torch.linalg.vector_norm(change - free)) / norm if norm > 0 else 0.0
+        shares[name] = [float(torch.linalg.vector_norm(change - free)) / norm if norm > 0 else 0.0]
     return shares
 
 
@@ -145,20 +145,21 @@ def sketch_sides(targets: Mapping[str, Tensor], remembered: Mapping[str, Remembe
 
 
 def sketched_shares(
-    layers: Mapping[str, LayerSubspace],
-    remembered: Mapping[str, Remembered],
-    before: Mapping[str, Tensor],
-    now: Mapping[str, Tensor],
-) -> dict[str, float]:
-    """||P dW|| / ||dW|| as in `protected_shares`, P of the input side alone, from two of `sketch_sides`; to about a
-    tenth where it is not near 0 or 1."""
-    shares: dict[str, float] = {}
+    layers: Mapping[str, LayerSubspace], remembered: Mapping[str, Remembered], sketches: Mapping[str, Tensor]
+) -> dict[str, list[float]]:
+    """||P dW|| / ||dW|| as in `protected_shares`, P of the input side alone, of every change between two `sketch_sides`
+    that stand next to each other in `sketches`; to about a tenth where it is not near 0 or 1."""
+    shares: dict[str, list[float]] = {}
     for name, layer in layers.items():
         basis = layer.right_basis if remembered[name].input_side == "right" else layer.left_basis
         assert basis is not None
-        change = (now[name] - before[name]).to(basis.columns.device)
-        norm = float(torch.linalg.vector_norm(change))
-        shares[name] = float(torch.linalg.vector_norm(basis.protected(change))) / norm if norm > 0 else 0.0
+        before, after = sketches[name][:, :-SKETCH_COLUMNS], sketches[name][:, SKETCH_COLUMNS:]
+        changes = (after - before).to(basis.columns.device)
+        # Of every change one number: the norm of its columns.
+        squares, inside = (
+            part.square().sum(0).reshape(-1, SKETCH_COLUMNS).sum(1) for part in (changes, basis.protected(changes))
+        )
+        shares[name] = torch.where(squares > 0, inside / squares, 0.0).sqrt().tolist()
     return shares
 
 

@@ -123,7 +123,8 @@ class Memory:
 
     remembered: by name of the matrix. start_weights: on the CPU, as they were when the subspaces were made, for the
     change that the next ones remember; empty without `Remember`. start_sketches: in their place the sketches of
-    `leak.sketch_side`, on the CPU, where inputs alone are remembered; empty where neither is kept.
+    `leak.sketch_side`, on the CPU, where inputs alone are remembered, at the start of every task until then side by
+    side; empty where neither is kept.
     """
 
     remembered: Mapping[str, Remembered] = field(default_factory=dict)

@@ -88,7 +88,7 @@ def pack(subspaces: Subspaces, sketches: Mapping[str, Tensor]) -> tuple[dict[str
         "unprotected": [asdict(group) for group in subspaces.unprotected],
         "importance": subspaces.importance,
         "remembers": memory is not None,
-        "remembered_share": subspaces.remembered_share(),
+        "remembered_shares": subspaces.remembered_shares(),
     }
     return {key: tensor for key, tensor in tensors.items() if key not in same}, header
 
@@ -130,7 +130,11 @@ def _unpack(tensors: Mapping[str, Tensor], header: Header, source: Path | str) -
             for kind in ("start", "start sketch")
         )
         memory = Memory(remembered, starts, sketched)
-    return Parts(layers, sketches, unprotected, header["importance"], memory, header["remembered_share"])
+    shares = header.get("remembered_shares")
+    if shares is None:
+        # An older file knows the last alone.
+        shares = {name: [last] for name, last in header["remembered_share"].items()}
+    return Parts(layers, sketches, unprotected, header["importance"], memory, shares)
 
 
 def _sketch(source: Path | str, name: str, layer: LayerSubspace, tensors: dict[str, Tensor]) -> Tensor:

@@ -56,7 +56,7 @@ class Parts(NamedTuple):
     unprotected: Sequence[Unprotected] = ()
     importance: Mapping[str, float] | None = None
     memory_of_tasks: Memory | None = None
-    remembered_share: Mapping[str, float] | None = None
+    remembered_shares: Mapping[str, list[float]] | None = None
 
 
 class Subspaces(Mapping[str, LayerSubspace]):
@@ -72,20 +72,20 @@ class Subspaces(Mapping[str, LayerSubspace]):
         unprotected: Sequence[Unprotected] = (),
         importance: Mapping[str, float] | None = None,
         memory_of_tasks: Memory | None = None,
-        remembered_share: Mapping[str, float] | None = None,
+        remembered_shares: Mapping[str, list[float]] | None = None,
     ) -> None:
         """What `from_model` and `load` build on; `sketches` are those of `leak.sketch_weight` at the start.
 
         importance: what `Importance` chose the ranks by; None for any other policy.
         memory_of_tasks: for the subspaces of the next task, if tasks are remembered.
-        remembered_share: see the method of that name.
+        remembered_shares: see the method of that name.
         """
         self._layers = dict(layers)
         self._sketches = dict(sketches)
         self.unprotected = tuple(unprotected)
         self.importance = dict(importance or {})
         self.memory_of_tasks = memory_of_tasks
-        self._remembered_share = dict(remembered_share or {})
+        self._remembered_shares = dict(remembered_shares or {})
         self._parameters: dict[str, weakref.ref[Tensor]] = {}
         # Of sharded parameters that are projected where they lie: the layers with bases sharded likewise.
         self._in_place: dict[str, LayerSubspace] = {}
@@ -156,7 +156,7 @@ class Subspaces(Mapping[str, LayerSubspace]):
         changes, inputs = as_remember(remember, sides)
         sharded = _is_sharded(model, found)
         memory: Memory | None = None
-        shares: dict[str, float] = {}
+        shares: dict[str, list[float]] = {}
         if changes is not None or inputs is not None:
             if changes is not None and sharded:
                 raise ValueError(
@@ -186,10 +186,11 @@ class Subspaces(Mapping[str, LayerSubspace]):
             shares = protected_shares(layers, found, earlier.start_weights) if earlier.start_weights else {}
             memory = memory.from_here(found)
         elif memory is not None and not sharded:
-            sides_now = sketch_sides(found, memory.remembered)
-            if earlier.start_sketches:
-                shares = sketched_shares(layers, memory.remembered, earlier.start_sketches, sides_now)
-            memory = replace(memory, start_sketches=sides_now)
+            sketches_of_starts = sketch_sides(found, memory.remembered)
+            if before := earlier.start_sketches:
+                sketches_of_starts = {n: torch.cat([before[n], now], dim=1) for n, now in sketches_of_starts.items()}
+                shares = sketched_shares(layers, memory.remembered, sketches_of_starts)
+            memory = replace(memory, start_sketches=sketches_of_starts)
         rest = {name: parameter for name, parameter in canonical_parameters(model)[0].items() if name not in found}
         trained = {name for name, parameter in rest.items() if parameter.requires_grad and others == "train"}
         subspaces = cls(layers, sketches, _unprotected(rest, trained), importance, memory, shares)
@@ -336,7 +337,12 @@ class Subspaces(Mapping[str, LayerSubspace]):
         the next task cannot touch it. By name, of subspaces made with `remember` after a task; 0.0 where nothing has
         changed. With `RememberInputs` alone P is of the side that the inputs lie on, and the share is estimated from a
         sketch of 16 rows; not known of sharded models. Bases that are only derived anew protect next to none of it."""
-        return dict(self._remembered_share)
+        return {name: shares[-1] for name, shares in self._remembered_shares.items()}
+
+    def remembered_shares(self) -> dict[str, list[float]]:
+        """As `remembered_share`, of the change of every task that is known, in the order learned: all of them with
+        `RememberInputs` alone, otherwise the last."""
+        return {name: list(shares) for name, shares in self._remembered_shares.items()}
 
     def carry(self) -> Carried:
         """What the subspaces of the next task need of these as `previous`, so that these can be released."""

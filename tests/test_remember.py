@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from sculpt_ops import AdamW, Importance, Remember, RememberInputs, Subspaces
 from sculpt_ops.layer import Sides
+from sculpt_ops.storage import pack, unpack
 
 from .ops.accuracy import gaussian
 from .test_importance import Conv1D
@@ -328,6 +329,13 @@ def test_a_loaded_memory_goes_on_to_the_bit(carried: bool, tmp_path: Path) -> No
     assert ours.remembered_share() == theirs.remembered_share()
 
 
+def test_an_older_file_knows_the_share_of_the_last_change() -> None:
+    _, _, subspaces = sequence(2)
+    tensors, header = pack(subspaces, {})
+    header["remembered_share"] = {name: shares[-1] for name, shares in header.pop("remembered_shares").items()}
+    assert Subspaces(*unpack(tensors, header, "older")).remembered_shares() == subspaces.remembered_shares()
+
+
 def test_memory_counts_start_weights_and_what_is_remembered() -> None:
     model, _, subspaces = sequence(2)
     weights = sum(dict(model.named_parameters())[name].nbytes for name in TARGETS)
@@ -442,3 +450,22 @@ def test_with_inputs_alone_the_protected_share_of_a_change_is_estimated(saved: b
     assert (shares["query.weight"] > 1 - 1e-5, shares["key.weight"] < 1e-5) == (True, True)
     for name, share in shares.items():
         assert share == pytest.approx(exact[name].total, rel=0.3, abs=1e-5), name
+    # Of both tasks as the third begins: of the first one, whose change is the start of the second less its own.
+    if saved:
+        second.save(tmp_path / "second.safetensors")
+        second = Subspaces.load(tmp_path / "second.safetensors")
+    between = start_of(model)
+    for name in MAPS:
+        weights[name].data += gaussian(*weights[name].shape).float()
+    third = derive(model, second, how, targets=MAPS, protect=0.0, batches=[inputs(4)])
+    changes = [{name: between[name] - start[name] for name in MAPS}, start_of(model)]
+    changes[1] = {name: changes[1][name] - between[name] for name in MAPS}
+    assert {name: shares[-1] for name, shares in third.remembered_shares().items()} == third.remembered_share()
+    for name, (of_first, of_second) in third.remembered_shares().items():
+        layer = third[name]
+        for estimate, change in zip((of_first, of_second), (each[name].double() for each in changes), strict=True):
+            basis = layer.left_basis if name == "value.weight" else layer.right_basis
+            assert basis is not None
+            inside = basis.protected(change if name == "value.weight" else change.mT.contiguous())
+            assert estimate == pytest.approx(float(inside.norm() / change.norm()), rel=0.3, abs=1e-5), name
+        assert of_first >= shares[name] - 1e-5

@@ -32,7 +32,8 @@ from torch import Tensor, nn
 from ..subspaces import Subspaces
 from .distributed import World
 from .modeling import load_model, read_about
-from .result import PREDICTIONS_FILE, RUN_FILE, RunResult, write_text
+from .result import PREDICTIONS_FILE, RUN_FILE, RunResult, resume_command, write_text
+from .settings import SETTINGS_FILE
 from .shards import load_weights, save_weights
 
 if TYPE_CHECKING:
@@ -169,7 +170,7 @@ class Checkpoints:
         """Keep what stays the same while the `index`-th task is learned, before `save`."""
         folder = self.folder / f"task-{index + 1}"
         self.world.on_first("starting a checkpoint", lambda: folder.mkdir(parents=True, exist_ok=True))
-        with _said(folder):
+        with _said(self.output, folder):
             if subspaces is not None:
                 subspaces.save(folder / SUBSPACES_FILE)
             if self.world.first:
@@ -249,7 +250,7 @@ class Checkpoints:
             shutil.rmtree(folder, ignore_errors=True)
             temporary.replace(folder)
 
-        with _said(folder):
+        with _said(self.output, folder):
             self.world.on_first("starting a checkpoint", prepare)
             yield temporary
             self.world.share("writing a checkpoint", None)
@@ -264,7 +265,7 @@ class Checkpoints:
 
 
 @contextmanager
-def _said(folder: Path) -> Iterator[None]:
+def _said(output: Path, folder: Path) -> Iterator[None]:
     """A disk that is full, or gone, is said to be, with what is still there."""
     from safetensors import SafetensorError
 
@@ -277,7 +278,8 @@ def _said(folder: Path) -> Iterator[None]:
         if isinstance(error, RuntimeError) and "PytorchStreamWriter" not in str(error):
             raise
         raise OSError(
-            f"save_every: cannot write {folder}: {error}. What was saved before is whole: make room, then --resume"
+            f"save_every: cannot write {folder}: {error}. What was saved before is whole: make room, then "
+            f"{resume_command(output)}"
         ) from error
 
 
@@ -309,7 +311,11 @@ def _check_sizes(folder: Path, sizes: Mapping[str, int], advice: str) -> None:
 def check_same_run(saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     """ValueError unless a run with the settings `now` continues one with the settings `saved`."""
     for name, value in now.items():
-        if name not in FREE and json.loads(json.dumps(value)) != saved.get(name):
+        before, after = saved.get(name), json.loads(json.dumps(value))
+        if name == "remember_text" and None not in (before, after):
+            # By its name, as other files: as a path it depends on the working directory.
+            before, after = Path(str(before)).name, Path(str(after)).name
+        if name not in FREE and before != after:
             raise ValueError(f"resume: the run was started with {name}={saved.get(name)}, this one has {value}")
     if saved.get("rows_per_step") != now.get("rows_per_step"):
         raise ValueError(
@@ -353,7 +359,7 @@ def write_state(result: RunResult, weights: str, rows: Mapping[str, str]) -> Non
 
 def leftovers(output: Path) -> list[str]:
     """What lies in the output folder that no run of ours has put there."""
-    ours = {FOLDER, CARRIED, NEXT, RUN_FILE, PREDICTIONS_FILE, STATE_FILE, MODEL, "logs", "report.md"}
+    ours = {FOLDER, CARRIED, NEXT, RUN_FILE, PREDICTIONS_FILE, STATE_FILE, SETTINGS_FILE, MODEL, "logs", "report.md"}
     ours |= {f"{name}.tmp" for name in ours} | {f"{FOLDER}.old", OLD_MODEL}
     found = output.iterdir() if output.is_dir() else ()
     return sorted(path.name for path in found if path.name not in ours and not re.search(r"\.png(\.tmp)?$", path.name))

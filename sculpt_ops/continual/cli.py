@@ -70,28 +70,37 @@ def train(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show tasks, steps, ranks, memory and an estimated time; write nothing.")
     ] = False,
+    add: Annotated[
+        list[str] | None,
+        typer.Option(help="One more task for the run that --resume goes on with; may be given repeatedly."),
+    ] = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,
 ) -> None:
-    """Learn TASKS one after the other, measure on them after each, and write a report."""
+    """Learn TASKS one after the other, measure on them after each, and write a report.
+
+    A run that was stopped, or is to learn one more task, goes on with --output RUN --resume alone.
+    """
     from .distributed import is_first_process
-    from .settings import make_config
+    from .settings import SETTINGS_FILE, make_config
 
     with _one_line_errors():
-        chosen = make_config(config, settings)
+        chosen = make_config(config, settings, add or ())
         if dry_run:
             from .estimate import estimate
 
             typer.echo(estimate(chosen).table())
             return
         from .report import write_report
-        from .result import RunResult
+        from .result import RunResult, resume_command
         from .trainer import train as run
 
         try:
             result = run(chosen, zero_shot=None if zero_shot is None else RunResult.load(zero_shot), quiet=quiet)
         except KeyboardInterrupt:
             if is_first_process():
-                typer.echo("stopped; the same command with --resume goes on from what was saved", err=True)
+                kept = (Path(chosen.output) / SETTINGS_FILE).exists()
+                goes_on = f"{resume_command(chosen.output)} goes on" if kept else "nothing was changed"
+                typer.echo(f"stopped; {goes_on}", err=True)
             raise typer.Exit(130) from None
         if is_first_process():
             typer.echo(write_report([result], chosen.output))

@@ -77,7 +77,8 @@ class TrainConfig:
     max_grad_norm: protected gradients are projected before they are clipped.
     eval_items, dev_items: a selection that is the same for every run; with dev_items the test rows are not looked at.
     parallel: None is "fsdp", or what accelerate launch was configured for.
-    save_every: 0 keeps the state between two tasks, None nothing. resume: torchrun's restarts always do.
+    save_every: 0 keeps the state between two tasks, None nothing. resume: torchrun's restarts always do. From
+        a folder alone `settings.make_config` makes the settings of its run.
     """
 
     model: str | Path = field(metadata=about("Model folder (or hub name) that from_pretrained opens."))
@@ -262,7 +263,10 @@ class TrainConfig:
         default=0,
         metadata=about("Optimizer steps from one checkpoint to the next; 0 only between tasks, none never.", least=0),
     )
-    resume: bool = field(default=False, metadata=about("Go on from the last checkpoint in the output."))
+    resume: bool = field(
+        default=False,
+        metadata=about("Go on with the run in the output, with the settings that are kept there; flags win over them."),
+    )
 
     def __post_init__(self) -> None:
         for name, value in left_open(self).items():
@@ -391,8 +395,8 @@ class TrainConfig:
         if self.ability is not None:
             settings["ability"] = [Path(source).name for source in self.ability]
         for name in ("targets", "order", "task_epochs"):
-            if settings[name] is not None and not isinstance(settings[name], str):
-                settings[name] = list(settings[name])
+            if settings[name] is not None:
+                settings[name] = [settings[name]] if isinstance(settings[name], str) else list(settings[name])
         return settings
 
 

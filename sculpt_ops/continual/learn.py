@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from statistics import median
 
 from ..names import list_names
 from ..subspaces import Subspaces
@@ -121,6 +122,7 @@ def learn(run: Run, index: int) -> None:
         leak_seconds=trace.seconds,
         majority=majority_rate((e.answer for e in task.train), [e.answer for e in task.test]) if task.options else None,
         remembered={} if subspaces is None else subspaces.remembered_share(),
+        remembered_earlier=[] if subspaces is None else _of_earlier_tasks(subspaces, index),
     )
     everyone = world.share("the task's figures", learned)
     peak = max(task.peak_memory_bytes for task in everyone)
@@ -135,6 +137,14 @@ def steps_of(config: TrainConfig, rows: int, world: World, index: int) -> int:
         return config.max_steps
     batches = math.ceil(rows / (config.batch_size * world.size))
     return math.ceil(config.epochs_of(index) * math.ceil(batches / config.gradient_accumulation_steps))
+
+
+def _of_earlier_tasks(subspaces: Subspaces, count: int) -> list[float | None]:
+    """Of each of `count` earlier tasks' changes the protected share, the median over the weights."""
+    shares = list(subspaces.remembered_shares().values())
+    # The last is of the task before; earlier than the first are a remembered text and nothing.
+    known = min(map(len, shares), default=0)
+    return [median(share[-back] for share in shares) if back <= known else None for back in range(count, 0, -1)]
 
 
 def _carry(run: Run, subspaces: Subspaces | None) -> Subspaces | None:

@@ -15,6 +15,7 @@ from ..dtensor import is_dtensor
 from ..names import list_names
 from .distributed import World
 from .hub import Place, find_model
+from .result import resume_command
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -108,7 +109,9 @@ def save_model(
             tokenizer.save_pretrained(temporary)
             (temporary / ABOUT_FILE).write_text(json.dumps(about) + "\n", encoding="utf-8")
         except (OSError, SafetensorError) as error:
-            raise OSError(f"output: cannot write {folder}: {error}; make room, then --resume") from error
+            raise OSError(
+                f"output: cannot write {folder}: {error}; make room, then {resume_command(folder.parent)}"
+            ) from error
         # Never half a model under its name.
         earlier = folder.with_name(folder.name + ".old")
         shutil.rmtree(earlier, ignore_errors=True)

@@ -40,17 +40,17 @@ def parse_protect(text: str) -> Protect:
         ) from error
 
 
-def format_protect(protect: Protect) -> str:
-    """The inverse of `parse_protect`."""
+def format_protect(protect: Protect, spec: str = "g") -> str:
+    """The inverse of `parse_protect`. spec: how numbers are written; "" keeps every digit."""
     match protect:
         case None:
             return "none"
         case str():
             return protect
         case float() | Fraction():
-            return f"{protect if isinstance(protect, float) else protect.share:g}"
+            return f"{protect if isinstance(protect, float) else protect.share:{spec}}"
     values: list[float] = [getattr(protect, field.name) for field in fields(protect)] if is_dataclass(protect) else []
-    return ":".join([type(protect).__name__.lower(), *(f"{value:g}" for value in values)])
+    return ":".join([type(protect).__name__.lower(), *(f"{value:{spec}}" for value in values)])
 
 
 def parse_remember(text: str | None) -> tuple[Remember | RememberInputs, ...]:

@@ -27,8 +27,9 @@ from .methods.sculpt import MEASURED_ROWS
 from .modeling import longest_input, open_model, read_about
 from .policies import parse_remember
 from .progress import Progress
-from .result import RUN_FILE, RunResult
+from .result import RUN_FILE, RunResult, resume_command
 from .run import Run
+from .settings import kept_settings
 from .shards import fingerprint
 from .tasks import Task, hold_out, load_tasks
 
@@ -61,7 +62,8 @@ def check_finished(config: TrainConfig, world: World, tasks: Sequence[Task], don
     """ValueError unless a run of these settings and tasks is the one that is `done`, as far as that is known without
     opening the model."""
     check_same_run(done.config, _settings(config, world))
-    before, now = (Path(str(model)) for model in (done.config["model"], config.model))
+    kept = kept_settings(Path(config.output)) or {}
+    before, now = (Path(str(model)) for model in (kept.get("model", done.config["model"]), config.model))
     if before.resolve() != now.resolve():
         raise ValueError(f"resume: the run was started with model={before}, this one has {now}")
     if (state := read_state(Path(config.output))) is not None:
@@ -254,7 +256,8 @@ def _check_same_data(state: dict[str, object], earlier: list[str], rows: dict[st
             f"resume: the run was started with the tasks {', '.join(earlier)}, wanted the same, or more after them, "
             f"got {', '.join(rows)}"
         )
-    if changed := [name for name in earlier if known.get(name) != rows[name]]:
+    # An added task is in run.json first: a run killed right then has learned nothing of it.
+    if changed := [name for name in earlier if known.get(name, rows[name]) != rows[name]]:
         raise ValueError(f"resume: the rows of task {changed[0]} are not those that the run was started with")
 
 
@@ -271,8 +274,8 @@ def _hash_rows(task: Task) -> str:
 def _check_output(output: Path, resumed: bool) -> None:
     if not output.is_dir() or (any(output.iterdir()) and not resumed):
         ours = output.is_dir() and (output / STATE_FILE).exists()
-        advice = "add --resume to go on with its run, or name a new folder" if ours else "name a new folder"
-        raise FileExistsError(f"output: {output} is there and not empty; {advice}")
+        advice = f"{resume_command(output)} goes on with its run, or " if ours else ""
+        raise FileExistsError(f"output: {output} is there and not empty; {advice}name a new folder")
     if found := leftovers(output):
         raise FileExistsError(
             f"output: {output} holds {', '.join(found)}, which no run has written; name another folder"

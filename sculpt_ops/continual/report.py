@@ -8,7 +8,17 @@ from pathlib import Path
 from .markdown import gibibytes, percent, seconds_text, table
 from .metrics import Metrics, difference
 from .plots import draw_accuracy, draw_curves, draw_leak, draw_tradeoff
-from .report_tables import abilities, accuracies, answers, growth, protection, remembered, settings_table, tasks_table
+from .report_tables import (
+    abilities,
+    accuracies,
+    answers,
+    growth,
+    protection,
+    remembered,
+    remembered_earlier,
+    settings_table,
+    tasks_table,
+)
 from .result import RunResult, write_text
 
 __all__ = ["write_report"]
@@ -59,6 +69,7 @@ def write_report(results: Sequence[RunResult], folder: str | Path) -> Path:
         *(protection(result, name) for result, name in zip(results, names, strict=True) if result.learned[0].layers),
         growth(results, names),
         remembered(results, names),
+        *(remembered_earlier(result, name) for result, name in zip(results, names, strict=True)),
         _leak_over_time(results) if followed else "",
         tasks_table(results[0]),
         settings_table(results, names),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -14,6 +15,11 @@ from .metrics import Metrics, measure
 
 RUN_FILE = "run.json"
 PREDICTIONS_FILE = "predictions.jsonl"
+
+
+def resume_command(output: str | Path) -> str:
+    """What goes on with the run in the folder `output`."""
+    return f"sculpt train --output {shlex.quote(str(output))} --resume"
 
 
 @dataclass(frozen=True)
@@ -53,7 +59,8 @@ class LearnedTask:
     change inside the protected directions of one side, where that side is protected. leak_over_time: (step, median over
     the weights, the largest) triples; leak_seconds: spent measuring, part of train_seconds but of no step's. All empty
     for plain fine-tuning. remembered: per protected weight the share of the change by the task before that is
-    protected in this one, known where changes are remembered. majority: the share of test items that the most frequent
+    protected in this one, known where changes are remembered. remembered_earlier: of every earlier task the median of
+    that share over the weights, None where it is not known. majority: the share of test items that the most frequent
     training answer is right for, of a task with options.
     """
 
@@ -74,6 +81,7 @@ class LearnedTask:
     leak_over_time: list[tuple[int, float, float]] = field(default_factory=list)
     leak_seconds: float = 0.0
     remembered: dict[str, float] = field(default_factory=dict)
+    remembered_earlier: list[float | None] = field(default_factory=list)
     majority: float | None = None
 
 
@@ -146,7 +154,8 @@ class RunResult:
         if not self.complete:
             done = max(len(self.correct) - 1, 0)
             raise ValueError(
-                f"{self.output}: the run stopped after {done} of {len(self.tasks)} tasks; sculpt train --resume goes on"
+                f"{self.output}: the run stopped after {done} of {len(self.tasks)} tasks; "
+                f"{resume_command(self.output)} goes on"
             )
         return measure(self.correct)
 

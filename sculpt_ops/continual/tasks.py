@@ -157,9 +157,14 @@ def _check_options(options: Any, path: Path) -> list[str]:
 
 
 def load_tasks(sources: Iterable[Task | str | Path], order: Sequence[str] | None = None) -> list[Task]:
-    """Tasks, task folders and folders of task folders (two levels deep, by name) as one sequence of tasks.
+    """The tasks of `choose_tasks`, read. ValueError for an unknown layout too."""
+    return [entry if isinstance(entry, Task) else read_task(entry) for entry in choose_tasks(sources, order)]
 
-    order: names to take, in the order wanted. ValueError for an unknown layout, a name twice or not there.
+
+def choose_tasks(sources: Iterable[Task | str | Path], order: Sequence[str] | None = None) -> list[Task | Path]:
+    """Tasks, task folders and folders of task folders (two levels deep, by name) as one sequence of tasks and folders.
+
+    order: names to take, in the order wanted. ValueError for a name twice or not there.
     """
     entries: list[Task | Path] = []
     for source in sources:
@@ -175,8 +180,7 @@ def load_tasks(sources: Iterable[Task | str | Path], order: Sequence[str] | None
     again = sorted({name for name in order or () if list(order or ()).count(name) > 1})
     if again:
         raise ValueError(f"order: the task {again[0]} is there twice")
-    chosen = [by_name[name] for name in (names if order is None else order)]
-    return [entry if isinstance(entry, Task) else read_task(entry) for entry in chosen]
+    return [by_name[name] for name in (names if order is None else order)]
 
 
 def read_task(folder: str | Path) -> Task:

@@ -19,6 +19,7 @@ from .prepare import check_finished, finished_run, is_resumed, open_for_training
 from .progress import Progress
 from .result import RunResult
 from .run import Run
+from .settings import keep_settings
 
 __all__ = ["train"]
 
@@ -27,7 +28,8 @@ def train(config: TrainConfig, *, zero_shot: RunResult | None = None, quiet: boo
     """Learn the tasks in order and measure before the first and after each.
 
     Subspaces are derived anew before each task from the weights as they stand. The output folder gets run.json,
-    predictions.jsonl and state.json (rewritten after each task) and at the end model/, which `from_pretrained` opens.
+    predictions.jsonl and state.json (rewritten after each task), settings.yaml, and at the end model/, which
+    `from_pretrained` opens.
 
     With config.resume a run goes on from its last state on disk, and a finished one from its model, if config.tasks has
     more tasks after those that were learned. An added task is measured zero-shot and from the last row before it on; in
@@ -66,7 +68,7 @@ def _train(config: TrainConfig, zero_shot: RunResult | None, world: World, quiet
     if zero_shot is not None and not run.result.predictions:
         world.together("zero_shot", lambda: take_over(run, zero_shot))
     # An output that cannot be written is found before anything is measured.
-    world.on_first("opening the output", lambda: Path(config.output).mkdir(parents=True, exist_ok=True))
+    world.on_first("opening the output", lambda: keep_settings(config))
     if run.result.predictions:
         # What is taken over, or what a killed run had not yet written of what it had done.
         run.write()

@@ -78,9 +78,8 @@ def test_train_and_report(model_folder: Path, tasks: Path, tmp_path: Path) -> No
     compared = sculpt("report", plain, protected, "--output", tmp_path / "both")
     assert compared.exit_code == 0, compared.output
     assert "Difference from plain" in (tmp_path / "both" / "report.md").read_text()
-    assert "not empty; add --resume to go on with its run, or name a new folder" in refused(
-        sculpt("train", model_folder, tasks, "--output", plain, *QUICK)
-    )
+    again = f"not empty; sculpt train --output {plain} --resume goes on with its run, or name a new folder"
+    assert again in refused(sculpt("train", model_folder, tasks, "--output", plain, *QUICK))
 
 
 @pytest.mark.parametrize(
@@ -177,11 +176,13 @@ def test_a_run_that_is_stopped_says_how_to_go_on(
     command = ("train", model_folder, tasks, "--output", output, *QUICK)
     stopped = sculpt(*command)
     assert stopped.exit_code == 130
-    assert stopped.stderr == "stopped; the same command with --resume goes on from what was saved\n"
-    assert "the run stopped after 1 of 2 tasks; sculpt train --resume goes on" in refused(sculpt("report", output))
-    assert "add --resume to go on with its run" in refused(sculpt(*command))
+    resume = ("train", "--output", output, "--resume")
+    goes_on = " ".join(map(str, ("sculpt", *resume, "goes on")))
+    assert stopped.stderr == f"stopped; {goes_on}\n"
+    assert f"the run stopped after 1 of 2 tasks; {goes_on}" in refused(sculpt("report", output))
+    assert f"{goes_on} with its run" in refused(sculpt(*command))
     monkeypatch.undo()
-    again = sculpt(*command[:-1], "--resume")
+    again = sculpt(*resume)
     assert again.exit_code == 0, again.output
     assert f"the model is in {output}/model" in again.stderr
 

@@ -6,6 +6,7 @@ import json
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import pytest
@@ -172,6 +173,15 @@ def test_what_is_remembered_of_a_task_never_becomes_less(
         for task, learned in enumerate(result.learned[1:]):
             first = {name: protected[task, name][0] for name in learned.remembered}
             assert learned.remembered == pytest.approx(first, abs=1e-5)
+            assert learned.remembered_earlier[:-1] == [None] * task
+    elif protect == 0.0:
+        # From sketches of one side, which is all that is protected.
+        for later, learned in enumerate(result.learned):
+            exact = [
+                median(shares[later - 1 - of] for (task, _), shares in kept.items() if task == of)
+                for of in range(later)
+            ]
+            assert learned.remembered_earlier == pytest.approx(exact, rel=0.1)
 
 
 def test_abilities_are_measured_before_and_after(short: dict[str, Any], tmp_path: Path) -> None:

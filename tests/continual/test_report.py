@@ -287,6 +287,24 @@ def test_what_a_reader_asks_about_answers_memory_and_other_abilities(tmp_path: P
     assert size_of_png(tmp_path / "tradeoff.png")[0] > 600
 
 
+def test_what_is_protected_of_every_earlier_change_is_a_table(tmp_path: Path) -> None:
+    run = made(0.0, name="ours")
+    earlier: list[list[float | None]] = [[], [0.5], [None, 0.75]]
+    heading = "### Of each earlier task's change protected in ours, %"
+
+    def text() -> str:
+        learned = [replace(task, remembered_earlier=row) for task, row in zip(run.learned, earlier, strict=True)]
+        return write_report([replace(run, learned=learned)], tmp_path).read_text()
+
+    # All of it is in the table of the task before.
+    assert heading not in text()
+    earlier[2] = [0.625, 0.75]
+    table = rows(text(), heading)
+    assert table["change by"] == [f"while learning {task}" for task in TASKS[1:]]
+    assert [table[task] for task in TASKS[:2]] == [["50.0", "62.5"], ["-", "75.0"]]
+    assert len(table) == 4
+
+
 def test_rows_that_were_not_measured_are_left_empty(tmp_path: Path) -> None:
     result = made(None)
     seen = [p for p in result.predictions if p.row == 0 or TASKS.index(p.task) < p.row]

@@ -195,7 +195,7 @@ def test_the_output_opens_with_nothing_of_ours(
     expected = [p.prediction for p in result.predictions if (p.row, p.task) == (2, "sounds")]
     assert [answers[list(toy_tasks[1].test).index(row)] for row in chosen] == expected
     files = sorted(path.name for path in (tmp_path / "out").iterdir())
-    assert files == ["carried", "model", "predictions.jsonl", "run.json", "state.json"]
+    assert files == ["carried", "model", "predictions.jsonl", "run.json", "settings.yaml", "state.json"]
 
 
 def test_the_same_seed_gives_the_same_run_and_another_seed_another(short: dict[str, Any], tmp_path: Path) -> None:

@@ -168,7 +168,7 @@ def test_a_killed_rank_costs_nothing_but_time(two: Path) -> None:
     assert_same_figures(two / "two", two / "two-killed", 0.0)
     for output in ("two", "two-killed"):
         files = sorted(path.name for path in (two / output).iterdir())
-        assert files == ["carried", "model", "predictions.jsonl", "run.json", "state.json"]
+        assert files == ["carried", "model", "predictions.jsonl", "run.json", "settings.yaml", "state.json"]
 
 
 def test_a_state_of_two_ranks_goes_on_elsewhere(
