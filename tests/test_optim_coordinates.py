@@ -223,7 +223,7 @@ def test_clipping_projects_once(monkeypatch: pytest.MonkeyPatch) -> None:
     optimizer = AdamW(model.parameters(), subspaces=Subspaces.from_model(model, targets="weight"))
     counts: list[int] = []
 
-    def counted(pairs: Iterable[tuple[Tensor, LayerSubspace]]) -> None:
+    def counted(pairs: Iterable[tuple[Tensor, LayerSubspace]], in_parts: bool = False) -> None:
         pairs = list(pairs)
         counts.append(len(pairs))
         project_each_(pairs)
