@@ -65,8 +65,10 @@ def _open_weights(source: str | Path, place: Place, dtype: str, trust_remote_cod
             raise ValueError("its weights are quantised, full fine-tuning needs float weights")
         kind = AutoModelForSeq2SeqLM if settings.is_encoder_decoder else AutoModelForCausalLM
         with _no_bars():
+            # Where PEFT is installed an adapter is looked for too, with settings of its own: without them on the hub.
+            adapter = {"local_files_only": place.local}
             model, found = kind.from_pretrained(
-                source, dtype=getattr(torch, dtype), output_loading_info=True, **options
+                source, dtype=getattr(torch, dtype), output_loading_info=True, adapter_kwargs=adapter, **options
             )
     if missing := sorted(found["missing_keys"]):
         # transformers draws them at random.
