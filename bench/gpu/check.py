@@ -88,7 +88,8 @@ def stages(device: str, output: Path, limit: float, scratch: Path) -> list[list[
                 for tool, words in (("memcheck", ()), ("racecheck", ("--own",)))
             ),
         ],
-        [Stage("repeatability", (*bench, "--repeat", times), min(25.0, limit / 10), reserve=limit * 0.2)],
+        # 1000 runs took 25 seconds beside the tests on an H200, its start most of it.
+        [Stage("repeatability", (*bench, "--repeat", times), min(60.0, limit / 6), reserve=limit * 0.2)],
         [Stage("benchmarks", (*bench, "--output", str(output), "--seconds", "{early}"), limit)],
     ]
 
