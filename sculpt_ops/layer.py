@@ -139,17 +139,16 @@ class LayerSubspace:
         # The bases that make the matrix smaller come first.
         if self.keep_left and self.left_basis is not None:
             basis = self.left_basis.matrix()
-            parts = _has_tensor_cores(out) and splitting_pays(out, basis)
+            parts = _in_parts(out, basis.shape[1])
             out = product_in_parts(basis.mT, out.mT) if parts else _PRODUCT(out, basis, transpose=True).mT
         if self.keep_right and self.right_basis is not None:
             basis = self.right_basis.matrix()
-            parts = _has_tensor_cores(out) and splitting_pays(out, basis)
-            out = product_in_parts(out, basis.mT) if parts else _PRODUCT(out, basis)
+            out = product_in_parts(out, basis.mT) if _in_parts(out, basis.shape[1]) else _PRODUCT(out, basis)
         left, right = _reflector(self.left_basis), _reflector(self.right_basis)
         if left is not None or right is not None:
             above, before = (0 if reflector is None else reflector.shape[1] for reflector in (left, right))
             # In float32: half precision would round what the reflector has mixed, 2^-9 of it.
-            if _has_tensor_cores(out) and (can_split(out, left, right) or splitting_pays(out, left, right)):
+            if _in_parts(out, above + before) or (_has_tensor_cores(out) and can_split(out, left, right)):
                 out = project_to_float32(out, left, right, above, before)
             else:
                 out = project(out.to(torch.promote_types(out.dtype, torch.float32)), left, right)[above:, before:]
@@ -250,17 +249,23 @@ def _has_tensor_cores(matrix: Tensor) -> bool:
     return not gpu.hip and gpu.capability in _FAST_BFLOAT16
 
 
+def _in_parts(matrix: Tensor, rank: int) -> bool:
+    """Whether products of a float32 matrix with bases of so many columns together are made of bfloat16 parts. Asked by
+    their number: bases stored in another form are not made for the question."""
+    return _has_tensor_cores(matrix) and splitting_pays(matrix, rank)
+
+
 def project_each_(pairs: Iterable[tuple[Tensor, LayerSubspace]], in_parts: bool = False) -> None:
     """Project every matrix in place onto the free space of its layer, in one grouped call a device and dtype; in
     several where bases have to be made for it. in_parts: float32 matrices may go in bfloat16 parts, see
     `splitting_pays`, to 2^-17 of each."""
     groups: dict[tuple[torch.device, torch.dtype, bool], list[tuple[Tensor, LayerSubspace]]] = {}
     for matrix, layer in pairs:
-        if in_parts and not (layer.block or layer.keep_left or layer.keep_right) and _has_tensor_cores(matrix):
+        removes = not (layer.block or layer.keep_left or layer.keep_right)
+        if in_parts and removes and _in_parts(matrix, sum(layer.protected_dims)):
             left, right = _given(layer.left_basis, False), _given(layer.right_basis, False)
-            if splitting_pays(matrix, left, right):
-                matrix.copy_(project_to_float32(matrix, left, right))
-                continue
+            matrix.copy_(project_to_float32(matrix, left, right))
+            continue
         groups.setdefault((matrix.device, matrix.dtype, layer.block), []).append((matrix, layer))
     for (_, _, block), group in groups.items():
         for part in in_buckets(group, _made_bytes, _MADE_BYTES):
@@ -290,7 +295,7 @@ def from_coordinates_each(entries: Sequence[tuple[Tensor, LayerSubspace, torch.d
             m, n = coordinates.shape
             matrix = coordinates.new_zeros(m + above, n + before, dtype=dtype)
             matrix[above:, before:] = coordinates
-            if _has_tensor_cores(matrix) and splitting_pays(matrix, left, right):
+            if _in_parts(matrix, above + before):
                 matrix = project_to_float32(matrix, left, right)
             else:
                 reflected.append((matrix, left, right))
@@ -301,11 +306,11 @@ def from_coordinates_each(entries: Sequence[tuple[Tensor, LayerSubspace, torch.d
     for i, (_, layer, _) in enumerate(entries):
         if layer.keep_right and layer.right_basis is not None:
             basis = layer.right_basis.matrix()
-            parts = _has_tensor_cores(basis) and splitting_pays(matrices[i], basis)
+            parts = _in_parts(matrices[i], basis.shape[1])
             matrices[i] = product_in_parts(matrices[i], basis) if parts else matrices[i] @ basis.mT
         if layer.keep_left and layer.left_basis is not None:
             basis = layer.left_basis.matrix()
-            parts = _has_tensor_cores(basis) and splitting_pays(matrices[i], basis)
+            parts = _in_parts(matrices[i], basis.shape[1])
             matrices[i] = product_in_parts(basis, matrices[i].mT) if parts else basis @ matrices[i]
     return matrices
 

@@ -6,7 +6,8 @@
 // the launch, and a CUDA graph that holds the launches follows `lr` and `counts` on the device, which are read where they
 // are. What is on the host travels with the table.
 //
-// Its tests passed on an H200 (torch 2.11, CUDA 13.0). No element depends on another: the same to the bit every time. Not to the bit the CPU's: products and sums are fused here.
+// Its tests passed on an H200 (torch 2.11, CUDA 13.0). No element depends on another: the same to the bit every time. Not
+// to the bit the CPU's: products and sums are fused here.
 #include "cuda/adam.h"
 
 #include <cuda_runtime.h>

@@ -123,7 +123,7 @@ def step_rows(options: Options, group: Mapping[str, Any], rows: Sequence[Row]) -
     whole = [row for row in here if not is_dtensor(row.parameter)]
     sharded = [row for row in here if is_dtensor(row.parameter)]
     # What the largest takes alone others may take together.
-    limit = max(BUCKET_BYTES, *map(_step_bytes, whole), 0)
+    limit = max([BUCKET_BYTES, *map(_step_bytes, whole)])
     together = in_buckets(whole, lambda row: _share_of_bucket(options, group, row), limit)
     for bucket in (*together, *_sharded_buckets(sharded)):
         if options.in_coordinates:
