@@ -365,7 +365,7 @@ def _seed(options: Options, row: Row, slot: int) -> int:
 def _share_of_bucket(options: Options, group: Mapping[str, Any], row: Row) -> int:
     """Bytes of one copy, where the row's step takes `_COPIES`. Made in one pass on a GPU the step is all there is: as
     many more go together, since for lists of one matrix the host takes longer than the GPU (56 matrices of LLaMA-2 7B
-    took 66 ms a step on an H100; of eight kernels ran for 3.4 of 15.3 ms)."""
+    took 47 ms a step on an H200, in longer lists 26: docs/kernels.md)."""
     parameter = row.parameter
     if (
         options.in_coordinates
