@@ -364,8 +364,8 @@ def _seed(options: Options, row: Row, slot: int) -> int:
 
 def _share_of_bucket(options: Options, group: Mapping[str, Any], row: Row) -> int:
     """Bytes of one copy, where the row's step takes `_COPIES`. Made in one pass on a GPU the step is all there is: as
-    many more go together, since for lists of one matrix the host takes longer than the GPU (56 matrices of LLaMA-2 7B
-    took 47 ms a step on an H200, in longer lists 26: docs/kernels.md)."""
+    many more go together, since for lists of one matrix the host takes longer than the GPU (224 matrices of LLaMA-2
+    7B at rank 64 took 129 ms a step on an H200, in lists 2.7 times as long 85: docs/kernels.md)."""
     parameter = row.parameter
     if (
         options.in_coordinates
