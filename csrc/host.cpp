@@ -53,8 +53,10 @@ int swizzled(int width, int row, int column) {
   throw pybind11::value_error("width: given " + std::to_string(width) + ", wanted 16, 32 or 64");
 }
 
-pybind11::object side_panels(int64_t length, int64_t extent, int64_t r, bool split, int64_t multiprocessors) {
-  const sculpt::SidePanels plan = sculpt::side_panels(length, extent, r, split, multiprocessors);
+pybind11::object side_panels(int64_t length, int64_t extent, int64_t r, int form, int64_t multiprocessors) {
+  if (form < 0 || form > 2) throw pybind11::value_error("form: given " + std::to_string(form) + ", wanted 0 to 2");
+  const sculpt::SidePanels plan =
+      sculpt::side_panels(length, extent, r, static_cast<sculpt::BasisForm>(form), multiprocessors);
   if (!plan.fits) return pybind11::none();
   return pybind11::make_tuple(plan.cluster, plan.width, plan.rows, plan.ranks, plan.owned, plan.slots, plan.stages,
                               plan.bytes);
@@ -132,10 +134,11 @@ PYBIND11_MODULE(_host, m) {
         "Whether the left basis meets the matrix, and the right one their thin product, where one of them is enough.");
   m.def("swizzled", &swizzled, arg("width"), arg("row"), arg("column"),
         "Where an element of rows of 16-bit numbers lies in shared memory for a product of a warpgroup.");
-  m.def("side_panels", &side_panels, arg("length"), arg("extent"), arg("r"), arg("split"), arg("multiprocessors"),
+  m.def("side_panels", &side_panels, arg("length"), arg("extent"), arg("r"), arg("form"), arg("multiprocessors"),
         "Blocks of a cluster, width of a panel, rows of each block, padded rank, ranks that a block adds up, panels in "
         "shared memory, exchanges under way and bytes of shared memory of one side's CUDA kernel, for m and n of a left "
-        "basis, n and m of a right one; None where it cannot run.");
+        "basis, n and m of a right one; None where it cannot run. form: 0 a bfloat16 basis, 1 a float32 one, 2 a bfloat16 "
+        "one with a metric.");
   m.def("both_panels", &both_panels, arg("m"), arg("n"), arg("r"), arg("s"), arg("split"), arg("block"),
         arg("multiprocessors"), arg("shared_bytes"), arg("capability"),
         "How the two-sided projection's CUDA kernels divide a matrix and their scratch memory, of which `offsets` are the "

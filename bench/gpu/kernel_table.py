@@ -40,6 +40,7 @@ from triton_binaries import (
 )
 
 from sculpt_ops.files import replacing
+from sculpt_ops.ops.cuda_limits import BasisForm
 from sculpt_ops.triton_kernels import philox, rounding
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -150,6 +151,7 @@ def cuda_table() -> list[str]:
                 for mangled, usage in re.findall(r"Function (\S+?):?\n\s*(REG:.*)", text):
                     demangled = subprocess.run(["c++filt", mangled], capture_output=True, text=True, check=True).stdout
                     name = demangled.strip().replace("(anonymous namespace)::", "").removeprefix("void ")
+                    name = re.sub(r"\(sculpt::BasisForm\)(\d)", lambda form: BasisForm(int(form[1])).name.lower(), name)
                     name = re.sub(r"\((?:int|bool)\)", "", name).split("(")[0]
                     registers, shared, spilled = (
                         number(rf"{kind}:(\d+)", usage) for kind in ("REG", "SHARED", "STACK")

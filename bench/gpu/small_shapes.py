@@ -67,18 +67,22 @@ def cuda_kernels() -> None:
                         sculpt_ops.project(grad, left, right, **flags), reference.project(grad.double(), *wide, **flags)
                     )
         if hopper:
-            side_list()
+            side_lists()
 
 
-def side_list() -> None:
-    """One launch for matrices of different extents and ranks, whose panels are divided anew."""
+def side_lists() -> None:
+    """One launch for matrices of different extents and ranks, whose panels are divided anew; another with metrics."""
     sizes = ((96, 160, 16), (96, 8, 5), (96, 400, 33))
-    grads = [torch.randn(m, n, device=DEVICE).bfloat16() for m, n, _ in sizes]
+    given = [torch.randn(m, n, device=DEVICE).bfloat16() for m, n, _ in sizes]
     lefts = [basis(m, r, torch.bfloat16, DEVICE) for m, _, r in sizes]
-    exact = [reference.project(grad.double(), left.double()) for grad, left in zip(grads, lefts, strict=True)]
-    sculpt_ops.foreach_project_(grads, lefts, [None] * 3)
-    for grad, wanted in zip(grads, exact, strict=True):
-        close(grad, wanted)
+    metrics = [torch.linalg.inv(left.double().mT @ left.double()) for left in lefts]
+    for some in (metrics, None):
+        grads = [grad.clone() for grad in given]
+        listed = {"left_metrics": [metric.float() for metric in some]} if some else {}
+        sculpt_ops.foreach_project_(grads, lefts, [None] * 3, **listed)
+        for i, (grad, left) in enumerate(zip(given, lefts, strict=True)):
+            own = some[i] if some else None
+            close(grads[i], reference.project(grad.double(), left.double(), left_metric=own))
 
 
 def others() -> None:

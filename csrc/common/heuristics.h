@@ -88,8 +88,8 @@ inline int64_t max_triton_rank(Type type, Type basis, bool hip) {
 }
 
 // Whether one side's kernel is faster than the library at this rank, length and extent; 0: there is no such side.
-inline bool side_pays(int64_t length, int64_t extent, int64_t r, bool split, int64_t multiprocessors) {
-  return r == 0 || (r <= kCudaRank && side_panels(length, extent, r, split, multiprocessors).fits);
+inline bool side_pays(int64_t length, int64_t extent, int64_t r, BasisForm form, int64_t multiprocessors) {
+  return r == 0 || (r <= kCudaRank && side_panels(length, extent, r, form, multiprocessors).fits);
 }
 
 // Whether CUDA C++ is faster than library products.
@@ -101,8 +101,9 @@ inline bool cuda_pays(const Work& work, const Gpu& gpu) {
   if (work.n % 8) return false;
   if (!list && bytes < (rank > kCudaSmallRank ? kCudaBytes : wide ? 0 : kCudaSmallBytes)) return false;
   if (!list && wide && work.r && work.s && rank > kCudaBothFloat32Rank && bytes > kCudaBothFloat32Bytes) return false;
-  return side_pays(work.m, work.n, work.r, wide, gpu.multiprocessors) &&
-         side_pays(work.n, work.m, work.s, wide, gpu.multiprocessors);
+  const BasisForm form = wide ? BasisForm::kFloat32 : BasisForm::kBFloat16;
+  return side_pays(work.m, work.n, work.r, form, gpu.multiprocessors) &&
+         side_pays(work.n, work.m, work.s, form, gpu.multiprocessors);
 }
 
 // Whether it is a list of small matrices for Triton's grouped kernels.

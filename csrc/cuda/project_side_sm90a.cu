@@ -1,22 +1,23 @@
 // Projection of one side in one pass, for Hopper: G -= U (Uᵀ G) or G -= (G U) Uᵀ, or what is subtracted there itself, G
 // bfloat16 (m x n), U (m x r) or (n x r); of one matrix, or of a list of them in one launch.
 //
-// Moves: G read once and written once, 4 m n bytes; U once per cluster. Computes 4 m n r operations on tensor cores (with
-// a float32 U, kept as two bfloat16 parts, 10 m n r).
+// Moves: G read once and written once, 4 m n bytes; U once per cluster. Computes 4 m n r operations on tensor cores; with
+// a float32 U, kept as two bfloat16 parts, 10 m n r; with a metric, G -= U M (Uᵀ G), 8 m n r.
 //
 // A cluster of blocks takes panels of some columns (right: rows), one after the other. Each block holds some of a panel's
 // length, in tiles of 64, and the rows of U that go with it, in shared memory, and has warps for each step:
 //   load      boxes of the panel to a slot of shared memory,
 //   multiply  this block's part of Uᵀ G (of (G U)ᵀ), which goes from registers to the blocks that own its ranks,
 //   add       the parts of the ranks that this block owns, in the order of the blocks; the sum goes to all, as one bfloat16
-//             factor, or with a float32 basis as two (to 2^-16),
+//             factor, or with a float32 basis or a metric as two (to 2^-16),
 //   correct   the panel where it lies, with U from registers as far as it has room there,
 //   store     its boxes; the slot is free again.
 // Several panels are under way, each in another step, so that what the blocks wait for each other costs latency only.
 // Nothing depends on how many clusters run: results are the same to the bit every time.
 //
 // It passed its tests on an H100 and an H200 (docs/kernels.md). LLaMA-2 7B's shapes take 1.1 to 1.4 times the floor on an H100
-// at rank 16 and 1.2 to 1.6 times at 64 with a bfloat16 basis, on an H200 1.2 to 1.6 and 1.4 to 1.9; cuBLAS 2.1 to 2.5.
+// at rank 16 and 1.2 to 1.6 times at 64 with a bfloat16 basis, on an H200 1.2 to 1.6 and 1.4 to 1.9; cuBLAS 2.1 to 2.5. With a
+// metric it has not run on a GPU, and dispatch does not choose it.
 //
 // Not for float16, whose coefficients can overflow, for ranks above 128 (64 with a float32 basis), rows of G that do not
 // begin at multiples of 16 bytes, or panels too long for the shared memory of 16 blocks (`side_panels`). Dispatch has
@@ -40,8 +41,9 @@ constexpr int kGroup = 128;  // threads of a warpgroup
 // Warpgroups: one of which a warp loads, one stores and two add, in turn; one that multiplies (two were no faster on an
 // H200); those that correct, which share a panel's tiles and have its rows of U in registers. Three have not the registers
 // for more than 32 numbers of a row, but at rank 16 in float32 they were 10 % faster than two.
-constexpr int correctors(int64_t ranks, bool split) { return ranks * (split ? 2 : 1) <= 32 ? 3 : 2; }
-constexpr int threads_of(int64_t ranks, bool split) { return (2 + correctors(ranks, split)) * kGroup; }
+constexpr int held_parts(BasisForm form) { return form == BasisForm::kFloat32 ? 2 : 1; }
+constexpr int correctors(int64_t ranks, BasisForm form) { return ranks * held_parts(form) <= 32 ? 3 : 2; }
+constexpr int threads_of(int64_t ranks, BasisForm form) { return (2 + correctors(ranks, form)) * kGroup; }
 constexpr int kAdders = 2;
 // Barriers of threads: of all that use the basis (all but two warps), and of those that multiply.
 constexpr int kBasisBarrier = 1, kMultiplyBarrier = 2;
@@ -51,26 +53,10 @@ struct Sizes {
   int rows, blocks, owned, slots, stages, box;
 };
 
-// The panels of an entry that a cluster takes, numbered over all entries. Of one matrix clusters take panels in turn, which
-// beside each other are brought from memory together: 2 to 8 % faster on an H200 than some in a row. Of a list they take
-// some in a row, as a basis has to be brought for every entry.
-struct Panels {
-  int at, end, step;
-
-  __device__ Panels(int first, int count, int all, int cluster, int clusters, bool in_a_row) {
-    const auto share = [&](int i) { return static_cast<int>(static_cast<int64_t>(all) * i / clusters); };
-    at = in_a_row ? max(share(cluster), first) : cluster;
-    end = min(in_a_row ? share(cluster + 1) : all, first + count);
-    step = in_a_row ? 1 : clusters;
-  }
-  __device__ explicit operator bool() const { return at < end; }
-  __device__ void next() { at += step; }
-};
-
-// RANKS: padded. SPLIT: U is float32. WIDE: columns (right: rows) of a panel.
-template <int RANKS, bool SPLIT, bool RIGHT, int WIDE>
+// RANKS: padded. WIDE: columns (right: rows) of a panel.
+template <int RANKS, BasisForm FORM, bool RIGHT, int WIDE>
 struct Side {
-  using Basis = SideBasis<RANKS, SPLIT>;
+  using Basis = SideBasis<RANKS, FORM>;
   static constexpr int kWidth = Basis::kWidth, kHalves = RANKS / kWidth;
   static constexpr int kSlotRow = WIDE * 2;  // bytes of a panel's slot for each row of its length
   static constexpr int kCoefficients = RANKS * WIDE;
@@ -78,10 +64,12 @@ struct Side {
   // that the plain expression has; with two what is left of a matrix in a float32 basis' span is 1e-6 of it, not 6e-4.
   static constexpr int kParts = Basis::kParts;
   static constexpr int kStage = (4 + 2 * kParts) * kCoefficients;  // bytes
-  static constexpr int kCorrectors = correctors(RANKS, SPLIT), kThreads = threads_of(RANKS, SPLIT);
+  static constexpr int kCorrectors = correctors(RANKS, FORM), kThreads = threads_of(RANKS, FORM);
   // Tiles of U that a warpgroup which corrects keeps in registers, its first ones: products then read a third of the shared
   // memory, and 4096 x 4096 took 44 us for 53 at rank 64 with a float32 basis.
-  static constexpr int kHeld = RANKS * kParts > 64 ? 2 : kCorrectors == 2 ? 4 : 3;
+  // Of U M Uᵀ that is U alone, and of 128 ranks one tile: with two registers were spilled.
+  static constexpr int kHeldParts = held_parts(FORM);
+  static constexpr int kHeld = RANKS * kParts > 128 ? 1 : RANKS * kHeldParts > 64 ? 2 : kCorrectors == 2 ? 4 : 3;
   using Sums = float[WIDE / 2];
 
   const SideEntry& entry;
@@ -157,7 +145,7 @@ struct Side {
       for (int k = 0; k < kTile; k += 16) {
         const uint64_t from = further(g, kTile * t * kSlotRow + (RIGHT ? 2 * k : k * kSlotRow));
         multiply_add<false, RIGHT>(sums, further(u, 2 * (kTile * t + k) * kWidth), from);
-        if constexpr (SPLIT) multiply_add<false, RIGHT>(sums, further(rest, 2 * (kTile * t + k) * kWidth), from);
+        if constexpr (kParts == 2) multiply_add<false, RIGHT>(sums, further(rest, 2 * (kTile * t + k) * kWidth), from);
       }
       end_products();
     } while (++t < tiles);
@@ -220,7 +208,7 @@ struct Side {
       for (int other = item >> shift; other < size.blocks; other += shares) {
         const uint32_t barrier = address_in(factors_full(stage), other), there = barrier + to;
         send(there, high_parts[0], high_parts[1], high_parts[2], high_parts[3], barrier);
-        if constexpr (SPLIT)
+        if constexpr (kParts == 2)
           send(there + 2 * kCoefficients, low_parts[0], low_parts[1], low_parts[2], low_parts[3], barrier);
       }
     }
@@ -242,12 +230,12 @@ struct Side {
   }
 
   // A warpgroup's share of U, of its first tiles.
-  using Held = uint32_t[kHeld * kParts][RANKS / 16][4];
+  using Held = uint32_t[kHeld * kHeldParts][RANKS / 16][4];
   __device__ void hold_basis(int group, int thread, Held& held) const {
 #pragma unroll
-    for (int t = 0; t < kHeld * kParts; ++t) {
-      const int tile = group + t / kParts * kCorrectors;
-      if (tile < tiles) basis.hold(tile, t % kParts, thread, held[t]);
+    for (int t = 0; t < kHeld * kHeldParts; ++t) {
+      const int tile = group + t / kHeldParts * kCorrectors;
+      if (tile < tiles) basis.hold(tile, t % kHeldParts, thread, held[t]);
     }
   }
 
@@ -278,20 +266,17 @@ struct Side {
     for (int k = 0; k < RANKS; k += 16) {
       const uint64_t factor = further(c, 2 * k * WIDE), rest = further(c_low, 2 * k * WIDE);
       if constexpr (HELD < kHeld) {
-        const auto* u = held[HELD * kParts];
+        const auto* u = held[HELD * kHeldParts];
         multiply_add<false>(sums, u[k / 16], factor);
-        if constexpr (SPLIT) {
-          multiply_add<false>(sums, u[k / 16], rest);
-          multiply_add<false>(sums, held[HELD * kParts + 1][k / 16], factor);
-        }
+        if constexpr (kParts == 2) multiply_add<false>(sums, u[k / 16], rest);
+        if constexpr (kHeldParts == 2) multiply_add<false>(sums, held[HELD * kHeldParts + 1][k / 16], factor);
       } else {
         const uint32_t at_rows = 2 * (k / kWidth * size.rows + kTile * i) * kWidth, along = 2 * (k % kWidth);
         const uint64_t u = further(operand<kWidth>(basis.high + at_rows), along);
         multiply_add<true, false>(sums, u, factor);
-        if constexpr (SPLIT) {
-          multiply_add<true, false>(sums, u, rest);
+        if constexpr (kParts == 2) multiply_add<true, false>(sums, u, rest);
+        if constexpr (kHeldParts == 2)
           multiply_add<true, false>(sums, further(operand<kWidth>(basis.low + at_rows), along), factor);
-        }
       }
     }
     end_products();
@@ -323,13 +308,13 @@ struct Side {
 };
 
 // `list`: of entries, or null, and `one` is meant. `panels`: of all.
-template <int RANKS, bool SPLIT, bool RIGHT, int WIDE>
-__global__ void __launch_bounds__(threads_of(RANKS, SPLIT), 1)
+template <int RANKS, BasisForm FORM, bool RIGHT, int WIDE>
+__global__ void __launch_bounds__(threads_of(RANKS, FORM), 1)
     project_side(const __grid_constant__ SideEntry one, const SideEntry* list, int panels,
                  const __grid_constant__ Sizes size) {
   // Rows of 128 bytes change their pieces by the address, so arrays begin at multiples of 1024.
   extern __shared__ __align__(1024) unsigned char memory[];
-  using Of = Side<RANKS, SPLIT, RIGHT, WIDE>;
+  using Of = Side<RANKS, FORM, RIGHT, WIDE>;
   const int own = cluster_rank(), thread = threadIdx.x % kGroup;
   // The same in all lanes, so that a warp has one role and addresses of operands are worked out once for it.
   const int warp = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x / 32), 0), group = warp / 4;
@@ -357,13 +342,17 @@ __global__ void __launch_bounds__(threads_of(RANKS, SPLIT), 1)
   int seen = 0;  // panels before, as far as slots and stages go
   const SideEntry* entry = list ? list : &one;
   for (int first = 0; first < panels; first += entry->panels, ++entry) {
-    Panels panel(first, entry->panels, panels, cluster, clusters, list != nullptr);
+    PanelRun panel(first, entry->panels, panels, cluster, clusters, list != nullptr);
     if (!panel) continue;
     const Of side(*entry, size, memory, own);
     if (warp >= 2) {
       // All have done with the basis before.
       meet(kBasisBarrier, kBasisThreads);
       side.basis.load(threadIdx.x - 64, kBasisThreads);
+      if constexpr (FORM == BasisForm::kMetric) {
+        meet(kBasisBarrier, kBasisThreads);  // U is there
+        side.basis.template weigh<RIGHT>(entry->metric, threadIdx.x - 64, kBasisThreads);
+      }
       meet(kBasisBarrier, kBasisThreads);
     }
     if (list && thread % 32 == 0 && warp < 2) see_map(&entry->map);
@@ -384,6 +373,7 @@ __global__ void __launch_bounds__(threads_of(RANKS, SPLIT), 1)
       for (; panel; panel.next(), stage.next(size.stages)) {
         wait_for_others(side.parts_full(stage.at), stage.phase);
         if (seen++ % kAdders != warp - 2) {
+          __syncwarp();  // no lane is still to wait for this phase
           if (thread % 32 == 0) arrive(side.used(stage.at));
           continue;
         }
@@ -426,40 +416,47 @@ __global__ void __launch_bounds__(threads_of(RANKS, SPLIT), 1)
   cluster_barrier();
 }
 
-using Kernel = decltype(&project_side<16, false, false, 32>);
+using Kernel = decltype(&project_side<16, BasisForm::kBFloat16, false, 32>);
 
-template <bool SPLIT, bool RIGHT, int WIDE>
+template <BasisForm FORM, bool RIGHT, int WIDE>
 Kernel kernel_of(int64_t ranks) {
   switch (ranks) {
-    case 16: return project_side<16, SPLIT, RIGHT, WIDE>;
-    case 32: return project_side<32, SPLIT, RIGHT, WIDE>;
-    case 64: return project_side<64, SPLIT, RIGHT, WIDE>;
-    default: return SPLIT ? nullptr : project_side<128, false, RIGHT, WIDE>;
+    case 16: return project_side<16, FORM, RIGHT, WIDE>;
+    case 32: return project_side<32, FORM, RIGHT, WIDE>;
+    case 64: return project_side<64, FORM, RIGHT, WIDE>;
+    default:
+      if constexpr (FORM == BasisForm::kFloat32) return nullptr;
+      else return project_side<128, FORM, RIGHT, WIDE>;
   }
 }
 
-template <bool SPLIT, bool RIGHT>
-Kernel kernel_of(const SidePanels& plan) {
-  return plan.width == 16 ? kernel_of<SPLIT, RIGHT, 16>(plan.ranks) : kernel_of<SPLIT, RIGHT, 32>(plan.ranks);
+template <BasisForm FORM>
+Kernel kernel_of(const SidePanels& plan, bool right) {
+  const int64_t ranks = plan.ranks;
+  if (right) return plan.width == 16 ? kernel_of<FORM, true, 16>(ranks) : kernel_of<FORM, true, 32>(ranks);
+  return plan.width == 16 ? kernel_of<FORM, false, 16>(ranks) : kernel_of<FORM, false, 32>(ranks);
 }
 
-Kernel kernel_of(const SidePanels& plan, bool split, bool right) {
-  if (right) return split ? kernel_of<true, true>(plan) : kernel_of<false, true>(plan);
-  return split ? kernel_of<true, false>(plan) : kernel_of<false, false>(plan);
+Kernel kernel_of(const SidePanels& plan, BasisForm form, bool right) {
+  switch (form) {
+    case BasisForm::kBFloat16: return kernel_of<BasisForm::kBFloat16>(plan, right);
+    case BasisForm::kFloat32: return kernel_of<BasisForm::kFloat32>(plan, right);
+    default: return kernel_of<BasisForm::kMetric>(plan, right);
+  }
 }
 
-cudaError_t prepare(bool right, bool split, const SidePanels& plan, cudaStream_t stream, ClusterLaunch& launch,
+cudaError_t prepare(bool right, BasisForm form, const SidePanels& plan, cudaStream_t stream, ClusterLaunch& launch,
                     Kernel& kernel) {
-  kernel = plan.fits ? kernel_of(plan, split, right) : nullptr;
+  kernel = plan.fits ? kernel_of(plan, form, right) : nullptr;
   if (kernel == nullptr) return cudaErrorInvalidValue;
-  return launch.prepare(reinterpret_cast<const void*>(kernel), plan, threads_of(plan.ranks, split), stream);
+  return launch.prepare(reinterpret_cast<const void*>(kernel), plan, threads_of(plan.ranks, form), stream);
 }
 
-cudaError_t project(const SideEntry& one, const SideEntry* list, int64_t panels, bool right, bool split,
+cudaError_t project(const SideEntry& one, const SideEntry* list, int64_t panels, bool right, BasisForm form,
                     const SidePanels& plan, cudaStream_t stream) {
   ClusterLaunch launch;
   Kernel kernel;
-  if (const cudaError_t error = prepare(right, split, plan, stream, launch, kernel); error != cudaSuccess) return error;
+  if (const cudaError_t error = prepare(right, form, plan, stream, launch, kernel); error != cudaSuccess) return error;
   launch.cover(panels, plan);
   const Sizes size{static_cast<int>(plan.rows), static_cast<int>(plan.cluster), static_cast<int>(plan.owned),
                    static_cast<int>(plan.slots), static_cast<int>(plan.stages),
@@ -469,28 +466,28 @@ cudaError_t project(const SideEntry& one, const SideEntry* list, int64_t panels,
 
 }  // namespace
 
-cudaError_t side_entry(void* grad, const void* basis, int64_t m, int64_t n, int64_t r, bool right, bool keep,
-                       const SidePanels& plan, SideEntry& entry) {
+cudaError_t side_entry(void* grad, const void* basis, const float* metric, int64_t m, int64_t n, int64_t r, bool right,
+                       bool keep, const SidePanels& plan, SideEntry& entry) {
   if (!plan.fits) return cudaErrorInvalidValue;
-  entry.basis = basis, entry.m = m, entry.n = n, entry.r = static_cast<int>(r), entry.keep = keep;
+  entry.basis = basis, entry.metric = metric, entry.m = m, entry.n = n, entry.r = static_cast<int>(r), entry.keep = keep;
   entry.panels = static_cast<int>(((right ? m : n) + plan.width - 1) / plan.width);
   return boxes_of(grad, m, n, right, plan, entry.map);
 }
 
-cudaError_t side_runs(bool right, bool split, const SidePanels& plan) {
+cudaError_t side_runs(bool right, BasisForm form, const SidePanels& plan) {
   ClusterLaunch launch;
   Kernel kernel;
-  return prepare(right, split, plan, nullptr, launch, kernel);
+  return prepare(right, form, plan, nullptr, launch, kernel);
 }
 
-cudaError_t project_side_sm90a(const SideEntry& entry, bool right, bool split, const SidePanels& plan,
+cudaError_t project_side_sm90a(const SideEntry& entry, bool right, BasisForm form, const SidePanels& plan,
                                cudaStream_t stream) {
-  return project(entry, nullptr, entry.panels, right, split, plan, stream);
+  return project(entry, nullptr, entry.panels, right, form, plan, stream);
 }
 
-cudaError_t project_sides_sm90a(const SideEntry* list, int64_t panels, bool right, bool split, const SidePanels& plan,
+cudaError_t project_sides_sm90a(const SideEntry* list, int64_t panels, bool right, BasisForm form, const SidePanels& plan,
                                 cudaStream_t stream) {
-  return project(SideEntry{}, list, panels, right, split, plan, stream);
+  return project(SideEntry{}, list, panels, right, form, plan, stream);
 }
 
 }  // namespace sculpt

@@ -20,13 +20,13 @@ __device__ inline uint32_t packed(float x, float y) {
 // What rounding to bfloat16 took from x.
 __device__ inline float rest_of(float x) { return x - __bfloat162float(__float2bfloat16_rn(x)); }
 
-// RANKS: padded. SPLIT: U is float32, and kept as two bfloat16 parts. `rows` of the block; `first`: those of U before them, of
-// `length`; `r`: numbers of a row.
-template <int RANKS, bool SPLIT>
+// RANKS: padded. `rows` of the block; `first`: those of U before them, of `length`; `r`: numbers of a row.
+template <int RANKS, BasisForm FORM>
 struct SideBasis {
+  static constexpr bool kSplit = FORM == BasisForm::kFloat32;
   // Columns lie in arrays of up to 64 beside each other.
-  static constexpr int kWidth = RANKS < 64 ? RANKS : 64, kParts = SPLIT ? 2 : 1;
-  using Number = std::conditional_t<SPLIT, float, uint16_t>;
+  static constexpr int kWidth = RANKS < 64 ? RANKS : 64, kParts = parts_of(FORM);
+  using Number = std::conditional_t<kSplit, float, uint16_t>;
   using Piece = Number[8];
 
   const Number* basis;
@@ -42,10 +42,10 @@ struct SideBasis {
   // Its rows from memory. Those of bfloat16 are all on their way together: one after the other, 4096 x 4096 took 33.5 us at
   // rank 64 on an H200 for 30.7.
   __device__ void load(int thread, int threads) const {
-    constexpr int kPieces = SPLIT ? 2 : 1, kColumns = RANKS / 8;
+    constexpr int kPieces = kSplit ? 2 : 1, kColumns = RANKS / 8;
     const int count = rows * kColumns;
     for (int begin = thread; begin < count; begin += kPieces * threads) {
-      if constexpr (!SPLIT) {
+      if constexpr (!kSplit) {
         const int row = begin / kColumns, column = begin % kColumns * 8;
         if (whole(row, column)) {
           copy_async(high + place(row, column), from(row, column));
@@ -64,9 +64,47 @@ struct SideBasis {
         if (i < count) write(i / kColumns, i % kColumns * 8, pieces[j]);
       }
     }
-    if constexpr (!SPLIT) {
+    if constexpr (!kSplit) {
       close_group();
       wait_for_groups<0>();
+    }
+    show_to_async();
+  }
+
+  // The low part of U M Uᵀ, U (Mᵀ - 1), on the right U (M - 1), from U as the block has it: then (Uᵀ + lowᵀ) G = M Uᵀ G. What is
+  // rounded is 2^-9 of what M differs from 1 by: of a U that was orthonormal before it was rounded 2^-17 of the whole.
+  template <bool RIGHT>
+  __device__ void weigh(const float* metric, int thread, int threads) const {
+    constexpr int kColumns = RANKS / 8, kRowTiles = kTile / 16;
+    const int lane = thread % 32, along = RIGHT ? r : 1, across = RIGHT ? 1 : r;
+    // Eight columns of a tile at a time.
+#pragma unroll 1
+    for (int i = thread / 32; i < rows / kTile * kColumns; i += threads / 32) {
+      const int first_row = kTile * (i / kColumns), column = 8 * (i % kColumns) + lane / 4;
+      float sums[kRowTiles][4] = {};
+      // One after the other: with all of M - 1 for these columns in registers some are spilled.
+#pragma unroll 1
+      for (int k = 0; k < RANKS; k += 16) {
+        uint32_t weights[2];
+#pragma unroll
+        for (int j = 0; j < 2; ++j) {
+          const int row = k + 8 * j + 2 * (lane % 4);
+          const float* const from = metric + row * along + column * across;
+          const float x = row < r && column < r ? from[0] : 0.0f, y = row + 1 < r && column < r ? from[along] : 0.0f;
+          weights[j] = packed(row == column ? x - 1.0f : x, row + 1 == column ? y - 1.0f : y);
+        }
+#pragma unroll
+        for (int tile = 0; tile < kRowTiles; ++tile) {
+          uint32_t u[4];
+          load_four(u, high + place(first_row + 16 * tile + lane % 16, k + lane / 16 * 8));
+          multiply_add(sums[tile], u, weights);
+        }
+      }
+#pragma unroll
+      for (int j = 0; j < 2 * kRowTiles; ++j) {
+        const int row = first_row + 8 * j + lane / 4, pair = i % kColumns * 8 + 2 * (lane % 4);
+        in<uint32_t>(low + place(row, pair)) = packed(sums[j / 2][j % 2 * 2], sums[j / 2][j % 2 * 2 + 1]);
+      }
     }
     show_to_async();
   }
@@ -113,7 +151,7 @@ struct SideBasis {
 
   __device__ void write(int row, int column, const Piece& x) const {
     const int to = place(row, column);
-    if constexpr (SPLIT) {
+    if constexpr (kSplit) {
       uint32_t pairs[4], rests[4];
 #pragma unroll
       for (int k = 0; k < 4; ++k)

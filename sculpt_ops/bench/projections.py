@@ -74,12 +74,22 @@ def chosen_variant(grad: Tensor, left: Tensor | None, right: Tensor | None, bloc
     return chosen
 
 
-def spanned(grads: list[Tensor], left: Tensor | None, right: Tensor | None, block: bool) -> Contender:
-    """What protects as well as float32 bases: their rounding, with the metrics that make it an exact projector."""
+def spanned(grads: list[Tensor], left: Tensor | None, right: Tensor | None, block: bool) -> list[Contender]:
+    """What protects as well as float32 bases: their rounding, with the metrics that make it an exact projector; also in
+    CUDA C++ where it can run, which dispatch does not choose."""
     rounded = [None if b is None else b.to(HALF) for b in (left, right)]
     metrics = [None if b is None else torch.linalg.inv(b.double().mT @ b.double()).float() for b in rounded]
     given: dict[str, Any] = {"block": block, "left_metric": metrics[0], "right_metric": metrics[1]}
-    return Contender("sculpt, bf16 basis and metric", lambda i: project_(grads[i], *rounded, **given))
+
+    def call(i: int) -> None:
+        project_(grads[i], *rounded, **given)
+
+    contenders = [Contender("sculpt, bf16 basis and metric", call)]
+    if not grads[0].is_cuda or cuda_missing() is not None:
+        return contenders
+    if why_not_cuda(grads[0], rounded[0], rounded[1], False, False, block, metrics[0], metrics[1]) is None:
+        contenders.append(Contender("sculpt, bf16 basis and metric, cuda", call, "cuda"))
+    return contenders
 
 
 def projection(setting: Setting, index: int, case: Case) -> Row:
@@ -103,7 +113,7 @@ def projection(setting: Setting, index: int, case: Case) -> Row:
         Contender("mm + addmm_", lambda i: library(grads[i], left, right, block)),
     ]
     if dtype is HALF and basis_dtype is SINGLE:
-        contenders.append(spanned(grads, left, right, block))
+        contenders += spanned(grads, left, right, block)
     if index < EXPRESSIONS:
         contenders.append(Contender("expression", lambda i: expression(grads[i], left, right, block)))
     if index < COMPILED and not (setting.short or setting.small):

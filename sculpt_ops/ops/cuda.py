@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .. import reference as plain
 from .checks import check_apart, check_project, check_restore, check_written
-from .foreach_cuda import foreach_into, foreach_with_metrics
+from .foreach_cuda import foreach_into
 from .heuristics import triton_missing
 from .library import LIBRARY
 from .variants import project_into
@@ -66,11 +66,7 @@ def _foreach_project_(
     keep_rights: Sequence[bool] = (),
     block: bool = False,
 ) -> None:
-    if left_metrics or right_metrics:
-        metrics = left_metrics or [None] * len(grads), right_metrics or [None] * len(grads)
-        foreach_with_metrics(grads, lefts, rights, *metrics, keep_lefts, keep_rights, block)
-    else:
-        foreach_into(grads, lefts, rights, keep_lefts, keep_rights, block)
+    foreach_into(grads, lefts, rights, keep_lefts, keep_rights, block, left_metrics or (), right_metrics or ())
 
 
 def _restore_(

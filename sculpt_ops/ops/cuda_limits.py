@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from enum import IntEnum
 from functools import cache
 from typing import NamedTuple
 
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from .. import _host
 
-__all__ = ["CudaFacts", "cuda_facts", "why_not_cuda", "why_not_sides"]
+__all__ = ["BasisForm", "CudaFacts", "basis_form", "cuda_facts", "why_not_cuda", "why_not_sides"]
 
 # Of csrc/common/side_panels.h and both_panels.h.
 _MAX_RANK = 128
@@ -18,6 +19,20 @@ _MAX_SIDE_RANK_FLOAT32 = 64
 _ALIGNMENT = 16
 # Of 16 bytes of bfloat16.
 _NUMBERS = 8
+
+
+class BasisForm(IntEnum):
+    """Of csrc/common/side_panels.h, what a side is projected on: U Uᵀ of a bfloat16 or a float32 U, or U M Uᵀ."""
+
+    BFLOAT16 = 0
+    FLOAT32 = 1
+    METRIC = 2
+
+
+def basis_form(basis: Tensor, metric: Tensor | None) -> BasisForm:
+    if metric is not None:
+        return BasisForm.METRIC
+    return BasisForm.FLOAT32 if basis.dtype is torch.float32 else BasisForm.BFLOAT16
 
 
 class CudaFacts(NamedTuple):
@@ -59,6 +74,14 @@ def _not_a_basis(name: str, basis: Tensor, grad: Tensor, rows: int) -> str | Non
     return _not_plain(name, basis)
 
 
+def _not_a_metric(name: str, metric: Tensor, basis: Tensor | None) -> str | None:
+    if basis is None or basis.dtype is not torch.bfloat16:
+        return f"{name}: wanted a bfloat16 basis with it, given {None if basis is None else basis.dtype}"
+    if metric.dim() != 2 or not metric.is_contiguous():
+        return f"{name}: wanted one contiguous matrix, given shape {tuple(metric.shape)}"
+    return None
+
+
 @cache
 def _both_fit(m: int, n: int, r: int, s: int, split: bool, block: bool, gpu: CudaFacts) -> bool:
     plan = _host.both_panels(m, n, r, s, split, block, gpu.multiprocessors, gpu.shared_bytes, gpu.capability)
@@ -66,20 +89,33 @@ def _both_fit(m: int, n: int, r: int, s: int, split: bool, block: bool, gpu: Cud
 
 
 @cache
-def _side_fits(length: int, extent: int, r: int, split: bool, gpu: CudaFacts) -> bool:
-    return _host.side_panels(length, extent, r, split, gpu.multiprocessors) is not None
+def _side_fits(length: int, extent: int, r: int, form: BasisForm, gpu: CudaFacts) -> bool:
+    return _host.side_panels(length, extent, r, form, gpu.multiprocessors) is not None
 
 
-def _why_not_sides(m: int, n: int, left: Tensor | None, right: Tensor | None, gpu: CudaFacts) -> str | None:
+def _why_not_sides(
+    m: int,
+    n: int,
+    left: Tensor | None,
+    right: Tensor | None,
+    left_metric: Tensor | None,
+    right_metric: Tensor | None,
+    gpu: CudaFacts,
+) -> str | None:
     """Why the sides that there are cannot go through the kernel of one side, one after the other."""
     if gpu.capability != 90:
         return "wanted a GPU of capability 9.0 for one side"
     if n % _NUMBERS:
         return f"grad: wanted rows of a multiple of {_NUMBERS} numbers for one side, given shape {(m, n)}"
-    for name, basis, length, extent in (("left", left, m, n), ("right", right, n, m)):
-        split = basis is not None and basis.dtype is torch.float32
-        if basis is not None and not _side_fits(length, extent, basis.shape[1], split, gpu):
-            most = _MAX_SIDE_RANK_FLOAT32 if split else _MAX_RANK
+    for name, basis, metric, length, extent in (
+        ("left", left, left_metric, m, n),
+        ("right", right, right_metric, n, m),
+    ):
+        if basis is None:
+            continue
+        form = basis_form(basis, metric)
+        if not _side_fits(length, extent, basis.shape[1], form, gpu):
+            most = _MAX_SIDE_RANK_FLOAT32 if form == BasisForm.FLOAT32 else _MAX_RANK
             return (
                 f"{name}: wanted a rank of 1 to {most} whose rows fit the shared memory of a cluster, given "
                 f"{length} rows and rank {basis.shape[1]}"
@@ -87,7 +123,13 @@ def _why_not_sides(m: int, n: int, left: Tensor | None, right: Tensor | None, gp
     return None
 
 
-def _not_given(grad: Tensor, left: Tensor | None, right: Tensor | None) -> str | None:
+def _not_given(
+    grad: Tensor,
+    left: Tensor | None,
+    right: Tensor | None,
+    left_metric: Tensor | None,
+    right_metric: Tensor | None,
+) -> str | None:
     """Why a matrix and its bases are nothing for any of the kernels."""
     if grad.dim() != 2:
         return f"grad: wanted one matrix, given shape {tuple(grad.shape)}"
@@ -100,24 +142,42 @@ def _not_given(grad: Tensor, left: Tensor | None, right: Tensor | None) -> str |
         why = None if basis is None else _not_a_basis(name, basis, grad, rows)
         if why is not None:
             return why
+    for name, metric, basis in (("left_metric", left_metric, left), ("right_metric", right_metric, right)):
+        why = None if metric is None else _not_a_metric(name, metric, basis)
+        if why is not None:
+            return why
     return _not_plain("grad", grad)
 
 
-def why_not_sides(grad: Tensor, left: Tensor | None, right: Tensor | None) -> str | None:
+def why_not_sides(
+    grad: Tensor,
+    left: Tensor | None,
+    right: Tensor | None,
+    left_metric: Tensor | None = None,
+    right_metric: Tensor | None = None,
+) -> str | None:
     """Why the sides that there are cannot go through the kernel of one side, one after the other; None if they can."""
     facts = cuda_facts(grad.device.index if grad.is_cuda else None)
-    return _not_given(grad, left, right) or _why_not_sides(grad.shape[0], grad.shape[1], left, right, facts)
+    thin = left, right, left_metric, right_metric
+    return _not_given(grad, *thin) or _why_not_sides(grad.shape[0], grad.shape[1], *thin, facts)
 
 
 def why_not_cuda(
-    grad: Tensor, left: Tensor | None, right: Tensor | None, keep_left: bool, keep_right: bool, block: bool
+    grad: Tensor,
+    left: Tensor | None,
+    right: Tensor | None,
+    keep_left: bool,
+    keep_right: bool,
+    block: bool,
+    left_metric: Tensor | None = None,
+    right_metric: Tensor | None = None,
 ) -> str | None:
     """Why the CUDA C++ kernels cannot project ``grad`` in place; None if they can.
 
     All that csrc/cuda/ops.cpp refuses, asked before the call: a C++ exception out of a library built against the
     headers of torch 2.11 ended the process in place of raising.
     """
-    why = _not_given(grad, left, right)
+    why = _not_given(grad, left, right, left_metric, right_metric)
     if why is not None:
         return why
     for name, basis, keep in (("left", left, keep_left), ("right", right, keep_right)):
@@ -127,11 +187,13 @@ def why_not_cuda(
         return "block: wanted only with both bases, given with one"
     m, n = grad.shape
     facts = cuda_facts(grad.device.index if grad.is_cuda else None)
-    why = _why_not_sides(m, n, left, right, facts)
+    why = _why_not_sides(m, n, left, right, left_metric, right_metric, facts)
     if not block and why is None:
         return None
     if left is None or right is None:
         return why
+    if left_metric is not None or right_metric is not None:
+        return f"left_metric, right_metric: wanted only where each side by itself can run: {why or 'given block'}"
     if keep_left or keep_right:
         return f"keep_left, keep_right: with both bases wanted only where each side by itself can run: {why}"
     if facts.capability < 80:

@@ -22,19 +22,21 @@ from .heuristics import Backend, choose, forced_backend, gpu_of, triton_missing
 from .library import LIBRARY  # noqa: F401  (the ops exist once the library is loaded)
 from .library_products import form_of, is_product, project_cublas, project_products
 from .side_lists import side_lists
-from .variants import backend_of, check_metric_backend, cuda_missing, project_into
+from .variants import backend_of, check_forced, check_metric_backend, cuda_missing, project_into
 
-__all__ = ["Call", "foreach_into", "foreach_with_metrics", "meet", "plan_call"]
+__all__ = ["Call", "foreach_into", "meet", "plan_call"]
 
 OP = "foreach_project_"
 _LAYOUT = torch.ops.sculpt._layout.default
 
 
 class Call(NamedTuple):
-    """groups: of the grouped kernels. products: positions of library products, and their forms. single: positions of
-    what neither takes, what takes them and their flags. lengths: bytes that each grad, then each basis, spans."""
+    """groups: of the grouped kernels. sides: lists of CUDA C++. products: positions of library products, and their
+    forms. single: positions of what none of these takes, what takes them and their flags. lengths: bytes that each
+    grad, then each basis and metric, spans."""
 
     groups: tuple[Any, ...]
+    sides: tuple[Any, ...]
     products: tuple[Sequence[int], Sequence[int]]
     single: tuple[tuple[int, Backend, tuple[bool, bool, bool]], ...]
     lengths: np.ndarray[Any, Any]
@@ -51,15 +53,25 @@ def plan_call(
     grads: Sequence[Tensor],
     lefts: Sequence[Tensor | None],
     rights: Sequence[Tensor | None],
+    left_metrics: Sequence[Tensor | None],
+    right_metrics: Sequence[Tensor | None],
     keep_lefts: Sequence[bool],
     keep_rights: Sequence[bool],
     block: bool,
     forced: Backend | None,
 ) -> Call:
     """Checks all of the lists but their addresses, and sorts them into groups and single matrices."""
-    check_foreach(OP, grads, lefts, rights, keep_lefts=keep_lefts, keep_rights=keep_rights, block=block)
+    thin = lefts, rights, left_metrics, right_metrics
+    check_foreach(OP, grads, *thin, keep_lefts=keep_lefts, keep_rights=keep_rights, block=block)
     for i, grad in enumerate(grads):
         check_written(OP, f"grads[{i}]", grad)
+    if left_metrics or right_metrics:
+        check_metric_backend(OP, forced)
+
+    def metrics_of(i: int) -> tuple[Tensor | None, Tensor | None]:
+        return left_metrics[i] if left_metrics else None, right_metrics[i] if right_metrics else None
+
+    weighed = {i for i in range(len(grads)) if any(metric is not None for metric in metrics_of(i))}
 
     def flags(i: int) -> tuple[bool, bool, bool]:
         return bool(keep_lefts) and keep_lefts[i], bool(keep_rights) and keep_rights[i], block
@@ -77,21 +89,28 @@ def plan_call(
             for i in range(len(grads))
             if i not in grouped and grads[i].numel() and not (lefts[i] is None and rights[i] is None)
         ]
-        rest = [(i, forced or chosen(i, len(places))) for i in places]
-        products = [i for i, backend in rest if backend == "cublas" and is_product(grads[i], lefts[i], rights[i])]
+        without = sum(i not in weighed for i in places)
+        rest = [(i, forced or ("cublas" if i in weighed else chosen(i, without))) for i in places]
+        products = [
+            i
+            for i, backend in rest
+            if backend == "cublas" and i not in weighed and is_product(grads[i], lefts[i], rights[i])
+        ]
         sides = [
             i
             for i, backend in rest
-            if backend == "cuda" and not block and why_not_sides(grads[i], lefts[i], rights[i]) is None
+            if backend == "cuda" and not block and why_not_sides(grads[i], lefts[i], rights[i], *metrics_of(i)) is None
         ]
         listed = {*products, *sides}
+        if forced is not None:  # before anything is written
+            for i in set(places) - listed:
+                check_forced(OP, forced, grads[i], lefts[i], rights[i], *flags(i), *metrics_of(i))
         return Call(
-            (*groups, *side_lists(grads, lefts, rights, flags, sides)),
+            tuple(groups),
+            tuple(side_lists(grads, *thin, flags, sides)),
             (products, [form_of(*flags(i)) for i in products]),
             tuple((i, backend, flags(i)) for i, backend in rest if i not in listed),
-            np.array(
-                [_length(tensor) for tensors in (grads, lefts, rights) for tensor in tensors if tensor is not None]
-            ),
+            np.array([_length(tensor) for tensors in (grads, *thin) for tensor in tensors if tensor is not None]),
         )
 
     if forced not in (None, "triton") or triton_missing():
@@ -100,6 +119,8 @@ def plan_call(
 
     alike: defaultdict[Any, list[tuple[int, Member]]] = defaultdict(list)
     for i, (grad, left, right) in enumerate(zip(grads, lefts, rights, strict=True)):
+        if i in weighed:
+            continue
         member = Member(grad, left, right, *flags(i))
         if why_not_group(member) is None:
             alike[grad.device, grad.dtype, member.basis_dtype()].append((i, member))
@@ -151,12 +172,16 @@ def foreach_into(
     keep_lefts: Sequence[bool],
     keep_rights: Sequence[bool],
     block: bool,
+    left_metrics: Sequence[Tensor | None] = (),
+    right_metrics: Sequence[Tensor | None] = (),
 ) -> None:
     """Every entry of grads in place; the lists are checked before anything is written."""
     forced = forced_backend()
-    tensors = [t for tensors in (grads, lefts, rights) for t in tensors]
+    thin = lefts, rights, left_metrics, right_metrics
+    tensors = [t for tensors in (grads, *thin) for t in tensors]
     given = [t for t in tensors if t is not None]
-    asked = (len(grads), tuple([t is None for t in tensors]), tuple(keep_lefts), tuple(keep_rights), block, forced)
+    sizes = len(grads), len(left_metrics)
+    asked = (sizes, tuple([t is None for t in tensors]), tuple(keep_lefts), tuple(keep_rights), block, forced)
     device = grads[0].device
 
     def locate() -> Call:
@@ -167,47 +192,25 @@ def foreach_into(
             [(t.shape, t.stride(), t.dtype, t.get_device(), at % 16) for t, at in zip(given, addresses, strict=True)]
         )
         call: Call = held(
-            (asked, layout), lambda: plan_call(grads, lefts, rights, keep_lefts, keep_rights, block, forced), device
+            (asked, layout), lambda: plan_call(grads, *thin, keep_lefts, keep_rights, block, forced), device
         )
         if meet(len(grads), addresses, call.lengths):
-            check_foreach_apart(OP, grads, lefts, rights)
-        return call._replace(groups=tuple(group.locate(grads, lefts, rights) for group in call.groups))
+            check_foreach_apart(OP, grads, *thin)
+        return call._replace(
+            groups=tuple(group.locate(grads, lefts, rights) for group in call.groups),
+            sides=tuple(side.locate(grads, *thin) for side in call.sides),
+        )
 
     call: Call = held((asked, _LAYOUT(given).numpy().tobytes()), locate, device)
-    for group in call.groups:
+    for group in (*call.groups, *call.sides):
         group.launch()
     places, forms = call.products
     if places:
         listed = [grads[i] for i in places]
         project_products(listed, [lefts[i] for i in places], [rights[i] for i in places], listed, forms)
     for i, backend, flags in call.single:
+        metrics = left_metrics[i] if left_metrics else None, right_metrics[i] if right_metrics else None
         if backend == "cublas":
-            project_cublas(grads[i], lefts[i], rights[i], grads[i], *flags)
+            project_cublas(grads[i], lefts[i], rights[i], grads[i], *flags, *metrics)
         else:
-            project_into(grads[i], lefts[i], rights[i], grads[i], *flags, OP)
-
-
-def foreach_with_metrics(
-    grads: Sequence[Tensor],
-    lefts: Sequence[Tensor | None],
-    rights: Sequence[Tensor | None],
-    left_metrics: Sequence[Tensor | None],
-    right_metrics: Sequence[Tensor | None],
-    keep_lefts: Sequence[bool],
-    keep_rights: Sequence[bool],
-    block: bool,
-) -> None:
-    """The same of lists of which some entries have a metric: those go one by one to library products."""
-    bases = lefts, rights, left_metrics, right_metrics
-    check_foreach(OP, grads, *bases, keep_lefts=keep_lefts, keep_rights=keep_rights, block=block)
-    check_foreach_apart(OP, grads, *bases)
-    check_metric_backend(OP, forced_backend())
-    off = [False] * len(grads)
-    entries = list(zip(grads, *bases, keep_lefts or off, keep_rights or off, strict=True))
-    plain = [entry for entry in entries if entry[3] is None and entry[4] is None]
-    if plain:
-        grads_, lefts_, rights_, _, _, keep_lefts_, keep_rights_ = zip(*plain, strict=True)
-        foreach_into(grads_, lefts_, rights_, keep_lefts_, keep_rights_, block)
-    for grad, left, right, left_metric, right_metric, keep_left, keep_right in entries:
-        if left_metric is not None or right_metric is not None:
-            project_into(grad, left, right, grad, keep_left, keep_right, block, OP, left_metric, right_metric)
+            project_into(grads[i], lefts[i], rights[i], grads[i], *flags, OP, *metrics)

@@ -7,7 +7,8 @@ with the coefficients besides, and a side seven launches. Less than 2e-5 of the 
 before the result itself is rounded. Two sides that are removed go one after the other, and round in between.
 
 When not to use it: with a float32 basis of rank 64 or less, which the one-pass kernel takes where it fits, without a
-metric. Batches and other dtypes take the plain twin. Not run on a GPU.
+metric. Batches and other dtypes take the plain twin. Its tests passed on an H200, where it was no faster than float32
+bases (docs/kernels.md).
 """
 
 from __future__ import annotations

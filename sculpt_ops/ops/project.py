@@ -63,8 +63,8 @@ def project(
 
     Differentiable in all tensors. Without a metric the columns are trusted to be orthonormal: 5e-6 off already leaks
     4e-6 of the gradient. A bf16 basis used as if orthonormal leaks 3e-3; give it its metric, or a float32 basis, where
-    that matters. On a GPU everything with a metric is library products: prefer a float32 basis where its rank is 64 or
-    less, which the one-pass kernel takes.
+    that matters. On a GPU everything with a metric is library products (CUDA C++ has metrics too, not yet run on a GPU:
+    ``SCULPT_BACKEND=cuda``): prefer a float32 basis where its rank is 64 or less, which the one-pass kernel takes.
 
     Raises:
         ValueError, TypeError: naming the argument, what was given and what was wanted; nothing has been written.

@@ -1,4 +1,4 @@
-"""Lists of matrices through the CUDA C++ kernel of one side: one launch for all of a side whose length is the same.
+"""Lists of matrices through the CUDA C++ kernel of one side: one launch for all of a side of the same length and form.
 
 Two sides are two launches, the left ones first. What the kernel reads of a list lies on the device for as long as the
 addresses stay the same.
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .. import _host
 from ..triton_kernels.tables import upload
-from .cuda_limits import cuda_facts
+from .cuda_limits import BasisForm, basis_form, cuda_facts
 
 __all__ = ["Located", "SideList", "side_lists"]
 
@@ -26,7 +26,7 @@ _MANY = 2**30
 
 
 class SideList(NamedTuple):
-    """Matrices of a list, by their positions in it, whose bases on one side have the same length and dtype.
+    """Matrices of a list, by their positions in it, whose bases on one side have the same length and form.
 
     keep: of each. rank: the largest.
     """
@@ -34,23 +34,30 @@ class SideList(NamedTuple):
     places: tuple[int, ...]
     keep: tuple[bool, ...]
     right: bool
-    split: bool
+    form: BasisForm
     length: int
     rank: int
     panels: int
     device: torch.device
 
     def locate(
-        self, grads: Sequence[Tensor], lefts: Sequence[Tensor | None], rights: Sequence[Tensor | None]
+        self,
+        grads: Sequence[Tensor],
+        lefts: Sequence[Tensor | None],
+        rights: Sequence[Tensor | None],
+        left_metrics: Sequence[Tensor | None],
+        right_metrics: Sequence[Tensor | None],
     ) -> Located:
         """The list at the addresses of these tensors."""
-        bases = rights if self.right else lefts
+        bases, metrics = (rights, right_metrics) if self.right else (lefts, left_metrics)
         entries = torch.empty(_ENTRY_BYTES * len(self.places), dtype=torch.uint8)
         torch.ops.sculpt._cuda_side_entries(
             [grads[i] for i in self.places],
             [bases[i] for i in self.places],
+            [metrics[i] for i in self.places] if self.form == BasisForm.METRIC else [],
             self.keep,
             self.right,
+            self.form,
             self.length,
             self.rank,
             entries,
@@ -68,7 +75,7 @@ class Located(NamedTuple):
     def launch(self) -> None:
         sides = self.sides
         torch.ops.sculpt._cuda_project_sides_(
-            self.entries, sides.panels, sides.right, sides.split, sides.length, sides.rank
+            self.entries, sides.panels, sides.right, sides.form, sides.length, sides.rank
         )
 
 
@@ -76,29 +83,32 @@ def side_lists(
     grads: Sequence[Tensor],
     lefts: Sequence[Tensor | None],
     rights: Sequence[Tensor | None],
+    left_metrics: Sequence[Tensor | None],
+    right_metrics: Sequence[Tensor | None],
     flags: Callable[[int], tuple[bool, bool, bool]],
     places: Sequence[int],
 ) -> list[SideList]:
-    """The lists of these places, whose sides the kernel can run: left ones first."""
-    alike: defaultdict[tuple[bool, bool, int, torch.device], list[tuple[int, Tensor]]] = defaultdict(list)
-    for right, bases in ((False, lefts), (True, rights)):
+    """The lists of these places, whose sides the kernel can run: left ones first. Lists of metrics may be empty."""
+    alike: defaultdict[tuple[bool, BasisForm, int, torch.device], list[tuple[int, Tensor]]] = defaultdict(list)
+    for right, bases, metrics in ((False, lefts, left_metrics), (True, rights, right_metrics)):
         for i in places:
             basis = bases[i]
             if basis is not None:
-                alike[right, basis.dtype is torch.float32, basis.shape[0], basis.device].append((i, basis))
+                form = basis_form(basis, metrics[i] if metrics else None)
+                alike[right, form, basis.shape[0], basis.device].append((i, basis))
     lists = []
-    for (right, split, length, device), members in alike.items():
+    for (right, form, length, device), members in alike.items():
         places_of = tuple(i for i, _ in members)
         rank = max(basis.shape[1] for _, basis in members)
-        plan = _host.side_panels(length, _MANY, rank, split, cuda_facts(device.index).multiprocessors)
-        assert plan is not None, (length, rank, split)
+        plan = _host.side_panels(length, _MANY, rank, form, cuda_facts(device.index).multiprocessors)
+        assert plan is not None, (length, rank, form)
         across = [grads[i].shape[0 if right else 1] for i in places_of]
         lists.append(
             SideList(
                 places_of,
                 tuple(flags(i)[right] for i in places_of),
                 right,
-                split,
+                form,
                 length,
                 rank,
                 sum(-(-extent // plan[1]) for extent in across),

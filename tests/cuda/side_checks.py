@@ -28,11 +28,21 @@ def made(length: int, extent: int, r: int, dtype: torch.dtype, side: str) -> tup
     return grad, basis.to(dtype).contiguous()
 
 
-def project(grad: Tensor, basis: Tensor, side: str, keep: bool) -> None:
+def span_metric(basis: Tensor) -> Tensor:
+    """(UᵀU)⁻¹, and a little that is not symmetric: which of two products it is in can be told."""
+    r = basis.shape[1]
+    exact = torch.linalg.inv(basis.double().mT @ basis.double())
+    generator = torch.Generator(device="cuda").manual_seed(r)
+    noise = torch.randn(r, r, device="cuda", generator=generator, dtype=torch.float64) / basis.shape[0] ** 0.5
+    return (exact + 2**-10 * noise).float().contiguous()
+
+
+def project(grad: Tensor, basis: Tensor, side: str, keep: bool, metric: Tensor | None = None) -> None:
     left, right = (basis, None) if side == "left" else (None, basis)
+    metrics = {f"{name}_metric": metric if name == side else None for name in ("left", "right")}
     # What the op refuses may end the process (sculpt_ops/ops/cuda_limits.py).
-    assert why_not_cuda(grad, left, right, keep and side == "left", keep and side == "right", False) is None
-    torch.ops.sculpt._cuda_project_(grad, **{side: basis, f"keep_{side}": keep})
+    assert why_not_cuda(grad, left, right, keep and side == "left", keep and side == "right", False, **metrics) is None
+    torch.ops.sculpt._cuda_project_(grad, **{side: basis, f"keep_{side}": keep}, **metrics)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -99,6 +109,42 @@ def test_values(length: int, extent: int, r: int, side: str, dtype: torch.dtype,
     project(grad, basis, side, keep)
     error, allowed = (grad.double() - exact).norm(), (plain - exact).norm()
     assert error <= 2 * allowed + 2**-8 * exact.norm() / 16
+
+
+@pytest.mark.parametrize("keep", [False, True])
+@pytest.mark.parametrize(
+    ("length", "extent", "r", "side"),
+    [*((*shape, side) for shape in SHAPES for side in ("left", "right")), (*ODD, "left")],
+)
+def test_values_with_a_metric(length: int, extent: int, r: int, side: str, keep: bool) -> None:
+    """Of noise, and of what is next to all taken away."""
+    noise, basis = made(length, extent, r, torch.bfloat16, side)
+    metric = span_metric(basis)
+    inside = basis.double() @ torch.randn(r, extent, device="cuda", dtype=torch.float64)
+    for grad in (noise, (inside if side == "left" else inside.mT).bfloat16().contiguous()):
+        bases = {side: basis.double(), f"{side}_metric": metric.double(), f"keep_{side}": keep}
+        exact = reference.project(grad.double(), **bases)
+        rounding = (exact.bfloat16().double() - exact).norm()
+        out = grad.clone()
+        project(out, basis, side, keep, metric)
+        assert (out.double() - exact).norm() <= 1.02 * rounding + 8e-6 * grad.double().norm()
+
+
+def test_a_list_with_metrics_is_as_its_matrices_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SCULPT_BACKEND", "cuda")
+    sides = [(4096, 512, 64), (512, 1024, 33), (11008, 256, 16), (64, 64, 5), (4096, 4096, 128)]
+    given = [made(m, n, r, torch.bfloat16, "left") for m, n, r in sides]
+    lefts = [basis for _, basis in given]
+    rights = [made(n, m, 16, torch.bfloat16, "right")[1] if i % 2 else None for i, (m, n, _) in enumerate(sides)]
+    metrics = [span_metric(basis) if i != 1 else None for i, basis in enumerate(lefts)]
+    others = [None if basis is None else span_metric(basis) for basis in rights]
+    grads = [grad.clone() for grad, _ in given]
+    sculpt_ops.foreach_project_(grads, lefts, rights, left_metrics=metrics, right_metrics=others)
+    for (before, _), out, *thin in zip(given, grads, lefts, rights, metrics, others, strict=True):
+        exact = reference.project(before.double(), *(x if x is None else x.double() for x in thin))
+        rounding = (exact.bfloat16().double() - exact).norm()
+        # Two sides round twice.
+        assert (out.double() - exact).norm() <= 2 * rounding + 2e-5 * before.double().norm()
 
 
 @pytest.mark.parametrize(

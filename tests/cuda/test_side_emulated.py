@@ -15,11 +15,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from sculpt_ops.ops.cuda_limits import BasisForm
+
 from .emulated_gpu import aligned, basis, library, near, pointer, sizes, spanned
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not installed")
 
-FLOAT, HALF = torch.float32, torch.bfloat16
+FLOAT, HALF, METRIC = BasisForm.FLOAT32, BasisForm.BFLOAT16, BasisForm.METRIC
 KERNEL = "project_side_sm90a"
 
 
@@ -29,7 +31,7 @@ class Case(NamedTuple):
     length: int
     extent: int
     r: int
-    dtype: torch.dtype
+    form: BasisForm
     keep: bool = False
     cluster: int = 0
     width: int = 32
@@ -41,11 +43,30 @@ def side(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     return library(KERNEL, "side", tmp_path_factory.mktemp("side"))
 
 
-def project(side: ctypes.CDLL, case: Case, right: bool, given: Tensor, U: Tensor, seed: int) -> Tensor:
+class Thin(NamedTuple):
+    """A basis, and a metric that is no more symmetric than a rounded basis is orthonormal: a transposed one is seen."""
+
+    basis: Tensor
+    metric: Tensor | None
+
+    @property
+    def places(self) -> tuple[ctypes.c_void_p, ctypes.c_void_p]:
+        return pointer(self.basis), ctypes.c_void_p() if self.metric is None else pointer(self.metric)
+
+
+def thin(length: int, r: int, form: BasisForm) -> Thin:
+    U = basis(length, r, torch.float32 if form == FLOAT else torch.bfloat16)
+    if form != METRIC:
+        return Thin(U, None)
+    exact = torch.linalg.inv(U.double().mT @ U.double())
+    noise = 2**-10 * torch.randn(r, r, dtype=torch.float64) / length**0.5
+    return Thin(U, (exact + noise).float().contiguous())
+
+
+def project(side: ctypes.CDLL, case: Case, right: bool, given: Tensor, U: Thin, seed: int) -> Tensor:
     grad = aligned(given)
-    places = pointer(grad), pointer(U), *sizes(*given.shape, case.r)
-    wide = case.dtype == FLOAT
-    error = side.side(*places, right, wide, case.keep, case.cluster, case.width, case.clusters, seed)
+    places = pointer(grad), *U.places, *sizes(*given.shape, case.r)
+    error = side.side(*places, right, case.form, case.keep, case.cluster, case.width, case.clusters, seed)
     assert error == 0, side.wrong()
     return grad
 
@@ -54,13 +75,15 @@ def shown(side: ctypes.CDLL, case: Case, right: bool, seeds: range) -> None:
     """Values of noise and, unless it is kept, of what is all taken away; each seed gives the same bits."""
     torch.manual_seed(case.length + case.extent)
     m, n = (case.extent, case.length) if right else (case.length, case.extent)
-    U = basis(case.length, case.r, case.dtype)
+    U = thin(case.length, case.r, case.form)
     grads = [aligned(torch.randn(m, n).bfloat16())]
-    grads += [] if case.keep else [spanned(None, U, m, n) if right else spanned(U, None, m, n)]
+    grads += [] if case.keep else [spanned(None, U.basis, m, n) if right else spanned(U.basis, None, m, n)]
     for given in grads:
-        G, V = given.double(), U.double()
+        G, V = given.double(), U.basis.double()
         coefficients = G @ V if right else V.mT @ G
-        rounded = coefficients.bfloat16().double() if case.dtype == HALF else coefficients
+        if U.metric is not None:
+            coefficients = coefficients @ U.metric.double() if right else U.metric.double() @ coefficients
+        rounded = coefficients.bfloat16().double() if case.form == HALF else coefficients
         part, expected = (C @ V.mT if right else V @ C for C in (coefficients, rounded))
         outs = [project(side, case, right, given, U, seed) for seed in seeds]
         exact, expected = (part, expected) if case.keep else (G - part, G - expected)
@@ -88,6 +111,11 @@ MANY = [
     Case(136, 7 * 32 - 8, 7, FLOAT, cluster=2, width=16),
     Case(40, 3 * 32, 33, FLOAT, keep=True, cluster=2),
     Case(1200, 5 * 32, 64, HALF, cluster=4),
+    Case(512, 14 * 32, 16, METRIC, cluster=8),
+    Case(200, 6 * 32 - 8, 40, METRIC, keep=True, cluster=4),
+    Case(472, 6 * 32 - 8, 100, METRIC, cluster=8),
+    Case(304, 14 * 16 - 8, 31, METRIC, cluster=2, width=16),
+    Case(640, 7 * 16, 128, METRIC, cluster=4, width=16),
 ]
 
 
@@ -98,24 +126,24 @@ def test_many_panels_a_cluster(side: ctypes.CDLL, case: Case, right: bool) -> No
 
 
 @pytest.mark.parametrize("right", [False, True], ids=["left", "right"])
-@pytest.mark.parametrize("dtype", [HALF, FLOAT], ids=str)
+@pytest.mark.parametrize("form", BasisForm, ids=str)
 @pytest.mark.parametrize(
     ("m", "n", "ranks"), [(96, 160, (16, 32)), (70, 48, (7, 5)), (130, 600, (40, 70)), (4, 72, (2, 33))]
 )
 def test_small_shapes_as_an_h200_divides_them(
-    side: ctypes.CDLL, m: int, n: int, ranks: tuple[int, int], dtype: torch.dtype, right: bool
+    side: ctypes.CDLL, m: int, n: int, ranks: tuple[int, int], form: BasisForm, right: bool
 ) -> None:
     """Like those of bench/gpu/small_shapes.py, and next to nothing."""
     length, extent, r = (n, m, ranks[1]) if right else (m, n, ranks[0])
-    if dtype == FLOAT and r > 64:
+    if form == FLOAT and r > 64:
         pytest.skip("a rank above what float32 bases may have")
     for keep in (False, True):
-        shown(side, Case(length, extent, r, dtype, keep, clusters=1000), right, range(1))
+        shown(side, Case(length, extent, r, form, keep, clusters=1000), right, range(1))
 
 
 def test_results_do_not_depend_on_how_many_clusters_run(side: ctypes.CDLL) -> None:
     torch.manual_seed(0)
-    given, U = aligned(torch.randn(128, 9 * 32).bfloat16()), basis(128, 16, FLOAT)
+    given, U = aligned(torch.randn(128, 9 * 32).bfloat16()), thin(128, 16, FLOAT)
     cases = {some: Case(128, 9 * 32, 16, FLOAT, False, 2, 32, some) for some in (1, 2, 4, 9)}
     outs = [project(side, case, False, given, U, some) for some, case in cases.items()]
     assert all(torch.equal(out, outs[0]) for out in outs)
@@ -124,33 +152,34 @@ def test_results_do_not_depend_on_how_many_clusters_run(side: ctypes.CDLL) -> No
 class Given(ctypes.Structure):
     """A matrix of a list, as tests/cuda/gpu/side.cpp takes it."""
 
-    _fields_ = [("grad", ctypes.c_void_p), ("basis", ctypes.c_void_p), *((x, ctypes.c_int64) for x in "mnrk")]
+    _fields_ = [*((x, ctypes.c_void_p) for x in ("grad", "basis", "metric")), *((x, ctypes.c_int64) for x in "mnrk")]
 
 
 @pytest.mark.parametrize("right", [False, True], ids=["left", "right"])
 @pytest.mark.parametrize(
-    ("dtype", "cluster", "width", "clusters"), [(HALF, 4, 32, 1), (FLOAT, 2, 16, 3), (HALF, 4, 16, 2), (HALF, 2, 32, 5)]
+    ("form", "cluster", "width", "clusters"),
+    [(HALF, 4, 32, 1), (FLOAT, 2, 16, 3), (HALF, 4, 16, 2), (HALF, 2, 32, 5), (METRIC, 4, 32, 1), (METRIC, 2, 16, 3)],
 )
 def test_a_list_is_as_its_matrices_alone(
-    side: ctypes.CDLL, dtype: torch.dtype, cluster: int, width: int, clusters: int, right: bool
+    side: ctypes.CDLL, form: BasisForm, cluster: int, width: int, clusters: int, right: bool
 ) -> None:
     torch.manual_seed(cluster)
     shapes = [(200, 104, 16), (256, 8, 64), (56, 200, 5), (232, 400, 33), (8, 40, 3)]
-    bases = [basis(length, r, dtype) for length, _, r in shapes]
+    bases = [thin(length, r, form) for length, _, r in shapes]
     noise = [torch.randn(extent, length) if right else torch.randn(length, extent) for length, extent, _ in shapes]
     grads = [aligned(grad.bfloat16()) for grad in noise]
     alone = []
     for i, (length, extent, r) in enumerate(shapes):
-        case = Case(length, extent, r, dtype, i == 1, 2, width)
+        case = Case(length, extent, r, form, i == 1, 2, width)
         alone.append(project(side, case, right, grads[i], bases[i], 0))
     for seed in range(3):
         outs = [aligned(grad) for grad in grads]
         entries = [
-            Given(pointer(out), pointer(U), *out.shape, shape[2], i == 1)
+            Given(pointer(out), *U.places, *out.shape, shape[2], i == 1)
             for i, (out, U, shape) in enumerate(zip(outs, bases, shapes, strict=True))
         ]
         array = (Given * len(entries))(*entries)
-        error = side.sides(array, *sizes(len(entries)), right, dtype == FLOAT, cluster, width, clusters, seed)
+        error = side.sides(array, *sizes(len(entries)), right, form, cluster, width, clusters, seed)
         assert error == 0, side.wrong()
         # The number of blocks decides the order of sums.
         for out, one in zip(outs, alone, strict=True):
@@ -189,8 +218,12 @@ def without(*pieces: str) -> Callable[[str], str]:
             Case(128, 20 * 32, 16, HALF, cluster=2),
         ),
         (("        show_to_async();  // the stores of others\n",), Case(128, 6 * 32, 16, HALF, cluster=2)),
+        (("        meet(kBasisBarrier, kBasisThreads);  // U is there\n",), Case(128, 6 * 32, 16, METRIC, cluster=2)),
     ],
-    ids=["all have read", "what was there is used", "wait for parts", "wait for stores", "wait for a slot", "fence"],
+    ids=[
+        *("all have read", "what was there is used", "wait for parts", "wait for stores", "wait for a slot", "fence"),
+        "wait for the basis",
+    ],
 )
 def test_what_is_left_out_is_missed(
     missing: tuple[str, ...], case: Case, tmp_path_factory: pytest.TempPathFactory

@@ -10,28 +10,31 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sculpt_ops import _host
+from sculpt_ops.ops.cuda_limits import BasisForm
 
+HALF, FLOAT, METRIC = BasisForm
 SHARED, TILE = 227 * 1024, 64
 SIZES = st.integers(1, 20000)
 
 
-def needed(width: int, rows: int, ranks: int, slots: int, stages: int, *, split: bool) -> int:
+def needed(width: int, rows: int, ranks: int, slots: int, stages: int, form: BasisForm) -> int:
     """Bytes: the basis' rows, panels, factors and parts of the exchanges under way, and barriers."""
-    basis, slot, stage = rows * ranks * 2 * (1 + split), rows * width * 2, ranks * width * (4 + 2 * (1 + split))
+    parts = 1 if form == BasisForm.BFLOAT16 else 2
+    basis, slot, stage = rows * ranks * 2 * parts, rows * width * 2, ranks * width * (4 + 2 * parts)
     return basis + slots * slot + stages * stage + 3 * 8 * (12 + 3)
 
 
-@given(SIZES, SIZES, st.integers(1, 200), st.booleans(), st.integers(1, 200))
-def test_every_row_is_in_one_block_and_all_fits(m: int, n: int, r: int, split: bool, multiprocessors: int) -> None:
-    plan = _host.side_panels(m, n, r, split, multiprocessors)
-    if r > min(m, 64 if split else 128):
+@given(SIZES, SIZES, st.integers(1, 200), st.sampled_from(BasisForm), st.integers(1, 200))
+def test_every_row_is_in_one_block_and_all_fits(m: int, n: int, r: int, form: BasisForm, multiprocessors: int) -> None:
+    plan = _host.side_panels(m, n, r, form, multiprocessors)
+    if r > min(m, 64 if form == BasisForm.FLOAT32 else 128):
         assert plan is None
         return
     if plan is None:
         ranks = max(16, 1 << (r - 1).bit_length())
         for cluster in (2, 4, 8, 16):
             rows = math.ceil(math.ceil(m / cluster) / TILE) * TILE
-            assert needed(16, rows, ranks, 2, 2, split=split) > SHARED or (cluster - 1) * rows >= m
+            assert needed(16, rows, ranks, 2, 2, form) > SHARED or (cluster - 1) * rows >= m
         return
     cluster, width, rows, ranks, owned, slots, stages, size = plan
     assert cluster in (2, 4, 8, 16)
@@ -43,29 +46,32 @@ def test_every_row_is_in_one_block_and_all_fits(m: int, n: int, r: int, split: b
     assert r <= ranks == cluster * owned
     assert slots >= 2
     assert stages >= 2
-    assert size == needed(width, rows, ranks, slots, stages, split=split) <= SHARED
-    assert width == 32 or slots >= 4 or needed(32, rows, ranks, 3, 2, split=split) > SHARED
+    assert size == needed(width, rows, ranks, slots, stages, form) <= SHARED
+    assert width == 32 or slots >= 4 or needed(32, rows, ranks, 3, 2, form) > SHARED
 
 
 @pytest.mark.parametrize(
-    ("m", "n", "r", "split", "fits"),
+    ("m", "n", "r", "form", "fits"),
     [
-        (4096, 4096, 64, True, True),
-        (4096, 4096, 128, False, True),
-        (4096, 4096, 128, True, False),
-        (4096, 11008, 64, True, True),
-        (5120, 13824, 64, False, True),
-        (11008, 4096, 64, False, True),
-        (11008, 4096, 64, True, False),
-        (11008, 4096, 32, True, True),
-        (28672, 8192, 16, False, True),
-        (4096, 4096, 256, False, False),
-        (2**31, 64, 16, False, False),
-        (576, 2**31, 16, True, False),
+        (4096, 4096, 64, FLOAT, True),
+        (4096, 4096, 128, HALF, True),
+        (4096, 4096, 128, FLOAT, False),
+        (4096, 11008, 64, FLOAT, True),
+        (5120, 13824, 64, HALF, True),
+        (11008, 4096, 64, HALF, True),
+        (11008, 4096, 64, FLOAT, False),
+        (11008, 4096, 32, FLOAT, True),
+        (28672, 8192, 16, HALF, True),
+        (4096, 4096, 256, HALF, False),
+        (4096, 4096, 128, METRIC, True),
+        (11008, 4096, 64, METRIC, False),
+        (11008, 4096, 32, METRIC, True),
+        (2**31, 64, 16, HALF, False),
+        (576, 2**31, 16, FLOAT, False),
     ],
 )
-def test_shapes_of_models(m: int, n: int, r: int, split: bool, fits: bool) -> None:
-    assert (_host.side_panels(m, n, r, split, 132) is not None) == fits
+def test_shapes_of_models(m: int, n: int, r: int, form: BasisForm, fits: bool) -> None:
+    assert (_host.side_panels(m, n, r, form, 132) is not None) == fits
 
 
 @pytest.mark.parametrize("width", [16, 32, 64])

@@ -186,21 +186,24 @@ def test_what_the_cuda_kernels_take() -> None:
 
 
 def test_lists_for_one_launch_each() -> None:
-    """By side, length and dtype, with the flags and the largest rank of each; the panels of all are counted."""
+    """By side, length and form, with the flags and the largest rank of each; the panels of all are counted."""
     half, single = torch.bfloat16, torch.float32
     shapes = [(4096, 512, 64, 16), (4096, 104, 16, None), (512, 4096, None, 32), (4096, 512, 8, 16)]
     grads = [torch.zeros(m, n, dtype=half) for m, n, _, _ in shapes]
     dtypes = (half, half, half, single)
     lefts = [None if r is None else torch.zeros(m, r, dtype=d) for (m, _, r, _), d in zip(shapes, dtypes, strict=True)]
     rights = [None if s is None else torch.zeros(n, s, dtype=half) for _, n, _, s in shapes]
-    lists = side_lists.side_lists(grads, lefts, rights, lambda i: (i == 1, i == 0, False), [0, 1, 2, 3])
-    assert [(one.places, one.keep, one.right, one.split, one.length, one.rank) for one in lists] == [
-        ((0, 1), (False, True), False, False, 4096, 64),
-        ((3,), (False,), False, True, 4096, 8),
-        ((0, 3), (True, False), True, False, 512, 16),
-        ((2,), (False,), True, False, 4096, 32),
+    metrics = [None, None, torch.zeros(32, 32), torch.zeros(16, 16)]
+    flags = lambda i: (i == 1, i == 0, False)  # noqa: E731
+    lists = side_lists.side_lists(grads, lefts, rights, [], metrics, flags, [0, 1, 2, 3])
+    assert [(one.places, one.keep, one.right, one.form, one.length, one.rank) for one in lists] == [
+        ((0, 1), (False, True), False, 0, 4096, 64),
+        ((3,), (False,), False, 1, 4096, 8),
+        ((0,), (True,), True, 0, 512, 16),
+        ((2,), (False,), True, 2, 4096, 32),
+        ((3,), (False,), True, 2, 512, 16),
     ]
-    assert [one.panels for one in lists] == [16 + 4, 16, 128 + 128, 16]
+    assert [one.panels for one in lists] == [16 + 4, 16, 128, 16, 128]
 
 
 @pytest.mark.parametrize(

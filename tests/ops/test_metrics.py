@@ -288,21 +288,41 @@ def test_library_products(dtypes: tuple[torch.dtype, torch.dtype], flags: dict[s
 
 
 def test_lists_on_a_gpu_take_what_has_no_metric_together(monkeypatch: pytest.MonkeyPatch) -> None:
-    grads = [gaussian(40, 60, dtype=torch.bfloat16, seed=i) for i in range(3)]
+    grads = [gaussian(40, 60, dtype=torch.bfloat16, seed=i) for i in range(4)]
     left, own = orthonormal(40, 8, torch.bfloat16), metric(8, torch.bfloat16)
-    wanted = [plain(grad, left, None, None if i == 1 else own, None) for i, grad in enumerate(grads)]
+    owns = [own, None, own, None]
+    wanted = [plain(grad, left, None, own, None) for grad, own in zip(grads, owns, strict=True)]
     together: list[int] = []
-    inner = foreach_cuda.foreach_into
-    monkeypatch.setattr(foreach_cuda, "foreach_into", lambda *given: (together.append(len(given[0])), inner(*given)))
-    lists = (grads, [left] * 3, [None] * 3, [own, None, own], [None] * 3, (), (), False)
-    for name in ("triton", "cuda"):
+    inner = foreach_cuda.project_products
+    monkeypatch.setattr(
+        foreach_cuda, "project_products", lambda *given: (together.append(len(given[0])), inner(*given))
+    )
+
+    def run(left_metrics: list[Tensor | None]) -> None:
+        foreach_cuda.foreach_into(grads, [left] * 4, [None] * 4, (), (), False, left_metrics, [None] * 4)
+
+    before = [grad.clone() for grad in grads]
+    for name, words in (("triton", "but it takes no left_metric"), ("cuda", "but it cannot run grad")):
         monkeypatch.setenv("SCULPT_BACKEND", name)
-        before = [grad.clone() for grad in grads]
-        with pytest.raises(RuntimeError, match=f"SCULPT_BACKEND: given '{name}', but it takes no left_metric"):
-            foreach_cuda.foreach_with_metrics(*lists)
+        with pytest.raises(RuntimeError, match=f"SCULPT_BACKEND: given '{name}', {words}"):
+            run(owns)
         assert all(torch.equal(grad, start) for grad, start in zip(grads, before, strict=True))
     monkeypatch.delenv("SCULPT_BACKEND")
-    foreach_cuda.foreach_with_metrics(*lists)
-    assert together == [1]
-    for grad, exact in zip(grads, wanted, strict=True):
-        torch.testing.assert_close(grad, exact, rtol=2**-7, atol=2**-7)
+    asked = []
+    checks = foreach_cuda.check_foreach
+    monkeypatch.setattr(
+        foreach_cuda, "check_foreach", lambda *given, **flags: (asked.append(1), checks(*given, **flags))
+    )
+    for _ in range(2):  # a list that is known is not checked again
+        for grad, start in zip(grads, before, strict=True):
+            grad.copy_(start)
+        run(owns)
+        for grad, exact in zip(grads, wanted, strict=True):
+            torch.testing.assert_close(grad, exact, rtol=2**-7, atol=2**-7)
+    assert together == [2, 2]
+    assert len(asked) == 1
+    with pytest.raises(ValueError, match=r"foreach_project_ \(entry 1\): left_metric: given shape \(7, 7\)"):
+        run([own, metric(7, torch.bfloat16), None, None])
+    overlapping = grads[0].view(torch.float32).flatten()[:64].view(8, 8)
+    with pytest.raises(ValueError, match=r"left_metrics\[3\]: given memory shared with grads\[0\]"):
+        run([own, None, own, overlapping])
