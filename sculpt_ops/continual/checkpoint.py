@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from ..subspaces import Subspaces
 from .distributed import World
 from .modeling import load_model, read_about
-from .result import PREDICTIONS_FILE, RUN_FILE, RunResult, resume_command, write_text
+from .result import GENERATED_FILE, PREDICTIONS_FILE, RUN_FILE, RunResult, resume_command, write_text
 from .settings import SETTINGS_FILE
 from .shards import load_weights, save_weights
 
@@ -359,7 +359,8 @@ def write_state(result: RunResult, weights: str, rows: Mapping[str, str]) -> Non
 
 def leftovers(output: Path) -> list[str]:
     """What lies in the output folder that no run of ours has put there."""
-    ours = {FOLDER, CARRIED, NEXT, RUN_FILE, PREDICTIONS_FILE, STATE_FILE, SETTINGS_FILE, MODEL, "logs", "report.md"}
+    ours = {FOLDER, CARRIED, NEXT, RUN_FILE, PREDICTIONS_FILE, STATE_FILE, SETTINGS_FILE, GENERATED_FILE, MODEL}
+    ours |= {"logs", "report.md"}
     ours |= {f"{name}.tmp" for name in ours} | {f"{FOLDER}.old", OLD_MODEL}
     found = output.iterdir() if output.is_dir() else ()
     return sorted(path.name for path in found if path.name not in ours and not re.search(r"\.png(\.tmp)?$", path.name))

@@ -21,6 +21,8 @@ from .tasks import Task
 __all__ = ["Protect", "TrainConfig", "format_protect", "parse_protect", "parse_remember"]
 
 OTHERS = ("train", "freeze")
+# Of remember_text, in the place of a file.
+GENERATED = "generated"
 DTYPES = ("float32", "bfloat16", "float16")
 STATES: tuple[State, ...] = get_args(State)
 MASTERS: tuple[Master, ...] = get_args(Master)
@@ -107,8 +109,8 @@ class TrainConfig:
     remember_text: str | Path | None = field(
         default=None,
         metadata=about(
-            "Text file whose inputs are protected from the first task on, for what the model can do already; with "
-            "inputs remembered.",
+            "Text file whose inputs are protected from the first task on, for what the model can do already; "
+            "generated: text that the model writes itself. With inputs remembered.",
             methods=DERIVING_METHODS,
         ),
     )

@@ -95,7 +95,7 @@ def encode_task(
 
 
 def encode_text(path: Path, tokenizer: PreTrainedTokenizerBase, length: int, windows: int) -> list[Encoded]:
-    """As many windows of `length` tokens of a text file, spread evenly; the last eighth of each stands as the answer.
+    """As many windows of `length` tokens of a text file, spread evenly, each as a row.
 
     ValueError if there is no such file, or it has less than two tokens.
     """
@@ -107,8 +107,13 @@ def encode_text(path: Path, tokenizer: PreTrainedTokenizerBase, length: int, win
     length = min(length, len(ids))
     last, windows = len(ids) - length, min(windows, -(-len(ids) // length))
     starts = [last * index // max(windows - 1, 1) for index in range(windows)]
-    asked = length - max(1, length // 8)
-    return [Encoded(ids[start : start + asked], ids[start + asked : start + length]) for start in starts]
+    return [as_row(ids[start : start + length]) for start in starts]
+
+
+def as_row(ids: list[int]) -> Encoded:
+    """A text as a row of a task: its last eighth stands as the answer."""
+    asked = len(ids) - max(1, len(ids) // 8)
+    return Encoded(ids[:asked], ids[asked:])
 
 
 class ChatTemplate:

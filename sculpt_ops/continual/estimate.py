@@ -105,14 +105,14 @@ def estimate(config: TrainConfig) -> Estimate:
     pass_seconds = _pass_seconds(config, model, tokenizer, encoded[0]) if encoded[0].train else 0.0
     item_seconds = _item_seconds(config, model, tokenizer, encoded[0])
     sizes = [min(weight.shape) for weight in targets.values()]
-    text = remembered_text(config, tokenizer)
+    remembered_text(config, tokenizer)  # refuses a file that is no text
     made = []
     for index, (task, rows) in enumerate(zip(tasks, encoded, strict=True)):
         steps = steps_of(config, len(rows.train), world, index)
         mean = sum(map(_length, rows.train)) / max(len(rows.train), 1)
         per_step = config.batch_size * config.gradient_accumulation_steps
         policy = _size_policy(config.protect, index + 1, len(tasks)) if config.protects else None
-        grows = (index > 0 or text) and config.remember is not None
+        grows = (index > 0 or config.remember_text is not None) and config.remember is not None
         ranks = None if policy is None or not sizes or grows else [policy.rank_of(size) for size in sizes]
         answered = sum(index in config.measured_after(row, len(tasks)) for row in range(len(tasks) + 1))
         made.append(

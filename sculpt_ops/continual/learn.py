@@ -15,11 +15,14 @@ from statistics import median
 
 from ..names import list_names
 from ..subspaces import Subspaces
-from .config import TrainConfig
+from .config import GENERATED, TrainConfig
 from .distributed import World
+from .encoding import Encoded
 from .leak_trace import LeakTrace
 from .memory import PeakMemory
-from .result import LearnedTask
+from .methods.sculpt import MEASURED_ROWS
+from .own_text import generate_rows
+from .result import GENERATED_FILE, LearnedTask, write_text
 from .run import Run
 from .score import majority_rate
 
@@ -41,6 +44,10 @@ def learn(run: Run, index: int) -> None:
     # Whatever was drawn before: a run that is resumed here has drawn nothing.
     set_seed(config.seed + index)
     if saved is None:
+        if index == 0 and config.remember_text == GENERATED:
+            run.progress.say(f"{label}: generating the text whose inputs are protected")
+            run.text = _own_text(run)
+            context = run.context(index)
         if config.protects:
             run.progress.say(f"{label}: deriving protected subspaces")
         subspaces = run.method.begin_task(context)
@@ -129,6 +136,21 @@ def learn(run: Run, index: int) -> None:
     run.result.learned.append(replace(everyone[0], peak_memory_bytes=peak))
     if run.keeps:
         run.checkpoints.end_task(index, run.result, model, run.method.state(), carried)
+
+
+def _own_text(run: Run) -> list[Encoded]:
+    """What the model writes on the first rank, in the run's folder for whoever wants to see it."""
+    config, world = run.config, run.world
+
+    def generate() -> list[Encoded]:
+        if not world.first:
+            return []
+        rows = generate_rows(run.model, run.tokenizer, MEASURED_ROWS, config.max_length, config.seed, config.bf16)
+        texts = [run.tokenizer.decode(row.prompt + row.answer, skip_special_tokens=True) for row in rows]
+        write_text(Path(config.output) / GENERATED_FILE, "\n\n".join(texts) + "\n")
+        return rows
+
+    return world.share("the generated text", world.together("generating text", generate))[0]
 
 
 def steps_of(config: TrainConfig, rows: int, world: World, index: int) -> int:

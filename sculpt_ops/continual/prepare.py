@@ -18,13 +18,14 @@ from ..targets import resolve_targets
 from .ability import check_sources
 from .benchmark import benchmark_note, load_sequence
 from .checkpoint import STATE_FILE, Checkpoints, Saved, check_same_run, has_states, leftovers, read_state
-from .config import TrainConfig
+from .config import GENERATED, TrainConfig
 from .distributed import World, restarted, shard
 from .encoding import Encoded, encode_tasks, encode_text
 from .environment import versions
 from .methods import make_method
 from .methods.sculpt import MEASURED_ROWS
 from .modeling import longest_input, open_model, read_about
+from .own_text import check_generates
 from .policies import parse_remember
 from .progress import Progress
 from .result import RUN_FILE, RunResult, resume_command
@@ -103,6 +104,8 @@ def open_for_training(config: TrainConfig, world: World) -> Opened:
     make_method(config, parallel=world.parallel is not None).check(model, config)
     if config.ability:
         check_sources(config.ability, bool(model.config.is_encoder_decoder))
+    if config.remember_text == GENERATED:
+        check_generates(model, world.sharded)
     if config.protects:
         targets = resolve_targets(model, config.targets)
         if config.others == "freeze":
@@ -193,10 +196,10 @@ def rounding_notes(config: TrainConfig) -> list[str]:
 
 
 def remembered_text(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> list[Encoded]:
-    """As many rows of config.remember_text as of a task; none without one."""
-    if config.remember_text is None:
+    """As many rows of the file config.remember_text as of a task; none without one."""
+    if config.remember_text in (None, GENERATED):
         return []
-    return encode_text(Path(config.remember_text), tokenizer, config.max_length, MEASURED_ROWS)
+    return encode_text(Path(str(config.remember_text)), tokenizer, config.max_length, MEASURED_ROWS)
 
 
 def _latest(config: TrainConfig, world: World, tasks: int) -> tuple[Saved | None, RunResult | None]:

@@ -14,6 +14,8 @@ from ..files import replacing
 from .metrics import Metrics, measure
 
 RUN_FILE = "run.json"
+# The text of remember_text generated.
+GENERATED_FILE = "generated.txt"
 PREDICTIONS_FILE = "predictions.jsonl"
 
 

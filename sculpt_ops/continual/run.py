@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 class Run:
     """weights, rows: hashes of the first weights, and of every task's rows. saved: the state that the run goes on from.
     previous: of the last task's subspaces, what the next task's are derived from. last: those of the last task of all,
-    if one more task would need them. text: of config.remember_text."""
+    if one more task would need them. text: of config.remember_text; a generated one from the first task on."""
 
     config: TrainConfig
     world: World

@@ -11,7 +11,7 @@ from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
-from .config import TrainConfig, check_used
+from .config import GENERATED, TrainConfig, check_used
 from .defaults import AUTO
 from .policies import format_protect, parse_protect
 from .result import RUN_FILE, resume_command, write_text
@@ -122,7 +122,7 @@ def _plain(name: str, value: Any) -> Any:
 
 
 def _plain_one(name: str, value: Any) -> Any:
-    if name in PATHS and Path(value).exists():
+    if name in PATHS and value != GENERATED and Path(value).exists():
         return str(Path(value).absolute())
     return float(value) if name == "task_epochs" else kind_of(name)(value)
 

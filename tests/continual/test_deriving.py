@@ -15,7 +15,9 @@ import torch
 from sculpt_ops import Subspaces
 from sculpt_ops.continual import RunResult, Task, TrainConfig, train
 from sculpt_ops.continual.encoding import encode_task
+from sculpt_ops.continual.estimate import estimate
 from sculpt_ops.continual.methods.sculpt import Sculpt
+from sculpt_ops.continual.own_text import check_generates, generate_rows
 from sculpt_ops.layer import project_each_
 from sculpt_ops.ranks import Importance, Rank
 from sculpt_ops.remember import Remembered, join
@@ -245,17 +247,68 @@ def test_what_a_text_feeds_the_layers_is_kept_from_the_first_task_on(
     assert 0.0 < moved[0] < 0.5 * moved[1]
 
 
+def test_a_text_that_the_model_writes_is_kept_too(short: dict[str, Any], tokenizer: Any, tmp_path: Path) -> None:
+    settings = {**short, "remember": "inputs:0.9", "others": "freeze"}
+    plain = train(TrainConfig(**settings, output=tmp_path / "without"), quiet=True)
+    settings |= {"remember_text": "generated", "output": tmp_path / "with"}
+    result = train(TrainConfig(**settings), quiet=True)
+    for name, layer in result.learned[0].layers.items():
+        assert layer["protected"][1] > plain.learned[0].layers[name]["protected"][1], name
+    text = (tmp_path / "with" / "generated.txt").read_text()
+    assert len(text.split("\n\n")) == 32
+    again = train(TrainConfig(**{**settings, "output": tmp_path / "again"}), quiet=True)
+    assert (tmp_path / "again" / "generated.txt").read_text() == text
+    assert again.accuracy == result.accuracy
+    assert again.learned[1].losses == result.learned[1].losses
+    # A run that goes on with what it has kept does not ask the changed model for a text.
+    (tmp_path / "again" / "generated.txt").unlink()
+    assert train(TrainConfig(**{**settings, "output": tmp_path / "again", "resume": True}), quiet=True).complete
+    assert not (tmp_path / "again" / "generated.txt").exists()
+
+
+def test_generated_rows(short: dict[str, Any], tokenizer: Any) -> None:
+    model = transformers.AutoModelForCausalLM.from_pretrained(short["model"]).train()
+    random_state = torch.get_rng_state()
+    rows = generate_rows(model, tokenizer, rows=11, length=24, seed=3, bf16=False)
+    assert torch.equal(torch.get_rng_state(), random_state)
+    assert model.training
+    assert [len(row.prompt) + len(row.answer) for row in rows] == [24] * 11
+    assert all(len(row.answer) == 3 for row in rows)
+    texts = [tuple(row.prompt + row.answer) for row in rows]
+    assert len(set(texts)) == 11
+    assert not {token for text in texts for token in text[:-1]} & {tokenizer.eos_token_id}
+    assert texts == [tuple(r.prompt + r.answer) for r in generate_rows(model, tokenizer, 11, 24, seed=3, bf16=False)]
+    assert texts != [tuple(r.prompt + r.answer) for r in generate_rows(model, tokenizer, 11, 24, seed=4, bf16=False)]
+    with pytest.raises(ValueError, match="remember_text: got 'generated' with FSDP, wanted a text file"):
+        check_generates(model, sharded=True)
+
+
 @pytest.mark.parametrize(
     ("change", "complaint"),
     [
         ({"remember": "rank:2"}, "remember_text: got 'known.txt' with remember rank:2, wanted one with inputs"),
         ({"protect": None}, "remember_text: got 'known.txt' with remember none"),
         ({}, "remember_text: there is no file known.txt"),
+        ({"remember_text": "generated", "protect": None}, "remember_text: got 'generated' with remember none"),
     ],
 )
 def test_a_text_that_cannot_be_remembered_is_refused(
     change: dict[str, Any], complaint: str, short: dict[str, Any], tmp_path: Path
 ) -> None:
     with pytest.raises(ValueError, match=complaint):
-        train(TrainConfig(**short, **change, remember_text="known.txt", output=tmp_path / "out"), quiet=True)
+        train(TrainConfig(**{**short, "remember_text": "known.txt", **change}, output=tmp_path / "out"), quiet=True)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_dry_run_generates_nothing_and_an_encoder_decoder_writes_no_text(
+    short: dict[str, Any], t5_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = {**short, "remember_text": "generated", "output": tmp_path / "out"}
+    monkeypatch.chdir(tmp_path)
+    Path("generated").write_text("a file that has the word's name")
+    first, _ = estimate(TrainConfig(**settings)).tasks
+    assert first.ranks is None
+    for run in (estimate, train):
+        with pytest.raises(ValueError, match="remember_text: got 'generated' with the encoder-decoder T5"):
+            run(TrainConfig(**{**settings, "model": t5_folder}))
     assert not (tmp_path / "out").exists()
