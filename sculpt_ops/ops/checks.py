@@ -331,7 +331,13 @@ def _share_memory(a: Tensor, b: Tensor) -> bool:
 
 
 def check_written(op: str, name: str, tensor: Tensor) -> None:
-    """A tensor to be written must not hold one element twice. Reads addresses: eager only."""
+    """A tensor to be written must not hold one element twice, nor the negatives of what it is to hold. Reads addresses:
+    eager only."""
+    if tensor.is_neg():
+        raise ValueError(
+            f"{op}: {name}: given a view that negates what it shows (.imag of a conjugate), wanted the numbers "
+            "themselves; pass .resolve_neg()"
+        )
     reach = 0
     for stride, size in sorted((st, si) for st, si in zip(tensor.stride(), tensor.shape, strict=True) if si > 1):
         if stride <= reach and tensor.numel():

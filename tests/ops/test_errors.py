@@ -62,6 +62,7 @@ WRONG: list[tuple[str, dict[str, Any], str, str]] = [
 IN_PLACE_ONLY: list[tuple[str, dict[str, Any], str, str]] = [
     ("left inside grad", shared_left(), "left", "memory"),
     ("expanded grad", make(grad=torch.ones(M, 1).expand(M, N)), "grad", "overlaps itself|stored once"),
+    ("negated grad", make(grad=torch.randn(M, N, dtype=torch.complex64).conj().imag), "grad", "negates what it shows"),
 ]
 
 
