@@ -388,7 +388,9 @@ def test_encoder_decoders_learn_by_them(name: str, short: dict[str, Any], t5_fol
 @pytest.mark.parametrize("shape", [(12, 12), (20, 8), (8, 20)])
 def test_a_decomposition_by_eigenvectors_is_the_svd(shape: tuple[int, int]) -> None:
     matrix = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    U, S, Vh = svd_by_eigenvectors(matrix)
+    found = svd_by_eigenvectors(matrix)
+    assert found is not None
+    U, S, Vh = found
     wanted = torch.linalg.svd(matrix, full_matrices=False)
     assert [tuple(part.shape) for part in (U, S, Vh)] == [tuple(part.shape) for part in wanted]
     torch.testing.assert_close(S, wanted.S, rtol=1e-6, atol=1e-6)
@@ -397,3 +399,14 @@ def test_a_decomposition_by_eigenvectors_is_the_svd(shape: tuple[int, int]) -> N
         torch.testing.assert_close(basis.mT @ basis, torch.eye(min(shape)), rtol=0.0, atol=2e-6)
     # Signs apart the same vectors.
     torch.testing.assert_close((U.mT @ wanted.U).abs(), torch.eye(min(shape)), rtol=0.0, atol=1e-4)
+
+
+@pytest.mark.parametrize("least", [0.0, 1e-9, 3e-6])
+def test_a_matrix_without_full_rank_is_left_to_the_svd(least: float) -> None:
+    """Its last vectors would be noise over noise, or not numbers."""
+    generator = torch.Generator().manual_seed(0)
+    U, V = (torch.linalg.qr(torch.randn(size, 8, generator=generator, dtype=torch.float64)).Q for size in (20, 8))
+    spectrum = torch.tensor([1.0, 0.9, 0.5, 0.4, 0.3, 0.2, 0.1, least], dtype=torch.float64)
+    matrix = ((U * spectrum) @ V.mT).float()
+    assert svd_by_eigenvectors(matrix) is None
+    assert svd_by_eigenvectors(matrix.mT) is None

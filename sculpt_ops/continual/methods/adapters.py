@@ -191,7 +191,7 @@ def _quick_svd() -> Iterator[None]:
     def svd(matrix: Tensor, full_matrices: bool = True, **options: Any) -> Any:
         if full_matrices or options or not matrix.is_cuda or matrix.dtype is not torch.float32 or matrix.dim() != 2:
             return plain(matrix, full_matrices=full_matrices, **options)
-        return svd_by_eigenvectors(matrix)
+        return svd_by_eigenvectors(matrix) or plain(matrix, full_matrices=False)
 
     torch.linalg.svd = svd
     try:
@@ -200,14 +200,18 @@ def _quick_svd() -> Iterator[None]:
         torch.linalg.svd = plain
 
 
-def svd_by_eigenvectors(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """U, S and Vh of a float32 matrix of full rank, as `torch.linalg.svd(matrix, full_matrices=False)`."""
+def svd_by_eigenvectors(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
+    """U, S and Vh of a float32 matrix, as `torch.linalg.svd(matrix, full_matrices=False)`; None where a singular value
+    is below 1e-5 of the largest, whose vector would not have the digits of a float32 SVD: below 1e-8 it is noise over
+    noise, or not a number. Of SmolLM2-135M's 210 matrices four are such."""
     if matrix.shape[0] < matrix.shape[1]:
-        V, S, Uh = svd_by_eigenvectors(matrix.mT)
-        return Uh.mT, S, V.mT
+        turned = svd_by_eigenvectors(matrix.mT)
+        return None if turned is None else (turned[2].mT, turned[1], turned[0].mT)
     wide = matrix.double()
     squares, vectors = torch.linalg.eigh(wide.mT @ wide)
-    S, V = squares.flip(0).clamp(min=torch.finfo(torch.float64).tiny).sqrt(), vectors.flip(1)
+    if not squares[0] > 1e-10 * squares[-1]:
+        return None
+    S, V = squares.flip(0).sqrt(), vectors.flip(1)
     return ((wide @ V) / S).float(), S.float(), V.mT.float()
 
 
