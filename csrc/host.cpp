@@ -54,7 +54,7 @@ int swizzled(int width, int row, int column) {
 }
 
 pybind11::object side_panels(int64_t length, int64_t extent, int64_t r, int form, int64_t multiprocessors) {
-  if (form < 0 || form > 2) throw pybind11::value_error("form: given " + std::to_string(form) + ", wanted 0 to 2");
+  if (form < 0 || form > 3) throw pybind11::value_error("form: given " + std::to_string(form) + ", wanted 0 to 3");
   const sculpt::SidePanels plan =
       sculpt::side_panels(length, extent, r, static_cast<sculpt::BasisForm>(form), multiprocessors);
   if (!plan.fits) return pybind11::none();
@@ -138,7 +138,7 @@ PYBIND11_MODULE(_host, m) {
         "Blocks of a cluster, width of a panel, rows of each block, padded rank, ranks that a block adds up, panels in "
         "shared memory, exchanges under way and bytes of shared memory of one side's CUDA kernel, for m and n of a left "
         "basis, n and m of a right one; None where it cannot run. form: 0 a bfloat16 basis, 1 a float32 one, 2 a bfloat16 "
-        "one with a metric.");
+        "one with a metric, 3 a float16 one.");
   m.def("both_panels", &both_panels, arg("m"), arg("n"), arg("r"), arg("s"), arg("split"), arg("block"),
         arg("multiprocessors"), arg("shared_bytes"), arg("capability"),
         "How the two-sided projection's CUDA kernels divide a matrix and their scratch memory, of which `offsets` are the "

@@ -141,7 +141,7 @@ def cuda_table() -> list[str]:
     sources = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
     if not sources or shutil.which("nvcc") is None:
         return []
-    rows: defaultdict[tuple[str, str], dict[str, str]] = defaultdict(dict)
+    rows: defaultdict[tuple[str, str], dict[str, tuple[int, ...]]] = defaultdict(dict)
     with tempfile.TemporaryDirectory() as folder:
         for source in sources:
             for architecture in architectures(source):
@@ -153,16 +153,21 @@ def cuda_table() -> list[str]:
                     name = demangled.strip().replace("(anonymous namespace)::", "").removeprefix("void ")
                     name = re.sub(r"\(sculpt::BasisForm\)(\d)", lambda form: BasisForm(int(form[1])).name.lower(), name)
                     name = re.sub(r"\((?:int|bool)\)", "", name).split("(")[0]
-                    registers, shared, spilled = (
-                        number(rf"{kind}:(\d+)", usage) for kind in ("REG", "SHARED", "STACK")
-                    )
-                    cell = f"{registers}, {shared}" + (f", {spilled} B spilled" if spilled else "")
-                    rows[name, source.name][f"sm_{architecture}"] = cell
+                    # Of its sides and widths the one that takes most.
+                    name = re.sub(r"(project_side<\d+, \w+), .*", r"\1>", name)
+                    cells, target = rows[name, source.name], f"sm_{architecture}"
+                    use = tuple(number(rf"{kind}:(\d+)", usage) for kind in ("REG", "SHARED", "STACK"))
+                    cells[target] = max(cells.get(target, use), use)
     targets = [f"sm_{architecture}" for architecture in CUDA_ARCHITECTURES]
     lines = ["", f"| CUDA C++ kernel | file | {' | '.join(targets)} |", "|---" * (2 + len(targets)) + "|"]
     for (name, file), cells in rows.items():
-        lines.append(f"| `{name}` | {file} | " + " | ".join(cells.get(target, "") for target in targets) + " |")
+        shown = [_cell(*cells[target]) if target in cells else "" for target in targets]
+        lines.append(f"| `{name}` | {file} | {' | '.join(shown)} |")
     return lines
+
+
+def _cell(registers: int, shared: int, spilled: int) -> str:
+    return f"{registers}, {shared}" + (f", {spilled} B spilled" if spilled else "")
 
 
 def write(table: str) -> None:

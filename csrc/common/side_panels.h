@@ -15,11 +15,13 @@ constexpr int64_t kMaxSideRankFloat32 = 64;
 constexpr int64_t kMaxCluster = 16;
 // Rows of the basis that are multiplied at a time: those of one tensor-core product.
 constexpr int64_t kTile = 64;
-// What is projected on: U Uᵀ of a bfloat16 U; of a float32 one, kept as two bfloat16 parts; or U M Uᵀ of a bfloat16 U and a
-// float32 M, kept as U and, in bfloat16, U (M - 1).
-enum class BasisForm { kBFloat16, kFloat32, kMetric };
+// What is projected on: U Uᵀ of a bfloat16 U; of a float32 one, kept as two bfloat16 parts; U M Uᵀ of a bfloat16 U and a
+// float32 M, kept as U and, in bfloat16, U (M - 1); or, of a float16 matrix, U Uᵀ of a float16 U.
+enum class BasisForm { kBFloat16, kFloat32, kMetric, kFloat16 };
 // Arrays that the basis is kept as, and factors that a coefficient is sent as.
-SCULPT_HOST_DEVICE constexpr int parts_of(BasisForm form) { return form == BasisForm::kBFloat16 ? 1 : 2; }
+SCULPT_HOST_DEVICE constexpr int parts_of(BasisForm form) {
+  return form == BasisForm::kFloat32 || form == BasisForm::kMetric ? 2 : 1;
+}
 // Exchanges under way at a time, at most: more were no faster on an H200.
 constexpr int64_t kMostStages = 3;
 // Panels in shared memory at a time, at most.

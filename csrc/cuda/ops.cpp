@@ -37,6 +37,8 @@ void check_side(const char* name, const std::optional<Tensor>& basis, const Tens
   check_basis(kOp, name, *basis, grad, rows);
   STD_TORCH_CHECK(aligned(*basis), kOp, ": ", name,
                   ": wanted contiguous memory that starts at a multiple of 16 bytes, given shape ", shape(*basis));
+  STD_TORCH_CHECK(grad.scalar_type() != ScalarType::Half || basis->scalar_type() == ScalarType::Half, kOp, ": ", name,
+                  ": wanted dtype float16 with a float16 matrix");
   check_apart(kOp, "grad", grad, name, basis);
 }
 
@@ -53,6 +55,7 @@ void check_weights(const char* name, const std::optional<Tensor>& metric, const 
 
 BasisForm form_of(const std::optional<Tensor>& basis, const std::optional<Tensor>& metric) {
   if (metric) return BasisForm::kMetric;
+  if (basis && basis->scalar_type() == ScalarType::Half) return BasisForm::kFloat16;
   return basis && basis->scalar_type() == ScalarType::Float ? BasisForm::kFloat32 : BasisForm::kBFloat16;
 }
 
@@ -64,7 +67,9 @@ void project_(Tensor grad, std::optional<Tensor> left, std::optional<Tensor> rig
               std::optional<Tensor> right_metric, bool keep_left, bool keep_right, bool block) {
   check_matrix(kOp, "grad", grad);
   STD_TORCH_CHECK(grad.dim() == 2, kOp, ": grad: wanted one matrix, given shape ", shape(grad));
-  STD_TORCH_CHECK(grad.scalar_type() == ScalarType::BFloat16, kOp, ": grad: wanted dtype bfloat16, given another");
+  const bool half = grad.scalar_type() == ScalarType::Half;
+  STD_TORCH_CHECK(half || grad.scalar_type() == ScalarType::BFloat16, kOp,
+                  ": grad: wanted dtype bfloat16 or float16, given another");
   STD_TORCH_CHECK(left.has_value() || right.has_value(), kOp, ": left, right: wanted at least one basis, given none");
   const bool both = left.has_value() && right.has_value();
   STD_TORCH_CHECK(both || !block, kOp, ": block: wanted only with both bases, given with one");
@@ -105,8 +110,8 @@ void project_(Tensor grad, std::optional<Tensor> left, std::optional<Tensor> rig
     if (left && error == cudaSuccess) error = project_side_sm90a(first, false, left_form, left_plan, on);
     if (right && error == cudaSuccess) error = project_side_sm90a(second, true, right_form, right_plan, on);
   } else {
-    STD_TORCH_CHECK(!left_metric && !right_metric, kOp,
-                    ": left_metric, right_metric: wanted sides one by one, on a GPU of capability 9.0, with rows of a "
+    STD_TORCH_CHECK(!left_metric && !right_metric && !half, kOp,
+                    ": float16, left_metric, right_metric: wanted sides one by one, on a GPU of capability 9.0, with rows of a "
                     "multiple of 8 numbers and ranks of 1 to ", kMaxSideRank,
                     " whose rows fit the shared memory of ", kMaxCluster, " blocks, given grad ", shapes);
     STD_TORCH_CHECK(both && !(keep_left || keep_right), kOp,
@@ -137,7 +142,7 @@ SidePanels plan_of_list(const char* op, int64_t length, int64_t r, BasisForm for
 }
 
 BasisForm form_of(const char* op, int64_t form) {
-  STD_TORCH_CHECK(form >= 0 && form <= static_cast<int64_t>(BasisForm::kMetric), op, ": form: wanted 0 to 2, given ", form);
+  STD_TORCH_CHECK(form >= 0 && form <= static_cast<int64_t>(BasisForm::kFloat16), op, ": form: wanted 0 to 3, given ", form);
   return static_cast<BasisForm>(form);
 }
 

@@ -21,7 +21,7 @@ struct SideEntry {
 // As much as `sculpt_ops/ops/side_lists.py` makes room for; CUDA 12 and 13 align the boxes differently.
 static_assert(sizeof(SideEntry) <= 256);
 
-// The entry of a matrix G, bfloat16 (m x n), with U (m x r or n x r) of the plan's form and M (r x r, or null); G and U
+// The entry of a matrix G, 16 bit (m x n), with U (m x r or n x r) of the plan's form and M (r x r, or null); G and U
 // contiguous and aligned to 16 bytes, n a multiple of 8. cudaErrorInvalidValue where `plan`, which is `side_panels` of these,
 // does not fit.
 cudaError_t side_entry(void* grad, const void* basis, const float* metric, int64_t m, int64_t n, int64_t r, bool right,

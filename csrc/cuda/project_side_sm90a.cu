@@ -19,8 +19,10 @@
 // at rank 16 and 1.2 to 1.6 times at 64 with a bfloat16 basis, on an H200 1.2 to 1.6 and 1.4 to 1.9; cuBLAS 2.1 to 2.5. With a
 // metric it has not run on a GPU, and dispatch does not choose it.
 //
-// Not for float16, whose coefficients can overflow, for ranks above 128 (64 with a float32 basis), rows of G that do not
-// begin at multiples of 16 bytes, or panels too long for the shared memory of 16 blocks (`side_panels`). Dispatch has
+// With a float16 G and U it computes the same, coefficients above 65504 becoming infinite as in the plain expression; that
+// has not run on a GPU either.
+//
+// Not for ranks above 128 (64 with a float32 basis), rows of G that do not begin at multiples of 16 bytes, or panels too long for the shared memory of 16 blocks (`side_panels`). Dispatch has
 // library products from rank 65 on, and for one side of matrices of less than 16 MiB.
 #include "cuda/project_side.h"
 
@@ -57,6 +59,7 @@ struct Sizes {
 template <int RANKS, BasisForm FORM, bool RIGHT, int WIDE>
 struct Side {
   using Basis = SideBasis<RANKS, FORM>;
+  static constexpr bool kHalf = FORM == BasisForm::kFloat16;
   static constexpr int kWidth = Basis::kWidth, kHalves = RANKS / kWidth;
   static constexpr int kSlotRow = WIDE * 2;  // bytes of a panel's slot for each row of its length
   static constexpr int kCoefficients = RANKS * WIDE;
@@ -144,8 +147,9 @@ struct Side {
 #pragma unroll
       for (int k = 0; k < kTile; k += 16) {
         const uint64_t from = further(g, kTile * t * kSlotRow + (RIGHT ? 2 * k : k * kSlotRow));
-        multiply_add<false, RIGHT>(sums, further(u, 2 * (kTile * t + k) * kWidth), from);
-        if constexpr (kParts == 2) multiply_add<false, RIGHT>(sums, further(rest, 2 * (kTile * t + k) * kWidth), from);
+        const uint32_t along = 2 * (kTile * t + k) * kWidth;
+        multiply_add<kHalf, false, RIGHT>(sums, further(u, along), from);
+        if constexpr (kParts == 2) multiply_add<kHalf, false, RIGHT>(sums, further(rest, along), from);
       }
       end_products();
     } while (++t < tiles);
@@ -201,7 +205,7 @@ struct Side {
 #pragma unroll
       for (int k = 0; k < 4; ++k) {
         const float x = keep ? sums[2 * k] : -sums[2 * k], y = keep ? sums[2 * k + 1] : -sums[2 * k + 1];
-        high_parts[k] = packed(x, y), low_parts[k] = packed(rest_of(x), rest_of(y));
+        high_parts[k] = packed<kHalf>(x, y), low_parts[k] = packed(rest_of(x), rest_of(y));
       }
       const uint32_t to = factors(stage) + 2 * swizzled<WIDE>(rank, column) - factors_full(stage);
       __syncwarp();  // all have read
@@ -255,8 +259,8 @@ struct Side {
       }
 #pragma unroll
       for (int k = 0; k < 4; ++k) {
-        sums[4 * j + 2 * k] = __uint_as_float(old[k] << 16);
-        sums[4 * j + 2 * k + 1] = __uint_as_float(old[k] & 0xffff0000u);
+        const float2 pair = unpacked<kHalf>(old[k]);
+        sums[4 * j + 2 * k] = pair.x, sums[4 * j + 2 * k + 1] = pair.y;
       }
     }
     hold(sums);
@@ -267,16 +271,16 @@ struct Side {
       const uint64_t factor = further(c, 2 * k * WIDE), rest = further(c_low, 2 * k * WIDE);
       if constexpr (HELD < kHeld) {
         const auto* u = held[HELD * kHeldParts];
-        multiply_add<false>(sums, u[k / 16], factor);
-        if constexpr (kParts == 2) multiply_add<false>(sums, u[k / 16], rest);
-        if constexpr (kHeldParts == 2) multiply_add<false>(sums, held[HELD * kHeldParts + 1][k / 16], factor);
+        multiply_add<kHalf, false>(sums, u[k / 16], factor);
+        if constexpr (kParts == 2) multiply_add<kHalf, false>(sums, u[k / 16], rest);
+        if constexpr (kHeldParts == 2) multiply_add<kHalf, false>(sums, held[HELD * kHeldParts + 1][k / 16], factor);
       } else {
         const uint32_t at_rows = 2 * (k / kWidth * size.rows + kTile * i) * kWidth, along = 2 * (k % kWidth);
         const uint64_t u = further(operand<kWidth>(basis.high + at_rows), along);
-        multiply_add<true, false>(sums, u, factor);
-        if constexpr (kParts == 2) multiply_add<true, false>(sums, u, rest);
+        multiply_add<kHalf, true, false>(sums, u, factor);
+        if constexpr (kParts == 2) multiply_add<kHalf, true, false>(sums, u, rest);
         if constexpr (kHeldParts == 2)
-          multiply_add<true, false>(sums, further(operand<kWidth>(basis.low + at_rows), along), factor);
+          multiply_add<kHalf, true, false>(sums, further(operand<kWidth>(basis.low + at_rows), along), factor);
       }
     }
     end_products();
@@ -285,7 +289,7 @@ struct Side {
     for (int j = 0; j < WIDE / 8; j += 2) {
       uint32_t out[4];
 #pragma unroll
-      for (int k = 0; k < 4; ++k) out[k] = packed(sums[4 * j + 2 * k], sums[4 * j + 2 * k + 1]);
+      for (int k = 0; k < 4; ++k) out[k] = packed<kHalf>(sums[4 * j + 2 * k], sums[4 * j + 2 * k + 1]);
       if constexpr (RIGHT)
         store_four_transposed(begin + lines[j / 2], out);
       else
@@ -441,6 +445,7 @@ Kernel kernel_of(const SidePanels& plan, BasisForm form, bool right) {
   switch (form) {
     case BasisForm::kBFloat16: return kernel_of<BasisForm::kBFloat16>(plan, right);
     case BasisForm::kFloat32: return kernel_of<BasisForm::kFloat32>(plan, right);
+    case BasisForm::kFloat16: return kernel_of<BasisForm::kFloat16>(plan, right);
     default: return kernel_of<BasisForm::kMetric>(plan, right);
   }
 }

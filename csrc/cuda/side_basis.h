@@ -2,6 +2,7 @@
 // in registers.
 #pragma once
 #include <cuda_bf16.h>
+#include <cuda_fp16.h>
 
 #include <cstdint>
 #include <type_traits>
@@ -12,9 +13,20 @@
 
 namespace sculpt {
 
+// Two numbers in 16 bits each, float16 if HALF, and back.
+template <bool HALF = false>
 __device__ inline uint32_t packed(float x, float y) {
-  const __nv_bfloat162 both = __floats2bfloat162_rn(x, y);
+  const std::conditional_t<HALF, __half2, __nv_bfloat162> both = [&] {
+    if constexpr (HALF) return __floats2half2_rn(x, y);
+    else return __floats2bfloat162_rn(x, y);
+  }();
   return *reinterpret_cast<const uint32_t*>(&both);
+}
+
+template <bool HALF>
+__device__ inline float2 unpacked(uint32_t pair) {
+  if constexpr (HALF) return __half22float2(*reinterpret_cast<const __half2*>(&pair));
+  else return make_float2(__uint_as_float(pair << 16), __uint_as_float(pair & 0xffff0000u));
 }
 
 // What rounding to bfloat16 took from x.

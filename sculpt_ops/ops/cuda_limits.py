@@ -17,21 +17,25 @@ __all__ = ["BasisForm", "CudaFacts", "basis_form", "cuda_facts", "why_not_cuda",
 _MAX_RANK = 128
 _MAX_SIDE_RANK_FLOAT32 = 64
 _ALIGNMENT = 16
-# Of 16 bytes of bfloat16.
+# Of 16 bits in 16 bytes.
 _NUMBERS = 8
 
 
 class BasisForm(IntEnum):
-    """Of csrc/common/side_panels.h, what a side is projected on: U Uᵀ of a bfloat16 or a float32 U, or U M Uᵀ."""
+    """Of csrc/common/side_panels.h, what a side is projected on: U Uᵀ of a bfloat16 or a float32 U, or U M Uᵀ; of a
+    float16 matrix U Uᵀ of a float16 U."""
 
     BFLOAT16 = 0
     FLOAT32 = 1
     METRIC = 2
+    FLOAT16 = 3
 
 
 def basis_form(basis: Tensor, metric: Tensor | None) -> BasisForm:
     if metric is not None:
         return BasisForm.METRIC
+    if basis.dtype is torch.float16:
+        return BasisForm.FLOAT16
     return BasisForm.FLOAT32 if basis.dtype is torch.float32 else BasisForm.BFLOAT16
 
 
@@ -67,8 +71,9 @@ def _not_plain(name: str, tensor: Tensor) -> str | None:
 def _not_a_basis(name: str, basis: Tensor, grad: Tensor, rows: int) -> str | None:
     if basis.dim() != 2 or basis.shape[0] != rows:
         return f"{name}: wanted one matrix of {rows} rows, given shape {tuple(basis.shape)}"
-    if basis.dtype not in (torch.bfloat16, torch.float32):
-        return f"{name}: wanted dtype bfloat16 or float32, given {basis.dtype}"
+    half = grad.dtype is torch.float16
+    if basis.dtype not in ((torch.float16,) if half else (torch.bfloat16, torch.float32)):
+        return f"{name}: wanted dtype {'float16' if half else 'bfloat16 or float32'}, given {basis.dtype}"
     if basis.device != grad.device:
         return f"{name}: wanted a tensor on {grad.device}, given one on {basis.device}"
     return _not_plain(name, basis)
@@ -133,8 +138,8 @@ def _not_given(
     """Why a matrix and its bases are nothing for any of the kernels."""
     if grad.dim() != 2:
         return f"grad: wanted one matrix, given shape {tuple(grad.shape)}"
-    if grad.dtype is not torch.bfloat16:
-        return f"grad: wanted dtype bfloat16, given {grad.dtype}"
+    if grad.dtype not in (torch.bfloat16, torch.float16):
+        return f"grad: wanted dtype bfloat16 or float16, given {grad.dtype}"
     if left is None and right is None:
         return "left, right: wanted at least one basis, given none"
     m, n = grad.shape
@@ -192,6 +197,8 @@ def why_not_cuda(
         return None
     if left is None or right is None:
         return why
+    if grad.dtype is torch.float16:
+        return f"grad: float16 wanted only where each side by itself can run: {why or 'given block'}"
     if left_metric is not None or right_metric is not None:
         return f"left_metric, right_metric: wanted only where each side by itself can run: {why or 'given block'}"
     if keep_left or keep_right:

@@ -61,10 +61,9 @@ INSTRUCTIONS = {
     r"fence\.proxy\.async\.shared::cta;": "fence_proxy",
     "": "nothing",
 }
-HELD_PRODUCT = (
-    r"wgmma\.mma_async\.sync\.aligned\.m64n(\d+)k16\.f32\.bf16\.bf16 \{([^}]*)\}, \{(.*)\}, (.*), 1, 1, 1, (.*);"
-)
-PRODUCT = r"wgmma\.mma_async\.sync\.aligned\.m64n(\d+)k16\.f32\.bf16\.bf16 \{(.*)\}, (.*), 1, 1, 1, (.*);"
+_KIND = r"wgmma\.mma_async\.sync\.aligned\.m64n(\d+)k16\.f32\.(bf16\.bf16|f16\.f16) "
+HELD_PRODUCT = _KIND + r"\{([^}]*)\}, \{(.*)\}, (.*), 1, 1, 1, (.*);"
+PRODUCT = _KIND + r"\{(.*)\}, (.*), 1, 1, 1, (.*);"
 
 
 def call(inside: str) -> str:
@@ -86,16 +85,17 @@ def call(inside: str) -> str:
     held = re.fullmatch(HELD_PRODUCT, text)
     if held is not None:
         numbers = [f"%{i}" for i in range(int(held[1]) // 2 + 6)]
-        assert [*held[2].split(", "), *held[3].split(", "), held[4], held[5]] == numbers
+        assert [*held[3].split(", "), *held[4].split(", "), held[5], held[6]] == numbers
         sums, first = (", ".join(f"&({x})" for x in part) for part in (given[:-6], given[-6:-2]))
-        return f"::ptx::held_product({{{sums}}}, {{{first}}}, {', '.join(given[-2:])})"
+        return f"::ptx::held_product({{{sums}}}, {int(held[2] == 'f16.f16')}, {{{first}}}, {', '.join(given[-2:])})"
     product = re.fullmatch(PRODUCT, text)
     if product is not None:
         numbers = [f"%{i}" for i in range(int(product[1]) // 2 + 4)]
-        assert [*product[2].split(", "), product[3], product[4]] == [
+        assert [*product[3].split(", "), product[4], product[5]] == [
             *numbers[:-4], ", ".join(numbers[-4:-2]), ", ".join(numbers[-2:])
         ]  # fmt: skip
-        return f"::ptx::product({{{', '.join(f'&({x})' for x in given[:-4])}}}, {', '.join(given[-4:])})"
+        half = int(product[2] == "f16.f16")
+        return f"::ptx::product({{{', '.join(f'&({x})' for x in given[:-4])}}}, {half}, {', '.join(given[-4:])})"
     names = [name for pattern, name in INSTRUCTIONS.items() if re.fullmatch(pattern, text)]
     assert len(names) == 1, text
     return f"::ptx::{names[0]}({', '.join(given)})"
@@ -178,15 +178,15 @@ def near(out: Tensor, exact: Tensor, given: Tensor, expected: Tensor | None = No
 
     expected: in place of the exact result what is rounded, with coefficients in one part where they are meant to be.
     """
-    rounding = ((exact if expected is None else expected).bfloat16().double() - exact).norm()
+    rounding = ((exact if expected is None else expected).to(out.dtype).double() - exact).norm()
     return float((out.double() - exact).norm()) <= 1.02 * float(rounding) + 8e-6 * float(given.double().norm())
 
 
-def spanned(left: Tensor | None, right: Tensor | None, m: int, n: int) -> Tensor:
+def spanned(left: Tensor | None, right: Tensor | None, m: int, n: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
     """A matrix of which next to nothing is left, so that errors are not lost in the rounding of what is."""
     grad = torch.zeros(m, n, dtype=torch.float64)
     if left is not None:
         grad += left.double() @ torch.randn(left.shape[1], n, dtype=torch.float64)
     if right is not None:
         grad += torch.randn(m, right.shape[1], dtype=torch.float64) @ right.double().mT
-    return aligned(grad.bfloat16())
+    return aligned(grad.to(dtype))

@@ -96,19 +96,20 @@ def test_it_is_the_same_to_the_bit_every_time(side: str, r: int) -> None:
 
 
 @pytest.mark.parametrize("keep", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(
     ("length", "extent", "r", "side"),
     [*((*shape, side) for shape in SHAPES for side in ("left", "right")), (*ODD, "left")],
 )
 def test_values(length: int, extent: int, r: int, side: str, dtype: torch.dtype, keep: bool) -> None:
-    grad, basis = made(length, extent, r if dtype is torch.bfloat16 else min(r, 64), dtype, side)
+    grad, basis = made(length, extent, min(r, 64) if dtype is torch.float32 else r, dtype, side)
+    grad = grad.half() if dtype is torch.float16 else grad
     bases = {side: basis.double()}
     exact = reference.project(grad.double(), **bases, **{f"keep_{side}": keep})
-    plain = reference.project(grad, **{side: basis.bfloat16()}, **{f"keep_{side}": keep}).double()
+    plain = reference.project(grad, **{side: basis.to(grad.dtype)}, **{f"keep_{side}": keep}).double()
     project(grad, basis, side, keep)
     error, allowed = (grad.double() - exact).norm(), (plain - exact).norm()
-    assert error <= 2 * allowed + 2**-8 * exact.norm() / 16
+    assert error <= 2 * allowed + torch.finfo(grad.dtype).eps * exact.norm() / 16
 
 
 @pytest.mark.parametrize("keep", [False, True])
@@ -150,7 +151,8 @@ def test_a_list_with_metrics_is_as_its_matrices_one_by_one(monkeypatch: pytest.M
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda g, u: (g.half(), u), "wanted dtype bfloat16"),
+        (lambda g, u: (g.float(), u), "wanted dtype bfloat16 or float16"),
+        (lambda g, u: (g.half(), u), "left: wanted dtype float16"),
         (lambda g, u: (g, torch.eye(4096, 256, device="cuda")), "wanted a rank of 1 to 64"),
         (lambda g, u: (g, u.bfloat16().repeat(1, 4)), "wanted a rank of 1 to 128"),
         (lambda g, u: (g.mT, u), "contiguous"),

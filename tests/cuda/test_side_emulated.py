@@ -21,7 +21,14 @@ from .emulated_gpu import aligned, basis, library, near, pointer, sizes, spanned
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not installed")
 
-FLOAT, HALF, METRIC = BasisForm.FLOAT32, BasisForm.BFLOAT16, BasisForm.METRIC
+HALF, FLOAT, METRIC, FLOAT16 = BasisForm
+# Of matrices and of bases.
+DTYPES = {
+    HALF: (torch.bfloat16, torch.bfloat16),
+    FLOAT: (torch.bfloat16, torch.float32),
+    METRIC: (torch.bfloat16, torch.bfloat16),
+    FLOAT16: (torch.float16, torch.float16),
+}
 KERNEL = "project_side_sm90a"
 
 
@@ -55,7 +62,7 @@ class Thin(NamedTuple):
 
 
 def thin(length: int, r: int, form: BasisForm) -> Thin:
-    U = basis(length, r, torch.float32 if form == FLOAT else torch.bfloat16)
+    U = basis(length, r, DTYPES[form][1])
     if form != METRIC:
         return Thin(U, None)
     exact = torch.linalg.inv(U.double().mT @ U.double())
@@ -76,14 +83,16 @@ def shown(side: ctypes.CDLL, case: Case, right: bool, seeds: range) -> None:
     torch.manual_seed(case.length + case.extent)
     m, n = (case.extent, case.length) if right else (case.length, case.extent)
     U = thin(case.length, case.r, case.form)
-    grads = [aligned(torch.randn(m, n).bfloat16())]
-    grads += [] if case.keep else [spanned(None, U.basis, m, n) if right else spanned(U.basis, None, m, n)]
+    dtype = DTYPES[case.form][0]
+    grads = [aligned(torch.randn(m, n).to(dtype))]
+    sides = (None, U.basis) if right else (U.basis, None)
+    grads += [] if case.keep else [spanned(*sides, m, n, dtype)]
     for given in grads:
         G, V = given.double(), U.basis.double()
         coefficients = G @ V if right else V.mT @ G
         if U.metric is not None:
             coefficients = coefficients @ U.metric.double() if right else U.metric.double() @ coefficients
-        rounded = coefficients.bfloat16().double() if case.form == HALF else coefficients
+        rounded = coefficients.to(dtype).double() if case.form in (HALF, FLOAT16) else coefficients
         part, expected = (C @ V.mT if right else V @ C for C in (coefficients, rounded))
         outs = [project(side, case, right, given, U, seed) for seed in seeds]
         exact, expected = (part, expected) if case.keep else (G - part, G - expected)
@@ -116,6 +125,9 @@ MANY = [
     Case(472, 6 * 32 - 8, 100, METRIC, cluster=8),
     Case(304, 14 * 16 - 8, 31, METRIC, cluster=2, width=16),
     Case(640, 7 * 16, 128, METRIC, cluster=4, width=16),
+    Case(512, 14 * 32, 16, FLOAT16, cluster=8),
+    Case(472, 6 * 32 - 8, 100, FLOAT16, keep=True, cluster=8),
+    Case(304, 14 * 16 - 8, 40, FLOAT16, cluster=2, width=16),
 ]
 
 
@@ -158,7 +170,15 @@ class Given(ctypes.Structure):
 @pytest.mark.parametrize("right", [False, True], ids=["left", "right"])
 @pytest.mark.parametrize(
     ("form", "cluster", "width", "clusters"),
-    [(HALF, 4, 32, 1), (FLOAT, 2, 16, 3), (HALF, 4, 16, 2), (HALF, 2, 32, 5), (METRIC, 4, 32, 1), (METRIC, 2, 16, 3)],
+    [
+        (HALF, 4, 32, 1),
+        (FLOAT, 2, 16, 3),
+        (HALF, 4, 16, 2),
+        (HALF, 2, 32, 5),
+        (METRIC, 4, 32, 1),
+        (METRIC, 2, 16, 3),
+        (FLOAT16, 2, 32, 2),
+    ],
 )
 def test_a_list_is_as_its_matrices_alone(
     side: ctypes.CDLL, form: BasisForm, cluster: int, width: int, clusters: int, right: bool
@@ -167,7 +187,7 @@ def test_a_list_is_as_its_matrices_alone(
     shapes = [(200, 104, 16), (256, 8, 64), (56, 200, 5), (232, 400, 33), (8, 40, 3)]
     bases = [thin(length, r, form) for length, _, r in shapes]
     noise = [torch.randn(extent, length) if right else torch.randn(length, extent) for length, extent, _ in shapes]
-    grads = [aligned(grad.bfloat16()) for grad in noise]
+    grads = [aligned(grad.to(DTYPES[form][0])) for grad in noise]
     alone = []
     for i, (length, extent, r) in enumerate(shapes):
         case = Case(length, extent, r, form, i == 1, 2, width)

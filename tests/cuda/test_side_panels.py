@@ -12,14 +12,14 @@ from hypothesis import strategies as st
 from sculpt_ops import _host
 from sculpt_ops.ops.cuda_limits import BasisForm
 
-HALF, FLOAT, METRIC = BasisForm
+HALF, FLOAT, METRIC, _ = BasisForm
 SHARED, TILE = 227 * 1024, 64
 SIZES = st.integers(1, 20000)
 
 
 def needed(width: int, rows: int, ranks: int, slots: int, stages: int, form: BasisForm) -> int:
     """Bytes: the basis' rows, panels, factors and parts of the exchanges under way, and barriers."""
-    parts = 1 if form == BasisForm.BFLOAT16 else 2
+    parts = 2 if form in (FLOAT, METRIC) else 1
     basis, slot, stage = rows * ranks * 2 * parts, rows * width * 2, ranks * width * (4 + 2 * parts)
     return basis + slots * slot + stages * stage + 3 * 8 * (12 + 3)
 

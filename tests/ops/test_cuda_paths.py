@@ -183,6 +183,16 @@ def test_what_the_cuda_kernels_take() -> None:
     assert variants.why_not_cuda(grad, left, None, True, False, False) is None
     assert variants.why_not_cuda(grad, None, right, False, True, False) is None
     assert variants.why_not_cuda(grad, left, right, True, True, False) is None
+    halves = grad.half(), left.half(), right.half()
+    assert variants.why_not_cuda(*halves, False, True, False) is None
+    metric = torch.zeros(32, 32)
+    assert variants.why_not_cuda(grad, None, right, False, False, False, None, metric) is None
+    why = variants.why_not_cuda(grad, left, right, False, False, False, torch.zeros(64, 64), metric)
+    assert why is not None
+    assert "left_metric: wanted a bfloat16 basis with it, given torch.float32" in why
+    why = variants.why_not_cuda(grad, left.bfloat16(), right, False, False, True, None, metric)
+    assert why is not None
+    assert "wanted only where each side by itself can run: given block" in why
 
 
 def test_lists_for_one_launch_each() -> None:
@@ -210,7 +220,9 @@ def test_lists_for_one_launch_each() -> None:
     ("change", "flags", "words"),
     [
         (lambda g, u, v: (g.unsqueeze(0), u, v), {}, "grad: wanted one matrix"),
-        (lambda g, u, v: (g.half(), u, v), {}, "grad: wanted dtype bfloat16, given torch.float16"),
+        (lambda g, u, v: (g.float(), u, v), {}, "grad: wanted dtype bfloat16 or float16, given torch.float32"),
+        (lambda g, u, v: (g.half(), u, v.half()), {}, "left: wanted dtype float16, given torch.float32"),
+        (lambda g, u, v: (g.half(), u.half(), v.half()), {"block": True}, "float16 wanted only where each side"),
         (lambda g, u, v: (g.mT.contiguous().mT, u, v), {}, "grad: wanted contiguous memory"),
         (lambda g, u, v: (g.flatten()[4:-636].view(511, 640), u[:-1], v), {}, "multiple of 16 bytes"),
         (lambda g, u, v: (g, None, None), {}, "at least one basis"),

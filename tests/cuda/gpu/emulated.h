@@ -93,8 +93,9 @@ void fence_products();
 void close_products();
 void wait_for_products();
 void fence_proxy();
-void product(std::initializer_list<float*> d, uint64_t a, uint64_t b, int a_across, int b_across);
-void held_product(std::initializer_list<float*> d, std::initializer_list<const uint32_t*> a, uint64_t b, int b_across);
+void product(std::initializer_list<float*> d, bool half, uint64_t a, uint64_t b, int a_across, int b_across);
+void held_product(std::initializer_list<float*> d, bool half, std::initializer_list<const uint32_t*> a, uint64_t b,
+                  int b_across);
 void load_box(uint32_t to, const void* map, int column, int row, uint32_t barrier);
 void store_box(const void* map, int column, int row, uint32_t from);
 inline void see_map(const void*) {}

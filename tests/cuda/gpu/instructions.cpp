@@ -19,13 +19,21 @@ float bfloat16_at(const unsigned char* from) {
   return x;
 }
 
+// half: it is a float16.
+float number_at(const unsigned char* from, bool half) {
+  if (!half) return bfloat16_at(from);
+  _Float16 x;
+  std::memcpy(&x, from, 2);
+  return static_cast<float>(x);
+}
+
 // An operand of a warpgroup's product, by its descriptor: PTX ISA, "Matrix Descriptor" and the canonical layouts.
 struct Operand {
   Fiber& fiber;
   uint32_t start, leading, stride, row, mask;
-  bool across;
+  bool across, half;
 
-  Operand(Fiber& fiber, uint64_t d, bool across) : fiber(fiber), across(across) {
+  Operand(Fiber& fiber, uint64_t d, bool across, bool half) : fiber(fiber), across(across), half(half) {
     start = (d & 0x3fff) << 4, leading = (d >> 16 & 0x3fff) << 4, stride = (d >> 32 & 0x3fff) << 4;
     const int swizzle = static_cast<int>(d >> 62);
     if (swizzle == 0 || (d >> 49 & 7) != 0) fail("a descriptor of no layout that is emulated");
@@ -48,16 +56,16 @@ struct Operand {
     address ^= (address >> 7 & mask) << 4;
     const unsigned char* from = shared(*fiber.block, address, 2, 2);
     if (!shown(fiber, stamp_of(*fiber.block, address))) fail("a product reads what no proxy fence has shown it");
-    return bfloat16_at(from);
+    return number_at(from, half);
   }
 };
 
 void compute_one(Fiber& fiber, const Product& p) {
-  const Operand b(fiber, p.b, p.b_across);
+  const Operand b(fiber, p.b, p.b_across, p.half);
   const int row = 16 * (static_cast<int>(fiber.thread) / 32 % 4) + fiber.lane() / 4;
   float x[2][16];
   if (p.held.empty()) {
-    const Operand a(fiber, p.a, p.a_across);
+    const Operand a(fiber, p.a, p.a_across, p.half);
     for (int k = 0; k < 16; ++k) x[0][k] = a.at(row, k), x[1][k] = a.at(row + 8, k);
   } else {
     // They may have been read at any time until now: those of this thread must still be what they were.
@@ -66,7 +74,7 @@ void compute_one(Fiber& fiber, const Product& p) {
     for (int k = 0; k < 16; ++k)
       for (int j = 0; j < 2; ++j) {
         const uint32_t pair = p.held[4 * static_cast<size_t>(k % 8 / 2) + j + 2 * (k / 8)];
-        x[j][k] = bfloat16_at(reinterpret_cast<const unsigned char*>(&pair) + k % 2 * 2);
+        x[j][k] = number_at(reinterpret_cast<const unsigned char*>(&pair) + k % 2 * 2, p.half);
       }
   }
   for (size_t i = 0; i < p.d.size(); i += 4)
@@ -342,9 +350,9 @@ void fence_products() {
   if (one_in(32)) give_way();
 }
 
-void product(std::initializer_list<float*> d, uint64_t a, uint64_t b, int a_across, int b_across) {
+void product(std::initializer_list<float*> d, bool half, uint64_t a, uint64_t b, int a_across, int b_across) {
   if (!current->fenced) fail("a product before a fence");
-  Product now{d, a, b, a_across != 0, b_across != 0};
+  Product now{d, a, b, a_across != 0, b_across != 0, half};
   auto& all = own().products[current->thread / 128];
   const size_t number = current->products_made++;
   if (number == all.size()) all.push_back(now);
@@ -352,8 +360,9 @@ void product(std::initializer_list<float*> d, uint64_t a, uint64_t b, int a_acro
   current->open_products.push_back(std::move(now));
 }
 
-void held_product(std::initializer_list<float*> d, std::initializer_list<const uint32_t*> a, uint64_t b, int b_across) {
-  product(d, 0, b, 0, b_across);
+void held_product(std::initializer_list<float*> d, bool half, std::initializer_list<const uint32_t*> a, uint64_t b,
+                  int b_across) {
+  product(d, half, 0, b, 0, b_across);
   Product& now = current->open_products.back();
   now.held_at = a, now.held.resize(16);
   Warp& warp = current->warp();

@@ -50,11 +50,13 @@ struct Product {
   std::vector<float*> d;
   uint64_t a, b;
   bool a_across, b_across;  // stored with rows along the other dimension than K
+  bool half;                // of float16, not of bfloat16
   // The first operand in registers: this thread's, and what the four lanes of its rows had there, four each.
   std::vector<const uint32_t*> held_at = {};
   std::vector<uint32_t> held = {};
   bool same(const Product& p) const {
-    return d.size() == p.d.size() && a == p.a && b == p.b && a_across == p.a_across && b_across == p.b_across;
+    return d.size() == p.d.size() && a == p.a && b == p.b && a_across == p.a_across && b_across == p.b_across &&
+           half == p.half;
   }
 };
 
