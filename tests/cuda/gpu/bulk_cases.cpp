@@ -95,7 +95,7 @@ void multiply(const CUtensorMap& a, const uint32_t* b, float* out, uint32_t furt
   float d[8];
   begin_products(d);
   const uint64_t wide = (operand<W>(memory) & ~(uint64_t{0x3fff} << 16)) | uint64_t{further_bytes >> 4} << 16;
-  multiply_add<false, false>(d, wide, operand<16>(at_b));
+  multiply_add<false, false, false>(d, wide, operand<16>(at_b));
   end_products();
   wait_for_products(d);
   for (int i = 0; i < 8; ++i) {
