@@ -99,7 +99,7 @@ def two(folder: Path, config: Callable[..., dict[str, Any]]) -> Path:
     jobs: list[dict[str, Any]] = [
         {"config": config("two", 2)},
         {"config": config("two-t5", 2, t5=True, gradient_accumulation_steps=2, batch_size=ROWS // 4)},
-        {"config": config("two-ddp", 2, parallel="ddp")},
+        {"config": config("two-ddp", 2, parallel="ddp", **GENERATED)},
         {"config": config("two-options", 2, **OPTIONS)},
         {"config": config("two-killed", 2), "kill": [1, 2, 5], "keep": str(folder / "cut-short")},
     ]
@@ -114,6 +114,8 @@ OPTIONS = {
     "gradient_checkpointing": True,
     "max_grad_norm": 0.0,
 }
+# The first rank writes the text.
+GENERATED = {"remember_text": "generated"}
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -150,7 +152,7 @@ def assert_same_figures(a: Path, b: Path, tolerance: float) -> None:
 
 @pytest.mark.parametrize(
     ("name", "settings"),
-    [("two", {}), ("two-t5", {"t5": True}), ("two-ddp", {}), ("two-options", OPTIONS)],
+    [("two", {}), ("two-t5", {"t5": True}), ("two-ddp", GENERATED), ("two-options", OPTIONS)],
     ids=["llama", "t5", "ddp", "options"],
 )
 def test_ranks_train_as_one_process_does(
