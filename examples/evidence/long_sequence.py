@@ -30,7 +30,7 @@ LONG_SEQUENCE = Protocol(
     },
     seeds=(0, 1, 2),
     foremost=("plain", "sculpt", "sculpt and a text"),
-    settled=("sculpt and a text",),
+    settled=("sculpt and a text", "sculpt and its own text"),
     reads_text=True,
     # Of every task what it had learned and what is left in the end; log-probabilities of 15 options an item would take
     # longer than the training.
@@ -45,6 +45,10 @@ LONG_SEQUENCE = Protocol(
         # plain fine-tuning does. It has that one rate alone.
         "sculpt and a text": rates(
             {**INPUTS, "remember": "inputs:0.95", "remember_text": KNOWN_TEXT}, 2e-4, named="inputs .95, "
+        ),
+        # Added when the text had been seen to help, for whoever has none.
+        "sculpt and its own text": rates(
+            {**INPUTS, "remember": "inputs:0.95", "remember_text": "generated"}, 2e-4, named="inputs .95, "
         ),
         "random": rates(
             {"method": "random", **INPUTS, "remember": "inputs:0.95"},

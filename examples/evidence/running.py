@@ -29,7 +29,7 @@ def run(job: Job, model: Path, work: Path, results: Path, ability: Sequence[Path
     from results import pack
 
     from sculpt_ops.continual import RunResult, TrainConfig, train
-    from sculpt_ops.continual.config import parse_protect
+    from sculpt_ops.continual.config import GENERATED, parse_protect
 
     if torch.cuda.is_available():
         _fuse_norms()
@@ -48,7 +48,7 @@ def run(job: Job, model: Path, work: Path, results: Path, ability: Sequence[Path
     settings.setdefault("eval_options", job.part == "final")
     if "protect" in settings:
         settings["protect"] = parse_protect(settings["protect"])
-    if "remember_text" in settings:
+    if settings.get("remember_text", GENERATED) != GENERATED:
         settings["remember_text"] = work / settings["remember_text"]
     config = TrainConfig(
         model=model,
