@@ -96,15 +96,17 @@ def plan_call(
             for i, backend in rest
             if backend == "cublas" and i not in weighed and is_product(grads[i], lefts[i], rights[i])
         ]
+        listable = not block and cuda_missing() is None
         sides = [
             i
             for i, backend in rest
-            if backend == "cuda" and not block and why_not_sides(grads[i], lefts[i], rights[i], *metrics_of(i)) is None
+            if backend == "cuda" and listable and why_not_sides(grads[i], lefts[i], rights[i], *metrics_of(i)) is None
         ]
         listed = {*products, *sides}
         if forced is not None:  # before anything is written
-            for i in set(places) - listed:
-                check_forced(OP, forced, grads[i], lefts[i], rights[i], *flags(i), *metrics_of(i))
+            for i in places:
+                if i not in listed:
+                    check_forced(OP, forced, grads[i], lefts[i], rights[i], *flags(i), *metrics_of(i))
         return Call(
             tuple(groups),
             tuple(side_lists(grads, *thin, flags, sides)),

@@ -285,6 +285,10 @@ def test_the_cuda_kernels_fail_aloud_where_they_are_not(monkeypatch: pytest.Monk
         variants.project_into(grad, left, None, grad.clone(), False, False, False)
     with pytest.raises(RuntimeError, match="foreach_project_: SCULPT_BACKEND: given 'cuda'"):
         foreach_cuda.foreach_into([grad], [left], [None], (), (), False)
+    # What the kernels could take, and beside it what they could not.
+    half, basis, _ = half_case()
+    with pytest.raises(RuntimeError, match=r"given 'cuda', but it cannot run grad \(512, 640\)"):
+        foreach_cuda.foreach_into([half, grad], [basis, left], [None, None], (), (), False)
 
 
 def test_a_list_without_triton_goes_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
