@@ -29,7 +29,7 @@ LONG_SEQUENCE = Protocol(
         "L2": ("SST-2", "kitchen_and_dining", "dbpedia", "banking", "emotion", "travel", "agnews", "work"),
     },
     seeds=(0, 1, 2),
-    foremost=("plain", "sculpt", "sculpt and a text"),
+    foremost=("plain", "sculpt", "sculpt and a text", "sculpt and its own text"),
     settled=("sculpt and a text", "sculpt and its own text"),
     reads_text=True,
     # Of every task what it had learned and what is left in the end; log-probabilities of 15 options an item would take
