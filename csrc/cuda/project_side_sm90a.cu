@@ -22,8 +22,9 @@
 // With a float16 G and U it computes the same, coefficients above 65504 becoming infinite as in the plain expression; that
 // has not run on a GPU either.
 //
-// Not for ranks above 128 (64 with a float32 basis), rows of G that do not begin at multiples of 16 bytes, or panels too long for the shared memory of 16 blocks (`side_panels`). Dispatch has
-// library products from rank 65 on, and for one side of matrices of less than 16 MiB.
+// Not for ranks above 128 (64 with a float32 basis), rows of G that do not begin at multiples of 16 bytes, or panels too long
+// for the shared memory of 16 blocks (`side_panels`). Dispatch has library products from rank 65 on, and for one side of
+// matrices of less than 16 MiB.
 #include "cuda/project_side.h"
 
 #include <cuda_bf16.h>

@@ -49,6 +49,13 @@ def _length(tensor: Tensor) -> int:
     return (last + 1) * tensor.element_size()
 
 
+def _metrics_of(
+    left_metrics: Sequence[Tensor | None], right_metrics: Sequence[Tensor | None], i: int
+) -> tuple[Tensor | None, Tensor | None]:
+    """Of the i-th matrix; an empty list has none of any."""
+    return left_metrics[i] if left_metrics else None, right_metrics[i] if right_metrics else None
+
+
 def plan_call(
     grads: Sequence[Tensor],
     lefts: Sequence[Tensor | None],
@@ -69,7 +76,7 @@ def plan_call(
         check_metric_backend(OP, forced)
 
     def metrics_of(i: int) -> tuple[Tensor | None, Tensor | None]:
-        return left_metrics[i] if left_metrics else None, right_metrics[i] if right_metrics else None
+        return _metrics_of(left_metrics, right_metrics, i)
 
     weighed = {i for i in range(len(grads)) if any(metric is not None for metric in metrics_of(i))}
 
@@ -211,7 +218,7 @@ def foreach_into(
         listed = [grads[i] for i in places]
         project_products(listed, [lefts[i] for i in places], [rights[i] for i in places], listed, forms)
     for i, backend, flags in call.single:
-        metrics = left_metrics[i] if left_metrics else None, right_metrics[i] if right_metrics else None
+        metrics = _metrics_of(left_metrics, right_metrics, i)
         if backend == "cublas":
             project_cublas(grads[i], lefts[i], rights[i], grads[i], *flags, *metrics)
         else:

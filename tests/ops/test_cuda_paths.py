@@ -204,7 +204,10 @@ def test_lists_for_one_launch_each() -> None:
     lefts = [None if r is None else torch.zeros(m, r, dtype=d) for (m, _, r, _), d in zip(shapes, dtypes, strict=True)]
     rights = [None if s is None else torch.zeros(n, s, dtype=half) for _, n, _, s in shapes]
     metrics = [None, None, torch.zeros(32, 32), torch.zeros(16, 16)]
-    flags = lambda i: (i == 1, i == 0, False)  # noqa: E731
+
+    def flags(i: int) -> tuple[bool, bool, bool]:
+        return i == 1, i == 0, False
+
     lists = side_lists.side_lists(grads, lefts, rights, [], metrics, flags, [0, 1, 2, 3])
     assert [(one.places, one.keep, one.right, one.form, one.length, one.rank) for one in lists] == [
         ((0, 1), (False, True), False, 0, 4096, 64),

@@ -203,7 +203,7 @@ def _quick_svd() -> Iterator[None]:
 def svd_by_eigenvectors(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
     """U, S and Vh of a float32 matrix, as `torch.linalg.svd(matrix, full_matrices=False)`; None where a singular value
     is below 1e-5 of the largest, whose vector would not have the digits of a float32 SVD: below 1e-8 it is noise over
-    noise, or not a number. Of SmolLM2-135M's 210 matrices four are such."""
+    noise, or not a number."""
     if matrix.shape[0] < matrix.shape[1]:
         turned = svd_by_eigenvectors(matrix.mT)
         return None if turned is None else (turned[2].mT, turned[1], turned[0].mT)
