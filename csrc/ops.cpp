@@ -1,5 +1,5 @@
-// The op schemas of the `sculpt` namespace. Bodies are registered per dispatch key: csrc/cpu for CPU,
-// sculpt_ops/ops for Autograd, Meta, vmap and (through library products, Triton or csrc/cuda) CUDA.
+// The op schemas of the `sculpt` namespace. Bodies are registered per dispatch key: csrc/cpu for CPU, csrc/linalg for every
+// device, sculpt_ops/ops for Autograd, Meta, vmap and (choosing between library products, Triton and csrc/cuda) CUDA.
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY(sculpt, m) {

@@ -159,6 +159,19 @@ def test_metrics(dtype: torch.dtype, flags: dict[str, bool], monkeypatch: pytest
     assert_close(listed[1], grad, *bases, **flags)
 
 
+@pytest.mark.parametrize("flags", FLAGS.values(), ids=FLAGS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_kernels_of_programs_without_python(dtype: torch.dtype, flags: dict[str, bool]) -> None:
+    key = torch._C.DispatchKey.CompositeExplicitAutograd
+    grad, left, right = gaussian(2, 199, 321, dtype=dtype), orthonormal(199, 17), orthonormal(321, 33)
+    left, right = (basis if dtype.itemsize == 2 else basis.to(dtype) for basis in (left, right))
+    for matrix, own in ((grad, (left, right)), (grad[0], (left.to(dtype), right.to(dtype)))):
+        out = torch.ops.sculpt.project.default._op_dk(key, matrix, *own, **flags)
+        assert_close(out, matrix, *own, **flags)
+    omega = torch.ops.sculpt.test_matrix.default._op_dk(key, grad, 9, seed=3)
+    assert torch.equal(omega.cpu(), sculpt_ops.ops.test_matrix(grad.cpu(), 9, seed=3))
+
+
 def test_float32_bases_views_and_batches(backend: str) -> None:
     grad = gaussian(2, 130, 400, dtype=torch.bfloat16)[:, :, 40:360]
     left, right = orthonormal(130, 16), orthonormal(320, 32, seed=2)

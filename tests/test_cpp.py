@@ -14,10 +14,12 @@ from torch import Tensor
 
 import sculpt_ops
 
+DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
 CPP = Path(__file__).resolve().parents[1] / "examples" / "cpp"
 
 
-def test_a_program_without_python_projects(tmp_path: Path) -> None:
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_program_without_python_projects(tmp_path: Path, device: str) -> None:
     program = tmp_path / "project"
     env = {**os.environ, "PYTHON": sys.executable}
     subprocess.run([CPP / "build.sh", program], env=env, check=True, capture_output=True, text=True)
@@ -26,7 +28,7 @@ def test_a_program_without_python_projects(tmp_path: Path) -> None:
     library = find_spec("sculpt_ops._C")
     assert library is not None
     assert library.origin is not None
-    done = subprocess.run([program, library.origin], check=True, capture_output=True, text=True)
+    done = subprocess.run([program, library.origin, device], check=True, capture_output=True, text=True)
     before, after = map(float, done.stdout.split())
     assert 0.3 < before < 0.4  # the root of 64 / 512
     assert after < 1e-6

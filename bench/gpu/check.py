@@ -40,6 +40,7 @@ GPU_TESTS = (
     "tests/cuda/adam_checks.py",
     "tests/cuda/add_steps_checks.py",
     "tests/cuda/jacobi_checks.py",
+    "tests/test_cpp.py",
 )
 SANITIZED = (PYTHON, "bench/gpu/small_shapes.py")
 

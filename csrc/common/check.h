@@ -14,6 +14,7 @@ namespace sculpt {
 
 using torch::stable::Tensor;
 using torch::headeronly::ScalarType;
+using Optional = std::optional<Tensor>;
 
 inline bool is_half(ScalarType t) { return t == ScalarType::BFloat16 || t == ScalarType::Half; }
 inline bool is_supported(ScalarType t) { return is_half(t) || t == ScalarType::Float || t == ScalarType::Double; }
@@ -28,6 +29,10 @@ inline void check_matrix(const char* op, const char* name, const Tensor& t) {
   STD_TORCH_CHECK(is_supported(t.scalar_type()), op, ": ", name,
                   ": wanted dtype float32, float64, bfloat16 or float16, given another");
   STD_TORCH_CHECK(t.dim() >= 2, op, ": ", name, ": wanted a matrix (..., m, n), given shape ", shape(t));
+}
+
+inline bool same_device(const Tensor& a, const Tensor& b) {
+  return a.is_cpu() == b.is_cpu() && a.get_device_index() == b.get_device_index();
 }
 
 // `rows` x anything (cols < 0), leading dimensions broadcastable to those of the matrix.
@@ -46,7 +51,7 @@ inline void check_thin(const char* op, const char* name, const Tensor& t, const 
   STD_TORCH_CHECK(t.scalar_type() == matrix.scalar_type() ||
                       (is_half(matrix.scalar_type()) && t.scalar_type() == ScalarType::Float),
                   op, ": ", name, ": wanted the matrix's dtype (or float32 with a bfloat16 or float16 matrix)");
-  STD_TORCH_CHECK(t.is_cpu() == matrix.is_cpu(), op, ": ", name, ": wanted the matrix's device");
+  STD_TORCH_CHECK(same_device(t, matrix), op, ": ", name, ": wanted the matrix's device");
 }
 
 inline void check_basis(const char* op, const char* name, const Tensor& t, const Tensor& matrix, int64_t rows) {
@@ -57,7 +62,7 @@ inline void check_basis(const char* op, const char* name, const Tensor& t, const
 
 // M of the projector L M L^T.
 inline void check_metric(const char* op, const char* name, const Tensor& t, const char* side,
-                         const std::optional<Tensor>& basis, const Tensor& matrix) {
+                         const Optional& basis, const Tensor& matrix) {
   STD_TORCH_CHECK(basis, op, ": ", name, ": wanted a ", side, " basis with it, given ", side, "=None");
   const int64_t r = basis->size(basis->dim() - 1);
   STD_TORCH_CHECK(fits(t, matrix, r, r), op, ": ", name, ": wanted shape (..., ", r, ", ", r, ") for a basis of ", r,
@@ -65,7 +70,7 @@ inline void check_metric(const char* op, const char* name, const Tensor& t, cons
   const bool wide = matrix.scalar_type() == ScalarType::Double;
   STD_TORCH_CHECK(t.scalar_type() == ScalarType::Float || (wide && t.scalar_type() == ScalarType::Double), op, ": ",
                   name, ": wanted dtype float32", wide ? " or float64" : "", ", given another");
-  STD_TORCH_CHECK(t.is_cpu() == matrix.is_cpu(), op, ": ", name, ": wanted the matrix's device");
+  STD_TORCH_CHECK(same_device(t, matrix), op, ": ", name, ": wanted the matrix's device");
 }
 
 // One tensor of an elementwise op: the dtype it must have, and shape and device of `like`.
@@ -74,7 +79,7 @@ inline void check_elements(const char* op, const char* name, const Tensor& t, Sc
   STD_TORCH_CHECK(t.scalar_type() == type, op, ": ", name, ": wanted dtype ", type_name, ", given another");
   STD_TORCH_CHECK(t.sizes().equals(like.sizes()), op, ": ", name, ": wanted ", like_name, "'s shape ", shape(like),
                   ", given ", shape(t));
-  STD_TORCH_CHECK(t.is_cpu() == like.is_cpu(), op, ": ", name, ": wanted ", like_name, "'s device");
+  STD_TORCH_CHECK(same_device(t, like), op, ": ", name, ": wanted ", like_name, "'s device");
 }
 
 // A test matrix: its rows and columns // 4 are words of Philox's counter.
@@ -94,7 +99,7 @@ struct Extent {
   uintptr_t begin = 0, end = 0;
   explicit Extent(const Tensor& t) {
     begin = end = reinterpret_cast<uintptr_t>(t.const_data_ptr());
-    if (t.numel() == 0) return;
+    if (t.numel() == 0 || begin == 0) return;  // 0: a tensor without memory
     int64_t last = 0;
     for (int64_t i = 0; i < t.dim(); ++i) last += (t.size(i) - 1) * t.stride(i);
     end = begin + (last + 1) * t.element_size();
@@ -170,7 +175,7 @@ inline void check_written(const char* op, const char* name, const Tensor& t) {
 }
 
 inline void check_apart(const char* op, const char* written, const Tensor& w, const char* name,
-                        const std::optional<Tensor>& t) {
+                        const Optional& t) {
   STD_TORCH_CHECK(!t || !share_memory(w, *t), op, ": ", name, ": wanted memory of its own, given memory shared with ",
                   written);
 }

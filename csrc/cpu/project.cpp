@@ -2,7 +2,7 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
-#include "common/check.h"
+#include "common/project_ops.h"
 #include "common/shapes.h"
 #include "cpu/run.h"
 #include "cpu/views.h"
@@ -98,37 +98,32 @@ void run_oriented(Problem p) {
   if (p.right.data) run(one_side(p, Side::right));
 }
 
-struct Arguments {
-  Optional left, right, left_metric, right_metric, left_image, right_image, core, reference;
-  bool keep_left = false, keep_right = false, block = false;
-};
-
 // Two sides of a 16-bit matrix, one after the other, one of them with a basis or a metric in float32: rounded in between
 // as well, the result was up to 100 times as far off as the plain expression, which is computed in float32.
-bool rounds_between(const Tensor& in, const Arguments& a) {
+bool rounds_between(const Tensor& in, const Sides& a) {
   const auto single = [](const Optional& t) { return t && t->scalar_type() == ScalarType::Float; };
   return in.element_size() == 2 && a.left && a.right && !a.block &&
          (single(a.left) || single(a.right) || a.left_metric || a.right_metric);
 }
 
 // A metric of a float64 matrix may be float32; the kernels read it in their own type.
-Arguments with_wide_metrics(Arguments a, const Tensor& in) {
+Sides with_wide_metrics(Sides a, const Tensor& in) {
   if (in.scalar_type() != ScalarType::Double) return a;
   for (Optional* t : {&a.left_metric, &a.right_metric})
     if (*t && (*t)->scalar_type() == ScalarType::Float) *t = contiguous_copy(**t, ScalarType::Double);
   return a;
 }
 
-Arguments in_float32(Arguments a) {
+Sides in_float32(Sides a) {
   for (Optional* t : {&a.left, &a.right, &a.left_image, &a.right_image, &a.core, &a.reference})
     if (*t) *t = contiguous_copy(**t, ScalarType::Float);
   return a;
 }
 
 // in and out may be one tensor.
-void execute(const Tensor& in, Tensor out, const Arguments& given) {
+void execute(const Tensor& in, Tensor out, const Sides& given) {
   if (in.numel() == 0) return;
-  const Arguments a = with_wide_metrics(given, in);
+  const Sides a = with_wide_metrics(given, in);
   if (!a.left && !a.right) {
     if (in.get() != out.get()) torch::stable::copy_(out, in);
     return;
@@ -151,7 +146,7 @@ void execute(const Tensor& in, Tensor out, const Arguments& given) {
     } else {
       // Mixed or doubly strided layouts: once through contiguous copies. Nothing has been written yet at b == 0,
       // and every later entry has the same layout.
-      Arguments copies = a;
+      Sides copies = a;
       if (a.reference) copies.reference = contiguous_copy(*a.reference);
       Tensor work = contiguous_copy(in);
       execute(work, work, copies);
@@ -161,145 +156,7 @@ void execute(const Tensor& in, Tensor out, const Arguments& given) {
   }
 }
 
-void check_project(const char* op, const Tensor& grad, const Optional& left, const Optional& right,
-                   const Optional& left_metric, const Optional& right_metric, bool keep_left, bool keep_right,
-                   bool block) {
-  check_matrix(op, "grad", grad);
-  if (left) check_basis(op, "left", *left, grad, grad.size(grad.dim() - 2));
-  if (right) check_basis(op, "right", *right, grad, grad.size(grad.dim() - 1));
-  STD_TORCH_CHECK(!block || (left && right), op, ": block: wanted both left and right, given ",
-                  left ? "no right" : right ? "no left" : "neither");
-  STD_TORCH_CHECK(!block || !(keep_left || keep_right), op, ": block: wanted no keep_left and no keep_right with it");
-  STD_TORCH_CHECK(!keep_left || left, op, ": keep_left: wanted a left basis with it, given left=None");
-  STD_TORCH_CHECK(!keep_right || right, op, ": keep_right: wanted a right basis with it, given right=None");
-  if (left_metric) check_metric(op, "left_metric", *left_metric, "left", left, grad);
-  if (right_metric) check_metric(op, "right_metric", *right_metric, "right", right, grad);
-}
-
-void check_in_place(const char* op, const Tensor& grad, const Optional& left, const Optional& right,
-                    const Optional& left_metric, const Optional& right_metric) {
-  check_written(op, "grad", grad);
-  check_apart(op, "grad", grad, "left", left);
-  check_apart(op, "grad", grad, "right", right);
-  check_apart(op, "grad", grad, "left_metric", left_metric);
-  check_apart(op, "grad", grad, "right_metric", right_metric);
-}
-
 }  // namespace
-
-Tensor project(const Tensor& grad, Optional left, Optional right, Optional left_metric, Optional right_metric,
-               bool keep_left, bool keep_right, bool block) {
-  check_project("project", grad, left, right, left_metric, right_metric, keep_left, keep_right, block);
-  Tensor out = torch::stable::empty_like(grad);
-  execute(grad, out, {left, right, left_metric, right_metric, {}, {}, {}, {}, keep_left, keep_right, block});
-  return out;
-}
-
-void project_(Tensor grad, Optional left, Optional right, Optional left_metric, Optional right_metric, bool keep_left,
-              bool keep_right, bool block) {
-  check_project("project_", grad, left, right, left_metric, right_metric, keep_left, keep_right, block);
-  check_in_place("project_", grad, left, right, left_metric, right_metric);
-  execute(grad, grad, {left, right, left_metric, right_metric, {}, {}, {}, {}, keep_left, keep_right, block});
-}
-
-void foreach_project_(std::vector<Tensor> grads, std::vector<Optional> lefts, std::vector<Optional> rights,
-                      std::optional<std::vector<Optional>> given_left_metrics,
-                      std::optional<std::vector<Optional>> given_right_metrics, std::vector<bool> keep_lefts,
-                      std::vector<bool> keep_rights, bool block) {
-  const char* op = "foreach_project_";
-  std::vector<Optional> left_metrics = given_left_metrics.value_or(std::vector<Optional>());
-  std::vector<Optional> right_metrics = given_right_metrics.value_or(std::vector<Optional>());
-  const size_t count = grads.size();
-  const auto same = [&](const char* name, size_t given, bool may_be_empty) {
-    STD_TORCH_CHECK(given == count || (may_be_empty && given == 0), op, ": ", name, ": wanted ", count,
-                    " entries, one for each of grads, given ", given);
-  };
-  same("lefts", lefts.size(), false);
-  same("rights", rights.size(), false);
-  same("keep_lefts", keep_lefts.size(), true);
-  same("keep_rights", keep_rights.size(), true);
-  same("left_metrics", left_metrics.size(), true);
-  same("right_metrics", right_metrics.size(), true);
-  const auto flag = [](const std::vector<bool>& flags, size_t i) { return !flags.empty() && flags[i]; };
-  left_metrics.resize(count);
-  right_metrics.resize(count);
-
-  std::vector<std::pair<Extent, size_t>> written;
-  for (size_t i = 0; i < count; ++i) {
-    check_project(op, grads[i], lefts[i], rights[i], left_metrics[i], right_metrics[i], flag(keep_lefts, i),
-                  flag(keep_rights, i), block);
-    check_in_place(op, grads[i], lefts[i], rights[i], left_metrics[i], right_metrics[i]);
-    if (grads[i].numel()) written.emplace_back(Extent(grads[i]), i);
-  }
-  std::sort(written.begin(), written.end(), [](const auto& a, const auto& b) { return a.first.begin < b.first.begin; });
-  for (size_t i = 0; i < written.size(); ++i)
-    for (size_t j = i + 1; j < written.size() && written[j].first.begin < written[i].first.end; ++j)
-      STD_TORCH_CHECK(!share_memory(grads[written[i].second], grads[written[j].second]), op,
-                      ": grads: wanted entries with memory of their own, given entries ", written[i].second, " and ",
-                      written[j].second, " that share memory");
-  // A basis of one entry inside the matrix of another would be read after it was overwritten. Column slices may lie
-  // within the span of an entry that begins long before them.
-  std::vector<uintptr_t> reach;
-  for (const auto& [extent, i] : written) reach.push_back(reach.empty() ? extent.end : std::max(reach.back(), extent.end));
-  const std::pair<const char*, const std::vector<Optional>*> read[] = {
-      {"lefts", &lefts}, {"rights", &rights}, {"left_metrics", &left_metrics}, {"right_metrics", &right_metrics}};
-  for (const auto& [name, tensors] : read)
-    for (size_t i = 0; i < count; ++i) {
-      const Optional& tensor = (*tensors)[i];
-      if (!tensor || tensor->numel() == 0) continue;
-      const Extent extent(*tensor);
-      const auto after = std::lower_bound(written.begin(), written.end(), extent.end,
-                                          [](const auto& w, uintptr_t end) { return w.first.begin < end; });
-      for (size_t at = after - written.begin(); at > 0 && reach[at - 1] > extent.begin; --at)
-        STD_TORCH_CHECK(!share_memory(grads[written[at - 1].second], *tensor), op, ": ", name,
-                        ": wanted memory of its own, given entry ", i, " that shares memory with entry ",
-                        written[at - 1].second, " of grads");
-    }
-  for (size_t i = 0; i < count; ++i)
-    execute(grads[i], grads[i],
-            {lefts[i], rights[i], left_metrics[i], right_metrics[i], {}, {}, {}, {}, flag(keep_lefts, i),
-             flag(keep_rights, i), block});
-}
-
-void restore_(Tensor weight, Optional left, Optional left_image, Optional right, Optional right_image, Optional core,
-              Optional reference, bool keep_left, bool keep_right, bool block) {
-  const char* op = "restore_";
-  check_matrix(op, "weight", weight);
-  const int64_t m = weight.size(weight.dim() - 2), n = weight.size(weight.dim() - 1);
-  if (left) check_basis(op, "left", *left, weight, m);
-  if (right) check_basis(op, "right", *right, weight, n);
-  STD_TORCH_CHECK(!block || (left && right && core), op, ": block: wanted left, right and core with it");
-  STD_TORCH_CHECK(!block || !(keep_left || keep_right), op, ": block: wanted no keep_left and no keep_right with it");
-  STD_TORCH_CHECK(!keep_left || left, op, ": keep_left: wanted a left basis with it, given left=None");
-  STD_TORCH_CHECK(!keep_right || right, op, ": keep_right: wanted a right basis with it, given right=None");
-  if (!block) {
-    STD_TORCH_CHECK(!(keep_left || keep_right) || reference, op,
-                    ": reference: wanted the start weight with keep_left or keep_right, given None");
-    STD_TORCH_CHECK(!left || keep_left || left_image, op, ": left_image: wanted left^T W0, given None");
-    STD_TORCH_CHECK(!right || keep_right || right_image, op, ": right_image: wanted W0 right, given None");
-  }
-  if (left && left_image) check_thin(op, "left_image", *left_image, weight, left->size(left->dim() - 1), n);
-  if (right && right_image) check_thin(op, "right_image", *right_image, weight, m, right->size(right->dim() - 1));
-  if (core && block)
-    check_thin(op, "core", *core, weight, left->size(left->dim() - 1), right->size(right->dim() - 1));
-  if (reference) check_thin(op, "reference", *reference, weight, m, n);
-  STD_TORCH_CHECK(!reference || reference->scalar_type() == weight.scalar_type(), op,
-                  ": reference: wanted the dtype of weight");
-  check_written(op, "weight", weight);
-  check_apart(op, "weight", weight, "left", left);
-  check_apart(op, "weight", weight, "left_image", left_image);
-  check_apart(op, "weight", weight, "right", right);
-  check_apart(op, "weight", weight, "right_image", right_image);
-  check_apart(op, "weight", weight, "core", core);
-  check_apart(op, "weight", weight, "reference", reference);
-  execute(weight, weight, {left, right, {}, {}, left_image, right_image, core, reference, keep_left, keep_right, block});
-}
-
 }  // namespace sculpt::cpu
 
-STABLE_TORCH_LIBRARY_IMPL(sculpt, CPU, m) {
-  m.impl("project", TORCH_BOX(&sculpt::cpu::project));
-  m.impl("project_", TORCH_BOX(&sculpt::cpu::project_));
-  m.impl("foreach_project_", TORCH_BOX(&sculpt::cpu::foreach_project_));
-  m.impl("restore_", TORCH_BOX(&sculpt::cpu::restore_));
-}
+STABLE_TORCH_LIBRARY_IMPL(sculpt, CPU, m) { sculpt::ProjectOps<sculpt::cpu::execute>::implement(m); }

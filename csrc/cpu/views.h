@@ -7,8 +7,6 @@
 
 namespace sculpt::cpu {
 
-using Optional = std::optional<Tensor>;
-
 inline Type type_of(const Tensor& t) {
   switch (t.scalar_type()) {
     case ScalarType::Double: return Type::f64;

@@ -14,6 +14,7 @@
 
 #include "common/check.h"
 #include "common/heuristics.h"
+#include "linalg/project_products.h"
 
 // `addmm.out` of every device with its factors, Scalars, which the dispatcher's stable form cannot pass. torch calls it
 // deprecated and has no other: weak, so that where it is gone this op fails and not the loading of the library.
@@ -64,9 +65,6 @@ Type type_of(const Tensor& t) {
       return Type::kFloat32;
   }
 }
-
-// What `forms` says of a matrix.
-constexpr int64_t kKeepLeft = 1, kKeepRight = 2, kBlock = 4;
 
 // Projections one after the other, which share the memory of their thin factors.
 class Products {
@@ -168,7 +166,8 @@ class Products {
   std::map<std::tuple<Place, ScalarType, int32_t>, Tensor> rooms_;
 };
 
-// lefts and rights have a tensor of one dimension where there is no basis.
+}  // namespace
+
 void foreach_project_products_(std::vector<Tensor> grads, std::vector<Tensor> lefts, std::vector<Tensor> rights,
                                std::vector<Tensor> outs, std::vector<int64_t> forms) {
   Products products;
@@ -177,7 +176,6 @@ void foreach_project_products_(std::vector<Tensor> grads, std::vector<Tensor> le
     products.project(grads[i], given(lefts[i]), given(rights[i]), outs[i], forms[i]);
 }
 
-}  // namespace
 }  // namespace sculpt::linalg
 
 STABLE_TORCH_LIBRARY_IMPL(sculpt, CompositeImplicitAutograd, m) {

@@ -14,8 +14,6 @@
 namespace sculpt::linalg {
 namespace {
 
-using Optional = std::optional<Tensor>;
-
 Tensor columns(Tensor t, int64_t count) { return torch::stable::narrow(t, -1, 0, count); }
 
 // The n x q test matrix, its first columns replaced by those of `start`.

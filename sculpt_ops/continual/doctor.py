@@ -77,7 +77,7 @@ def _kernels() -> Iterator[Finding]:
 
 def _has_kernel(op: str, key: str) -> bool:
     try:
-        return bool(torch._C._dispatch_has_kernel_for_dispatch_key(f"sculpt::{op}", key))
+        return bool(torch._C._dispatch_has_computed_kernel_for_dispatch_key(f"sculpt::{op}", key))
     except RuntimeError:
         return False
 

@@ -1,4 +1,4 @@
-"""Registers the CUDA kernels of the projection ops."""
+"""Registers the CUDA kernels of the projection ops; ``restore_`` has csrc/linalg/project.cpp on every GPU."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import reference as plain
-from .checks import check_apart, check_project, check_restore, check_written
+from .checks import check_apart, check_project, check_written
 from .foreach_cuda import foreach_into
 from .heuristics import triton_missing
 from .library import LIBRARY
@@ -69,29 +68,6 @@ def _foreach_project_(
     foreach_into(grads, lefts, rights, keep_lefts, keep_rights, block, left_metrics or (), right_metrics or ())
 
 
-def _restore_(
-    weight: Tensor,
-    left: Tensor | None,
-    left_image: Tensor | None,
-    right: Tensor | None,
-    right_image: Tensor | None,
-    *,
-    core: Tensor | None = None,
-    reference: Tensor | None = None,
-    keep_left: bool = False,
-    keep_right: bool = False,
-    block: bool = False,
-) -> None:
-    thin = (left, left_image, right, right_image, core, reference)
-    flags: dict[str, Any] = {"keep_left": keep_left, "keep_right": keep_right, "block": block}
-    check_restore("restore_", weight, *thin, keep_left, keep_right, block)
-    check_written("restore_", "weight", weight)
-    names = ("left", "left_image", "right", "right_image", "core", "reference")
-    check_apart("restore_", "weight", weight, **dict(zip(names, thin, strict=True)))
-    plain.restore_(weight, left, left_image, right, right_image, core=core, reference=reference, **flags)
-
-
 LIBRARY.impl("project", _project, "CUDA")
 LIBRARY.impl("project_", _project_, "CUDA")
 LIBRARY.impl("foreach_project_", _foreach_project_, "CUDA")
-LIBRARY.impl("restore_", _restore_, "CUDA")

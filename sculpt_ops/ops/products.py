@@ -4,8 +4,8 @@
 float64 factor, summed and returned in the factor's dtype. ``_gram(input)``: ``inputᵀ input`` in float32
 or float64. ``_eigh(input)``: eigenvalues, ascending, and vectors of symmetric matrices, vector after vector in memory.
 
-On the CPU they are kernels (csrc/cpu/matmul.h, eigh.cpp); here is what stands for them on CUDA (on an H200 `rsvd` and
-`top_subspace` ran on it) and under tracing.
+On the CPU they are kernels (csrc/cpu/matmul.h, eigh.cpp), elsewhere calls of aten (csrc/linalg/any_device.cpp). Here
+are `_product` on CUDA and what stands for all of them under tracing.
 """
 
 from __future__ import annotations
@@ -53,20 +53,7 @@ def _wide(matrix: Tensor, factor: Tensor) -> Tensor:
     return out.view(*matrix.shape[:-2], *out.shape[-2:])
 
 
-def _gram_cuda(input: Tensor, *, transpose: bool = False, double: bool = False) -> Tensor:
-    matrix = input.mT if transpose else input
-    matrix = matrix.to(torch.float64 if double else _sum_dtype(input))
-    return matrix.mT @ matrix
-
-
-def _eigh_cuda(input: Tensor) -> tuple[Tensor, Tensor]:
-    values, vectors = torch.linalg.eigh(input)
-    return values, vectors
-
-
 LIBRARY.impl("_product", product_library, "CUDA")
-LIBRARY.impl("_gram", _gram_cuda, "CUDA")
-LIBRARY.impl("_eigh", _eigh_cuda, "CUDA")
 
 
 @torch.library.register_fake("sculpt::_product")
