@@ -41,8 +41,9 @@ class Basis:
         to the others (Schreiber and Parlett, "Block reflectors", SIAM J. Numer. Anal. 25, 1988). `project` with B
         applies it, and (d - k) coordinates of the free space cost k stored columns.
     correction: with 16-bit columns C the (r, r) float16 matrix 256 (N - I), N = (CᵀC)^(-1/2) (for a reflector
-        (CᵀC / 2)^(-1/2)). C N is orthonormal to 3e-7 (bfloat16: 6e-7): what is protected is the span of the ROUNDED
-        columns, which is 2e-3 (float16: 3e-4) away from the one they were rounded from, and protects as well.
+        (CᵀC / 2)^(-1/2)). C N is orthonormal to 3e-7 (bfloat16: 5e-7, 2e-6 below d = 256, by the rounding of N): what
+        is protected is the span of the ROUNDED columns, which is 2e-3 (float16: 3e-4) away from the one they were
+        rounded from, and protects as well.
     """
 
     columns: Tensor

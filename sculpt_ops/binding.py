@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import weakref
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,7 +16,27 @@ if TYPE_CHECKING:
     from .layer import LayerSubspace
     from .subspaces import Subspaces
 
-__all__ = ["bind_to_optimizer", "check_still_bound", "unwrap_optimizer"]
+__all__ = ["WeakTensors", "bind_to_optimizer", "check_still_bound", "unwrap_optimizer"]
+
+
+class WeakTensors(dict[str, "weakref.ref[Tensor]"]):
+    """Tensors by name that are not kept alive.
+
+    A deep copy has the copies of those that were copied before it in the same call, as a model's are in
+    `copy.deepcopy((model, subspaces))`; what is pickled has none. Both would otherwise stand for the originals, and the
+    copy of a model would train unprotected.
+    """
+
+    @classmethod
+    def of(cls, tensors: Mapping[str, Tensor]) -> WeakTensors:
+        return cls({name: weakref.ref(tensor) for name, tensor in tensors.items()})
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> WeakTensors:
+        copied = {name: memo.get(id(reference())) for name, reference in self.items()}
+        return WeakTensors.of({name: tensor for name, tensor in copied.items() if isinstance(tensor, Tensor)})
+
+    def __reduce__(self) -> tuple[type[WeakTensors], tuple[()]]:
+        return WeakTensors, ()
 
 
 def unwrap_optimizer(optimizer: Any) -> torch.optim.Optimizer:

@@ -57,10 +57,10 @@ class KrylovSpace:
 
     def grow(self) -> bool:
         """Take one more block in; False, and nothing is done, where it would pass 3/4 of the smaller side."""
-        block: Tensor = torch.ops.sculpt.orthonormalize(self._fresh)
-        before, after = self.width, self.width + block.shape[1]
-        if after > self.limit:
+        before, after = self.width, self.width + self._fresh.shape[1]
+        if after > self.limit:  # a start may be wider than the side is long
             return False
+        block: Tensor = torch.ops.sculpt.orthonormalize(self._fresh)
         basis = self._rows[:before].mT
         # Of a converged block rounding is left, any part of which may lie in the basis.
         for _ in range(2 if before else 0):

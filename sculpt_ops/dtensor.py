@@ -30,7 +30,10 @@ def local_nbytes(tensor: Tensor) -> int:
 
 def stored_bytes(tensors: Iterable[Tensor]) -> int:
     """Bytes on this rank that `tensors` keep alive: memory that several of them share counts once."""
-    storages = {s.data_ptr(): s.nbytes() for t in tensors if not t.is_meta for s in [_local(t).untyped_storage()]}
+    storages: dict[int, int] = {}
+    for storage in (_local(tensor).untyped_storage() for tensor in tensors if not tensor.is_meta):
+        # An empty tensor of a file has the address of the one after it.
+        storages[storage.data_ptr()] = max(storage.nbytes(), storages.get(storage.data_ptr(), 0))
     return sum(storages.values())
 
 

@@ -85,8 +85,9 @@ class LayerSubspace:
 
     @property
     def left(self) -> Tensor | None:
-        """(m, r), columns orthonormal to 3e-7 (stored in bfloat16: 7e-7), float32 (float64 for a float64 parameter): of
-        the protected space, with `keep_left` of the free one. Made anew at each access unless stored so."""
+        """(m, r), columns orthonormal to 3e-7 (stored in bfloat16 to 5e-7, to 2e-6 where m < 256), float32 (float64 for
+        a float64 parameter): of the protected space, with `keep_left` of the free one. Made anew at each access unless
+        stored so."""
         return None if self.left_basis is None else self.left_basis.span()
 
     @property

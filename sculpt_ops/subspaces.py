@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .basis import BASIS_DTYPES
+from .binding import WeakTensors
 from .decompose import Choice
 from .derive import (
     derive_layers,
@@ -62,7 +62,8 @@ class Parts(NamedTuple):
 class Subspaces(Mapping[str, LayerSubspace]):
     """The protected subspace of every target matrix, by canonical parameter name. Made by `from_model` or `load`.
 
-    Parameters are held by weak reference: keeping subspaces does not keep a model alive.
+    Parameters are held by weak reference: keeping subspaces does not keep a model alive. A deep copy is bound to the
+    copy of the model that the same call made, if there is one; unpickled subspaces are bound to none.
     """
 
     def __init__(
@@ -86,7 +87,7 @@ class Subspaces(Mapping[str, LayerSubspace]):
         self.importance = dict(importance or {})
         self.memory_of_tasks = memory_of_tasks
         self._remembered_shares = dict(remembered_shares or {})
-        self._parameters: dict[str, weakref.ref[Tensor]] = {}
+        self._parameters = WeakTensors()
         # Of sharded parameters that are projected where they lie: the layers with bases sharded likewise.
         self._in_place: dict[str, LayerSubspace] = {}
 
@@ -194,7 +195,7 @@ class Subspaces(Mapping[str, LayerSubspace]):
         rest = {name: parameter for name, parameter in canonical_parameters(model)[0].items() if name not in found}
         trained = {name for name, parameter in rest.items() if parameter.requires_grad and others == "train"}
         subspaces = cls(layers, sketches, _unprotected(rest, trained), importance, memory, shares)
-        subspaces._parameters = {name: weakref.ref(parameter) for name, parameter in found.items()}
+        subspaces._parameters = WeakTensors.of(found)
         subspaces._spread()
         if others == "freeze":
             for parameter in rest.values():
@@ -227,7 +228,7 @@ class Subspaces(Mapping[str, LayerSubspace]):
             if tuple(parameters[name].shape) != layer.shape:
                 given = tuple(parameters[name].shape)
                 raise ValueError(f"the basis of {name} is for shape {layer.shape}, the model's parameter has {given}")
-        self._parameters = {name: weakref.ref(parameters[name]) for name in self}
+        self._parameters = WeakTensors.of({name: parameters[name] for name in self})
         if any(is_dtensor(parameter) for _, parameter in self._bound()):
             from .distributed.layers import share_out
 

@@ -1,3 +1,5 @@
+import copy
+import pickle
 from collections.abc import Iterator
 
 import pytest
@@ -23,6 +25,34 @@ def test_named_parameters_bind_by_canonical_name() -> None:
         train(replaced, optimizer, 20)
         assert_kept(subspaces.bind(replaced), start, 20)
         subspaces.bind(model)
+
+
+def test_a_deep_copy_is_bound_to_the_copy_of_the_model() -> None:
+    model = Shapes()
+    subspaces = Subspaces.from_model(model, targets=list(SHAPES))
+    copied, theirs = copy.deepcopy((model, subspaces))
+    assert all(theirs.parameter(name) is copied.get_parameter(name) for name in SHAPES)
+    for name in SHAPES:
+        copied.get_parameter(name).grad = torch.ones_like(copied.get_parameter(name))
+    theirs.project_gradients()
+    left = theirs["square"].left
+    assert left is not None
+    assert copied.square.grad is not None
+    assert float((left.mT @ copied.square.grad).abs().max()) < 1e-5
+    assert subspaces.parameter("square") is model.square
+    assert model.square.grad is None
+
+
+def test_copies_without_their_model_are_bound_to_none() -> None:
+    model = Shapes()
+    subspaces = Subspaces.from_model(model, targets=list(SHAPES))
+    for alone in (copy.deepcopy(subspaces), pickle.loads(pickle.dumps(subspaces))):
+        with pytest.raises(RuntimeError, match=r"no parameter is bound to the bases of square, .*: call bind\(model\)"):
+            alone.project_gradients()
+        assert alone.bind(model).parameter("square") is model.square
+        assert torch.equal(alone["square"].left, subspaces["square"].left)
+    model.subspaces = subspaces  # a module that holds its own
+    assert copy.deepcopy(model).subspaces.parameter("square") is not model.square
 
 
 def test_basis_without_a_parameter_is_refused() -> None:

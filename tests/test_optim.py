@@ -128,6 +128,17 @@ def test_buckets_do_not_change_the_result(monkeypatch: pytest.MonkeyPatch) -> No
     assert_same_weights(whole, split)
 
 
+@pytest.mark.parametrize("state", ["full", "subspace"])
+def test_sparse_gradients_are_refused_wherever_they_are_met(state: Any) -> None:
+    model = Shapes()
+    optimizer = AdamW(model.parameters(), subspaces=Subspaces.from_model(model, targets="square"), state=state)
+    model.square.grad = torch.eye(32).to_sparse()
+    calls = [optimizer.step, lambda: optimizer.clip_grad_norm_(1.0)]
+    for call in calls + ([optimizer.compress_gradients] if state == "subspace" else []):
+        with pytest.raises(RuntimeError, match="does not support sparse gradients"):
+            call()
+
+
 def test_unusable_arguments_are_refused() -> None:
     model = Shapes()
     subspaces = Subspaces.from_model(model, targets="square")

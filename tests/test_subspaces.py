@@ -1,6 +1,7 @@
 import gc
 import re
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -349,6 +350,12 @@ def test_memory_counts_what_is_stored() -> None:
     bases = 4 * (32 * 8 * 2 + 24 * 6 + 56 * 18)
     sketches = 8 * 16 * (2 * 32 + 32 + 2 * 24 + 56)
     assert subspaces.memory() == bases + sketches
+
+
+def test_memory_counts_neighbours_of_empty_tensors(tmp_path: Path) -> None:
+    subspaces = Subspaces.from_model(Shapes(), 1.0, targets=list(SHAPES), basis_dtype=torch.bfloat16)
+    subspaces.save(tmp_path / "bases")
+    assert Subspaces.load(tmp_path / "bases").memory() == subspaces.memory()
 
 
 def test_summary_tells_what_is_not_protected() -> None:

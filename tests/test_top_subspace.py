@@ -2,6 +2,7 @@ import gc
 import math
 from collections.abc import Callable
 from functools import lru_cache
+from typing import Any
 
 import pytest
 import torch
@@ -314,6 +315,15 @@ def test_useless_start_does_no_harm() -> None:
     assert captured(matrix, top) >= 0.9995 * optimum(matrix, 30)
     # Where a start is what makes the method worth trying, the Gram matrix takes over.
     assert top_subspace(matrix, 200, start=gaussian(1024, 200, seed=6, dtype=torch.float32)).method == "gram"
+
+
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize("wanted", [{"rank": 40}, {"energy": 0.1}])
+def test_a_start_as_wide_as_the_matrix_is_left_aside(wanted: dict[str, Any], turned: bool) -> None:
+    matrix = gaussian(1100, 1040, dtype=torch.float32) * torch.logspace(0, -3, 1040)
+    matrix = matrix.mT if turned else matrix
+    top = top_subspace(matrix, **wanted, start=torch.eye(matrix.shape[1]))
+    assert captured(matrix, top) >= 0.999 * optimum(matrix, top.rank)
 
 
 @pytest.mark.parametrize("size", [24, 60, 1024])

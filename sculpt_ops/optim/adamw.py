@@ -369,8 +369,8 @@ class AdamW(torch.optim.AdamW):
             grad, compressed = parameter.grad, self._compressed.get(parameter)
             if grad is None and compressed is None:
                 continue
-            if grad is not None and grad.is_sparse:
-                raise RuntimeError("AdamW does not support sparse gradients, please consider SparseAdam instead")
+            if grad is not None:
+                _check_dense(grad)
             layer = self._bound.get(parameter)
             if self._options.project == "gradient" and (layer is None or layer.owner is None):
                 layer = None  # its gradient is projected already, the rest is torch's
@@ -406,6 +406,7 @@ class AdamW(torch.optim.AdamW):
             layer, grad = self._bound.get(parameter), parameter.grad
             if layer is None or grad is None or layer.owner is not None:
                 continue
+            _check_dense(grad)
             reference, version = self._projected.get(parameter, (None, -1))
             if reference is None or reference() is not grad or version != grad._version:
                 todo.append((parameter, grad, layer))
@@ -419,6 +420,7 @@ class AdamW(torch.optim.AdamW):
             layer, grad = self._bound.get(parameter), parameter.grad
             if layer is None or grad is None:
                 continue
+            _check_dense(grad)
             if layer.owner is not None:
                 away.append(Row(parameter, 0, self.state[parameter], layer, self._compressed.get(parameter)))
                 continue
@@ -467,3 +469,8 @@ class AdamW(torch.optim.AdamW):
         self._in_backward = False
         # Kept where a state dict is loaded, as accelerate does before the first step; a copy does not warn again.
         self._unseen = getattr(self, "_unseen", False)
+
+
+def _check_dense(grad: Tensor) -> None:
+    if grad.is_sparse:
+        raise RuntimeError("AdamW does not support sparse gradients, please consider SparseAdam instead")

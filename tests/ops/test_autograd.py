@@ -62,6 +62,32 @@ def test_gradients_of_broadcast_bases_and_half_precision() -> None:
     assert basis.grad.dtype is torch.float32
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("wide", ["bases", "metrics", "all"])
+@FLAGS
+def test_gradients_of_wide_bases_and_metrics_of_a_half_matrix(
+    flags: dict[str, bool], wide: str, dtype: torch.dtype
+) -> None:
+    """The matrix that the other side leaves is not rounded on the way."""
+    of_basis = dtype if wide == "metrics" else torch.float32
+    thin = [orthonormal(40, 12, of_basis), orthonormal(56, 20, of_basis, seed=2)]
+    if wide != "bases":
+        thin += [gaussian(12, 12, dtype=torch.float32), gaussian(20, 20, dtype=torch.float32)]
+    grad, weights = gaussian(40, 56, dtype=dtype), gaussian(40, 56, dtype=dtype, seed=5)
+
+    def gradients(op: Any, cast: Any) -> list[Tensor]:
+        leaves = [cast(t).clone().requires_grad_() for t in thin]
+        named = dict(zip(("left_metric", "right_metric"), leaves[2:], strict=False))
+        (op(cast(grad), *leaves[:2], **named, **flags) * cast(weights)).sum().backward()
+        return [leaf.grad.double() for leaf in leaves if leaf.grad is not None]
+
+    exact = gradients(reference.project, Tensor.double)
+    found = zip(gradients(sculpt_ops.project, lambda t: t), gradients(reference.project, lambda t: t), strict=True)
+    for (ours, plain), wanted in zip(found, exact, strict=True):
+        # Rounding of what is returned, and of the output that the weights multiply, is the same in both.
+        assert (ours - wanted).norm() <= 2 * (plain - wanted).norm() + 1e-6 * wanted.norm()
+
+
 def test_in_place_on_a_non_leaf_is_differentiable() -> None:
     _, left, right = inputs()
     leaf = gaussian(7, 9).requires_grad_()
