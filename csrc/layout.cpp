@@ -11,19 +11,18 @@
 namespace sculpt {
 namespace {
 
-// Six numbers of each, (6 tensors) of int64 on the CPU: address, dtype, sizes, strides; of what is no matrix -1 in place of
-// sizes and strides: callers refuse it.
+// Of each, one after the other, int64 on the CPU: address, dtype, dimensions, sizes, strides.
 Tensor layout(std::vector<Tensor> tensors) {
-  constexpr int64_t kNumbers = 6;
-  const int64_t count = static_cast<int64_t>(tensors.size());
-  Tensor out = torch::stable::empty({kNumbers * count}, ScalarType::Long);
+  int64_t numbers = 0;
+  for (const Tensor& tensor : tensors) numbers += 3 + 2 * tensor.dim();
+  Tensor out = torch::stable::empty({numbers}, ScalarType::Long);
   auto* to = static_cast<int64_t*>(out.mutable_data_ptr());
   for (const Tensor& tensor : tensors) {
-    const bool matrix = tensor.dim() == 2;
     *to++ = reinterpret_cast<int64_t>(tensor.const_data_ptr());
     *to++ = static_cast<int64_t>(tensor.scalar_type());
-    for (int64_t d = 0; d < 2; ++d) *to++ = matrix ? tensor.size(d) : -1;
-    for (int64_t d = 0; d < 2; ++d) *to++ = matrix ? tensor.stride(d) : -1;
+    *to++ = tensor.dim();
+    for (int64_t d = 0; d < tensor.dim(); ++d) *to++ = tensor.size(d);
+    for (int64_t d = 0; d < tensor.dim(); ++d) *to++ = tensor.stride(d);
   }
   return out;
 }

@@ -84,6 +84,7 @@ def test_matrix_kernel(
     BLOCK_GROUPS: tl.constexpr,
 ):
     """out (batch, rows, columns), contiguous; grid: batch x tiles of rows x tiles of four columns."""
+    column = tl.cast(column, tl.int64)  # column + columns may pass 2^31
     first_group = column // 4
     tiles_across = tl.cdiv((column + columns + 3) // 4 - first_group, BLOCK_GROUPS).to(tl.int32)
     tiles = tl.cdiv(rows, BLOCK_ROWS) * tiles_across

@@ -17,6 +17,7 @@
 #include "common/adam.h"
 #include "common/adam_chunks.h"
 #include "common/rounding.h"
+#include "cuda/runs.h"
 
 namespace sculpt {
 namespace {
@@ -181,11 +182,6 @@ cudaError_t adam(const AdamEntry* entries, int64_t n, const AdamSettings& settin
   return cudaSuccess;
 }
 
-bool adam_runs() {
-  cudaFuncAttributes attributes;
-  const bool runs = cudaFuncGetAttributes(&attributes, step_all) == cudaSuccess;
-  if (!runs) cudaGetLastError();  // else the next launch would be blamed
-  return runs;
-}
+bool adam_runs() { return has_code(step_all); }
 
 }  // namespace sculpt

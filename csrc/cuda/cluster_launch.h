@@ -8,6 +8,7 @@
 #include <tuple>
 
 #include "common/side_panels.h"
+#include "cuda/runs.h"
 
 namespace sculpt {
 
@@ -24,7 +25,7 @@ inline cudaError_t active_clusters(const void* kernel, const SidePanels& plan, i
         cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(kSharedBytes));
     if (error == cudaSuccess) error = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
     if (error == cudaSuccess) error = cudaOccupancyMaxActiveClusters(&found, kernel, &config);
-    if (error != cudaSuccess) return error;
+    if (error != cudaSuccess) return cleared(error);
   }
   clusters = found;
   return cudaSuccess;

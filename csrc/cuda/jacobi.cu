@@ -20,6 +20,7 @@
 
 #include "common/jacobi.h"
 #include "cuda/column.h"
+#include "cuda/runs.h"
 
 namespace sculpt {
 namespace {
@@ -341,6 +342,8 @@ int64_t jacobi_bytes(int q, bool both) {
   return 4 * floats;
 }
 
+bool jacobi_runs() { return has_code(kernel_of<true>(kJacobiMaxSize)); }
+
 JacobiRoom jacobi_room(int q) {
   int device = 0, bytes = 0;
   cudaError_t error = cudaGetDevice(&device);
@@ -354,7 +357,8 @@ cudaError_t jacobi_svd(const float* input, float* u, float* s, float* v, float* 
   if (q < 1 || q > kJacobiMaxSize || batch < 1 || batch > 0x7fffffff) return cudaErrorInvalidValue;
   const Kernel kernel = both ? kernel_of<true>(q) : kernel_of<false>(q);
   const int bytes = static_cast<int>(jacobi_bytes(q, both));
-  const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+  const cudaError_t error =
+      cleared(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
   if (error != cudaSuccess) return error;
   kernel<<<static_cast<unsigned>(batch), 32 * warps_of(q), static_cast<size_t>(bytes), stream>>>(input, u, s, v, scratch,
                                                                                               q);

@@ -9,6 +9,9 @@ namespace sculpt {
 // What shared memory a block of this device needs for q x q matrices; with `both`, the second factor lies there too.
 int64_t jacobi_bytes(int q, bool both);
 
+// Whether the build has code for the current device.
+bool jacobi_runs();
+
 // Whether the current device's blocks have room for the second factor, and for the first.
 struct JacobiRoom {
   cudaError_t error;

@@ -45,11 +45,22 @@ std::tuple<Tensor, Tensor, Tensor> jacobi_svd(const Tensor& input) {
   return {u, s, v};
 }
 
+bool jacobi_runs(int64_t device) {
+  const torch::stable::accelerator::DeviceGuard guard(static_cast<int32_t>(device));
+  return sculpt::jacobi_runs();
+}
+
 }  // namespace
 }  // namespace sculpt::cuda
 
 STABLE_TORCH_LIBRARY_FRAGMENT(sculpt, m) {
   m.def("_cuda_jacobi_svd(Tensor input) -> (Tensor U, Tensor S, Tensor V)");
+  m.def("_cuda_jacobi_runs(int device) -> bool");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(sculpt, CUDA, m) { m.impl("_cuda_jacobi_svd", TORCH_BOX(&sculpt::cuda::jacobi_svd)); }
+
+// No tensor among its arguments tells a device.
+STABLE_TORCH_LIBRARY_IMPL(sculpt, CompositeExplicitAutograd, m) {
+  m.impl("_cuda_jacobi_runs", TORCH_BOX(&sculpt::cuda::jacobi_runs));
+}

@@ -181,6 +181,20 @@ void project_sides_(Tensor entries, int64_t panels, bool right, int64_t form, in
   STD_TORCH_CHECK(error == cudaSuccess, kSidesOp, ": length ", length, ", rank ", r, ": ", cudaGetErrorString(error));
 }
 
+bool both_runs(int64_t device) {
+  const torch::stable::accelerator::DeviceGuard guard(static_cast<int32_t>(device));
+  return sculpt::both_runs();
+}
+
+// Also whether the device has room for the clusters: GPCs may be cut smaller than 16 multiprocessors.
+bool side_runs(int64_t device, bool right, int64_t form, int64_t length, int64_t extent, int64_t r) {
+  const torch::stable::accelerator::DeviceGuard guard(static_cast<int32_t>(device));
+  BothDevice facts;
+  if (both_device(&facts) != cudaSuccess || facts.major != 9) return false;
+  const BasisForm of = form_of("_cuda_side_runs", form);
+  return sculpt::side_runs(right, of, side_panels(length, extent, r, of, facts.multiprocessors)) == cudaSuccess;
+}
+
 }  // namespace
 }  // namespace sculpt::cuda
 
@@ -193,10 +207,18 @@ STABLE_TORCH_LIBRARY_FRAGMENT(sculpt, m) {
       "int r, Tensor(a!) out) -> ()");
   // What it writes, the entries point to.
   m.def("_cuda_project_sides_(Tensor entries, int panels, bool right, int form, int length, int r) -> ()");
+  m.def("_cuda_both_runs(int device) -> bool");
+  m.def("_cuda_side_runs(int device, bool right, int form, int length, int extent, int r) -> bool");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(sculpt, CUDA, m) {
   m.impl("_cuda_project_", TORCH_BOX(&sculpt::cuda::project_));
   m.impl("_cuda_side_entries", TORCH_BOX(&sculpt::cuda::side_entries));
   m.impl("_cuda_project_sides_", TORCH_BOX(&sculpt::cuda::project_sides_));
+}
+
+// No tensor among their arguments tells a device.
+STABLE_TORCH_LIBRARY_IMPL(sculpt, CompositeExplicitAutograd, m) {
+  m.impl("_cuda_both_runs", TORCH_BOX(&sculpt::cuda::both_runs));
+  m.impl("_cuda_side_runs", TORCH_BOX(&sculpt::cuda::side_runs));
 }

@@ -23,6 +23,7 @@
 
 #include "cuda/both_thin.h"
 #include "cuda/row_panels.h"
+#include "cuda/runs.h"
 
 namespace sculpt {
 namespace {
@@ -221,7 +222,7 @@ cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, int64_t bytes, int6
   config.stream = stream;
   config.attrs = &attribute;
   config.numAttrs = cluster > 1 ? 1 : 0;
-  return cudaLaunchKernelEx(&config, kernel, arguments...);
+  return cleared(cudaLaunchKernelEx(&config, kernel, arguments...));
 }
 
 // Fewer blocks below each other where the GPU holds fewer clusters than its multiprocessors have room for (a GPC may be
@@ -241,7 +242,7 @@ cudaError_t limit_chunks(Pass& thin, Kernel kernel, int64_t cluster, int64_t m) 
   config.attrs = &attribute;
   config.numAttrs = 1;
   int clusters = 0;
-  error = cudaOccupancyMaxActiveClusters(&clusters, kernel, &config);
+  error = cleared(cudaOccupancyMaxActiveClusters(&clusters, kernel, &config));
   if (error != cudaSuccess) return error;
   if (clusters < 1) return cudaErrorInvalidConfiguration;
   const int64_t most = std::max<int64_t>(1, clusters * cluster / thin.slices);
@@ -255,6 +256,8 @@ cudaError_t limit_chunks(Pass& thin, Kernel kernel, int64_t cluster, int64_t m) 
 dim3 blocks(int64_t x, int64_t y = 1) { return dim3(static_cast<unsigned>(x), static_cast<unsigned>(y)); }
 
 }  // namespace
+
+bool both_runs() { return has_code(split); }
 
 cudaError_t both_device(BothDevice* device) {
   int index = 0, multiprocessors = 0, bytes = 0, major = 0;

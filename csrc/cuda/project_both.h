@@ -18,6 +18,9 @@ struct BothBases {
 // The current GPU, as `both_panels` asks for it.
 cudaError_t both_device(BothDevice* device);
 
+// Whether the build has code for the current device.
+bool both_runs();
+
 // G = (I - L Lᵀ) G (I - R Rᵀ), with `block` G -= L Lᵀ G R Rᵀ: G bfloat16 (m x n), all contiguous and aligned to 16 bytes.
 // `plan` is `both_panels` of these shapes on the current GPU, `scratch` its bytes, aligned to 256.
 cudaError_t project_both(void* grad, const BothBases& bases, int64_t m, int64_t n, bool block, const BothPanels& plan,

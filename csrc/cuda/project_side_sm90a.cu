@@ -19,8 +19,7 @@
 // at rank 16 and 1.2 to 1.6 times at 64 with a bfloat16 basis, on an H200 1.2 to 1.6 and 1.4 to 1.9; cuBLAS 2.1 to 2.5. With a
 // metric it has not run on a GPU, and dispatch does not choose it.
 //
-// With a float16 G and U it computes the same, coefficients above 65504 becoming infinite as in the plain expression; that
-// has not run on a GPU either.
+// With a float16 G and U the same, coefficients above 65504 becoming infinite as in the plain expression; not run either.
 //
 // Not for ranks above 128 (64 with a float32 basis), rows of G that do not begin at multiples of 16 bytes, or panels too long
 // for the shared memory of 16 blocks (`side_panels`). Dispatch has library products from rank 65 on, and for one side of
@@ -317,6 +316,7 @@ template <int RANKS, BasisForm FORM, bool RIGHT, int WIDE>
 __global__ void __launch_bounds__(threads_of(RANKS, FORM), 1)
     project_side(const __grid_constant__ SideEntry one, const SideEntry* list, int panels,
                  const __grid_constant__ Sizes size) {
+#ifdef SCULPT_SM90A
   // Rows of 128 bytes change their pieces by the address, so arrays begin at multiples of 1024.
   extern __shared__ __align__(1024) unsigned char memory[];
   using Of = Side<RANKS, FORM, RIGHT, WIDE>;
@@ -419,6 +419,7 @@ __global__ void __launch_bounds__(threads_of(RANKS, FORM), 1)
   }
   // No block ends while others may write its memory.
   cluster_barrier();
+#endif
 }
 
 using Kernel = decltype(&project_side<16, BasisForm::kBFloat16, false, 32>);
@@ -437,9 +438,8 @@ Kernel kernel_of(int64_t ranks) {
 
 template <BasisForm FORM>
 Kernel kernel_of(const SidePanels& plan, bool right) {
-  const int64_t ranks = plan.ranks;
-  if (right) return plan.width == 16 ? kernel_of<FORM, true, 16>(ranks) : kernel_of<FORM, true, 32>(ranks);
-  return plan.width == 16 ? kernel_of<FORM, false, 16>(ranks) : kernel_of<FORM, false, 32>(ranks);
+  if (right) return plan.width == 16 ? kernel_of<FORM, true, 16>(plan.ranks) : kernel_of<FORM, true, 32>(plan.ranks);
+  return plan.width == 16 ? kernel_of<FORM, false, 16>(plan.ranks) : kernel_of<FORM, false, 32>(plan.ranks);
 }
 
 Kernel kernel_of(const SidePanels& plan, BasisForm form, bool right) {
@@ -453,6 +453,7 @@ Kernel kernel_of(const SidePanels& plan, BasisForm form, bool right) {
 
 cudaError_t prepare(bool right, BasisForm form, const SidePanels& plan, cudaStream_t stream, ClusterLaunch& launch,
                     Kernel& kernel) {
+  if (!built_for_sm90a()) return cudaErrorNoKernelImageForDevice;
   kernel = plan.fits ? kernel_of(plan, form, right) : nullptr;
   if (kernel == nullptr) return cudaErrorInvalidValue;
   return launch.prepare(reinterpret_cast<const void*>(kernel), plan, threads_of(plan.ranks, form), stream);
@@ -467,7 +468,7 @@ cudaError_t project(const SideEntry& one, const SideEntry* list, int64_t panels,
   const Sizes size{static_cast<int>(plan.rows), static_cast<int>(plan.cluster), static_cast<int>(plan.owned),
                    static_cast<int>(plan.slots), static_cast<int>(plan.stages),
                    static_cast<int>(box_rows(plan, right))};
-  return cudaLaunchKernelEx(&launch.config, kernel, one, list, static_cast<int>(panels), size);
+  return cleared(cudaLaunchKernelEx(&launch.config, kernel, one, list, static_cast<int>(panels), size));
 }
 
 }  // namespace

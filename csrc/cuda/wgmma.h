@@ -5,7 +5,24 @@
 
 #include <cstdint>
 
+// Architecture 9.0a alone has them: a kernel's body stands between #ifdef SCULPT_SM90A and #endif, so that other
+// architectures, for the kernels that have use of them, may be compiled beside it.
+#if !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
+#define SCULPT_SM90A
+#elif __CUDA_ARCH__ == 900
+#error "wanted architecture 9.0a in place of 9.0 (TORCH_CUDA_ARCH_LIST), which has no wgmma: kernels would do nothing"
+#endif
+
 namespace sculpt {
+
+// Whether it was compiled for 9.0a: the empty code of others must not be launched, as that of 8.0+PTX would on Hopper.
+inline bool built_for_sm90a() {
+#ifdef __CUDA_ARCH_LIST__
+  for (int architecture : {__CUDA_ARCH_LIST__})
+    if (architecture == 900) return true;
+#endif
+  return false;
+}
 
 // An operand stored by rows of W numbers (16, 32 or 64), `swizzled<W>`, from a multiple of 1024 bytes on; eight rows
 // after eight rows. Whether the rows run along K or along the other dimension is said with the product. The two low bits

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .. import _host
 
-__all__ = ["BasisForm", "CudaFacts", "basis_form", "cuda_facts", "why_not_cuda", "why_not_sides"]
+__all__ = ["MANY", "BasisForm", "CudaFacts", "basis_form", "cuda_facts", "why_not_cuda", "why_not_sides"]
 
 # Of csrc/common/side_panels.h and both_panels.h.
 _MAX_RANK = 128
@@ -19,6 +19,8 @@ _MAX_SIDE_RANK_FLOAT32 = 64
 _ALIGNMENT = 16
 # Of 16 bits in 16 bytes.
 _NUMBERS = 8
+# Columns, or rows, of all matrices of a list: there are panels for all multiprocessors.
+MANY = 2**30
 
 
 class BasisForm(IntEnum):
@@ -62,6 +64,10 @@ def cuda_facts(index: int | None) -> CudaFacts:
     return CudaFacts(capability, properties.multi_processor_count, int(shared))
 
 
+def _index(tensor: Tensor) -> int | None:
+    return tensor.device.index if tensor.is_cuda else None
+
+
 def _not_plain(name: str, tensor: Tensor) -> str | None:
     if tensor.is_contiguous() and tensor.data_ptr() % _ALIGNMENT == 0:
         return None
@@ -98,6 +104,17 @@ def _side_fits(length: int, extent: int, r: int, form: BasisForm, gpu: CudaFacts
     return _host.side_panels(length, extent, r, form, gpu.multiprocessors) is not None
 
 
+# An H100, for None, runs both.
+@cache
+def _both_runs(index: int | None) -> bool:
+    return index is None or bool(torch.ops.sculpt._cuda_both_runs(index))
+
+
+@cache
+def _side_runs(index: int | None, right: bool, length: int, extent: int, r: int, form: BasisForm) -> bool:
+    return index is None or bool(torch.ops.sculpt._cuda_side_runs(index, right, form, length, extent, r))
+
+
 def _why_not_sides(
     m: int,
     n: int,
@@ -105,9 +122,12 @@ def _why_not_sides(
     right: Tensor | None,
     left_metric: Tensor | None,
     right_metric: Tensor | None,
-    gpu: CudaFacts,
+    index: int | None,
+    listed: bool = False,
 ) -> str | None:
-    """Why the sides that there are cannot go through the kernel of one side, one after the other."""
+    """Why the sides that there are cannot go through the kernel of one side, one after the other, on GPU `index`.
+    listed: with others in one launch."""
+    gpu = cuda_facts(index)
     if gpu.capability != 90:
         return "wanted a GPU of capability 9.0 for one side"
     if n % _NUMBERS:
@@ -124,6 +144,12 @@ def _why_not_sides(
             return (
                 f"{name}: wanted a rank of 1 to {most} whose rows fit the shared memory of a cluster, given "
                 f"{length} rows and rank {basis.shape[1]}"
+            )
+        # What a launch of many takes is what its matrix of the largest rank would take there.
+        if not _side_runs(index, name == "right", length, MANY if listed else extent, basis.shape[1], form):
+            return (
+                f"{name}: wanted code for this GPU (TORCH_CUDA_ARCH_LIST=9.0a) and room for the cluster of blocks that "
+                f"{length} rows take"
             )
     return None
 
@@ -161,10 +187,10 @@ def why_not_sides(
     left_metric: Tensor | None = None,
     right_metric: Tensor | None = None,
 ) -> str | None:
-    """Why the sides that there are cannot go through the kernel of one side, one after the other; None if they can."""
-    facts = cuda_facts(grad.device.index if grad.is_cuda else None)
+    """Why the sides that there are cannot go through the kernel of one side, in launches of many matrices; None if they
+    can. Only where the kernels are there."""
     thin = left, right, left_metric, right_metric
-    return _not_given(grad, *thin) or _why_not_sides(grad.shape[0], grad.shape[1], *thin, facts)
+    return _not_given(grad, *thin) or _why_not_sides(grad.shape[0], grad.shape[1], *thin, _index(grad), listed=True)
 
 
 def why_not_cuda(
@@ -177,7 +203,7 @@ def why_not_cuda(
     left_metric: Tensor | None = None,
     right_metric: Tensor | None = None,
 ) -> str | None:
-    """Why the CUDA C++ kernels cannot project ``grad`` in place; None if they can.
+    """Why the CUDA C++ kernels, where they are there, cannot project ``grad`` in place; None if they can.
 
     All that csrc/cuda/ops.cpp refuses, asked before the call: a C++ exception out of a library built against the
     headers of torch 2.11 ended the process in place of raising.
@@ -191,8 +217,8 @@ def why_not_cuda(
     if block and (left is None or right is None):
         return "block: wanted only with both bases, given with one"
     m, n = grad.shape
-    facts = cuda_facts(grad.device.index if grad.is_cuda else None)
-    why = _why_not_sides(m, n, left, right, left_metric, right_metric, facts)
+    facts = cuda_facts(_index(grad))
+    why = _why_not_sides(m, n, left, right, left_metric, right_metric, _index(grad))
     if not block and why is None:
         return None
     if left is None or right is None:
@@ -205,6 +231,8 @@ def why_not_cuda(
         return f"keep_left, keep_right: with both bases wanted only where each side by itself can run: {why}"
     if facts.capability < 80:
         return "wanted a GPU of capability 8.0 or later"
+    if not _both_runs(_index(grad)):
+        return f"wanted code for a GPU of capability {facts.capability / 10} (TORCH_CUDA_ARCH_LIST), there is none"
     ranks = left.shape[1], right.shape[1]
     split = torch.float32 in (left.dtype, right.dtype)
     if not _both_fit(m, n, *ranks, split, block, facts):

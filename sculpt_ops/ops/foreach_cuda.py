@@ -80,6 +80,12 @@ def plan_call(
 
     weighed = {i for i in range(len(grads)) if any(metric is not None for metric in metrics_of(i))}
 
+    def listable(i: int) -> bool:
+        """By CUDA C++, in a launch of many."""
+        if block or cuda_missing() is not None:
+            return False
+        return why_not_sides(grads[i], lefts[i], rights[i], *metrics_of(i)) is None
+
     def flags(i: int) -> tuple[bool, bool, bool]:
         return bool(keep_lefts) and keep_lefts[i], bool(keep_rights) and keep_rights[i], block
 
@@ -103,12 +109,7 @@ def plan_call(
             for i, backend in rest
             if backend == "cublas" and i not in weighed and is_product(grads[i], lefts[i], rights[i])
         ]
-        listable = not block and cuda_missing() is None
-        sides = [
-            i
-            for i, backend in rest
-            if backend == "cuda" and listable and why_not_sides(grads[i], lefts[i], rights[i], *metrics_of(i)) is None
-        ]
+        sides = [i for i, backend in rest if backend == "cuda" and listable(i)]
         listed = {*products, *sides}
         if forced is not None:  # before anything is written
             for i in places:
@@ -146,7 +147,7 @@ def plan_call(
                 basis_dtype,
                 batch=len(candidates),
                 gpu=gpu_of(device.index),
-                cuda=cuda_missing() is None,
+                cuda=listable(i) or (block and cuda_missing() is None),
                 block=block,
             )
             == "triton"

@@ -2,11 +2,12 @@
 
 The small factor of ``rsvd``, for many layers at once: torch's library SVD on CUDA takes such matrices one after the
 other, waits for the device, and cannot be captured in a CUDA graph. The arithmetic is in ``csrc/common/jacobi.h``.
-Where the CUDA C++ kernels were not built, CUDA tensors take the library's SVD.
+Where the CUDA C++ kernels were not built, or not for the GPU, CUDA tensors take the library's SVD.
 """
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -60,9 +61,15 @@ def jacobi_svd(input: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return triplets
 
 
-def jacobi_on_gpu(dtype: torch.dtype, q: int) -> bool:
-    """Whether the SVD of q x q factors of this dtype on CUDA is the kernel's, which a CUDA graph can hold."""
-    return dtype is torch.float32 and q <= MAX_SIZE and cuda_missing() is None
+@cache
+def _has_code(index: int | None) -> bool:
+    """Whether the CUDA C++ kernel, where it is there, was built for GPU `index`; None is a tensor on no GPU."""
+    return index is None or bool(torch.ops.sculpt._cuda_jacobi_runs(index))
+
+
+def jacobi_on_gpu(dtype: torch.dtype, q: int, device: torch.device) -> bool:
+    """Whether the SVD of q x q factors of this dtype on a GPU is the kernel's, which a CUDA graph can hold."""
+    return dtype is torch.float32 and q <= MAX_SIZE and cuda_missing() is None and _has_code(device.index)
 
 
 def _check(input: Tensor) -> None:
@@ -79,7 +86,7 @@ def _check(input: Tensor) -> None:
 
 def _jacobi_svd_cuda(input: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     _check(input)
-    if not jacobi_on_gpu(input.dtype, input.shape[-1]):
+    if not jacobi_on_gpu(input.dtype, input.shape[-1], input.device):
         return reference.jacobi_svd(input)
     U, S, V = torch.ops.sculpt._cuda_jacobi_svd(input)
     return U, S, V

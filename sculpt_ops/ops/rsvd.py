@@ -71,7 +71,7 @@ def rsvd(
     # Not while exporting, which would take the smaller of the two for the only one.
     if not torch.compiler.is_compiling() and is_capturing(matrix.device):
         width = min(rank + oversample, *matrix.shape[-2:])
-        if not jacobi_on_gpu(torch.promote_types(matrix.dtype, torch.float32), width):
+        if not jacobi_on_gpu(torch.promote_types(matrix.dtype, torch.float32), width, matrix.device):
             raise RuntimeError(
                 "rsvd: matrix: given during CUDA graph capture, wanted a call outside it: the library's decompositions "
                 "synchronise; sketch and orthonormalize can be captured"

@@ -15,14 +15,12 @@ from torch import Tensor
 
 from .. import _host
 from ..triton_kernels.tables import upload
-from .cuda_limits import BasisForm, basis_form, cuda_facts
+from .cuda_limits import MANY, BasisForm, basis_form, cuda_facts
 
 __all__ = ["Located", "SideList", "side_lists"]
 
 # Room for one entry: sculpt::SideEntry of csrc/cuda/project_side.h.
 _ENTRY_BYTES = 256
-# The plan of a list does not depend on its panels; they are as many as there are multiprocessors for.
-_MANY = 2**30
 
 
 class SideList(NamedTuple):
@@ -100,7 +98,7 @@ def side_lists(
     for (right, form, length, device), members in alike.items():
         places_of = tuple(i for i, _ in members)
         rank = max(basis.shape[1] for _, basis in members)
-        plan = _host.side_panels(length, _MANY, rank, form, cuda_facts(device.index).multiprocessors)
+        plan = _host.side_panels(length, MANY, rank, form, cuda_facts(device.index).multiprocessors)
         assert plan is not None, (length, rank, form)
         across = [grads[i].shape[0 if right else 1] for i in places_of]
         lists.append(

@@ -165,7 +165,7 @@ def backend_of(grad: Tensor, left: Tensor | None, right: Tensor | None, block: b
         batch=matrices * grad.shape[:-2].numel(),
         gpu=gpu_of(grad.device.index if grad.is_cuda else None),
         triton=triton_missing() is None,
-        cuda=cuda_missing() is None,
+        cuda=grad.dim() == 2 and cuda_missing() is None,  # of batches it has nothing, Triton has
         block=block,
     )
 

@@ -70,6 +70,18 @@ def test_kernels_compile_without_spills(source: Path, tmp_path: Path) -> None:
         assert not re.search(r"(?<!\.)\b(atom|red)\.", ptx)
 
 
+@pytest.mark.parametrize(("architecture", "words"), [("80", ""), ("100a", ""), ("90", "wanted architecture 9.0a")])
+def test_hopper_kernels_are_empty_or_refused_elsewhere(architecture: str, words: str, tmp_path: Path) -> None:
+    """So that one build has code for several GPUs; that of 9.0 would do nothing on Hopper."""
+    target = f"-gencode=arch=compute_{architecture},code=sm_{architecture}"
+    source = str(CUDA / "project_side_sm90a.cu")
+    command = ["nvcc", "-cubin", target, *FLAGS, "-Xptxas", "-v", source, "-o", str(tmp_path / "side.cubin")]
+    run = subprocess.run(command, capture_output=True, text=True)
+    assert (run.returncode == 0) == (not words), run.stderr
+    assert words in run.stderr
+    assert max([int(x) for x in re.findall(r"Used (\d+) registers", run.stderr)], default=0) <= 16
+
+
 @pytest.mark.parametrize("source", sorted(CUDA.glob("*.cpp")), ids=lambda path: path.name)
 def test_the_ops_compile_against_torch(source: Path, tmp_path: Path) -> None:
     """Stable ABI alone, and refusals before anything is launched."""

@@ -263,6 +263,56 @@ def test_a_length_that_fits_no_cluster_goes_to_another_variant() -> None:
     assert variants.why_not_cuda(grad, None, right, False, False, False) is None
 
 
+def test_a_gpu_without_room_for_a_cluster_gets_another_variant(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As GPCs of less than 16 multiprocessors are; and a build that has no code for the GPU."""
+    grad, left, right = half_case()
+    asked = []
+
+    def runs(index: int | None, right: bool, length: int, extent: int, r: int, form: Any) -> bool:
+        asked.append((right, length, extent, r))
+        return not right
+
+    monkeypatch.setattr(cuda_limits, "_side_runs", runs)
+    assert variants.why_not_cuda(grad, left, None, False, False, False) is None
+    why = variants.why_not_cuda(grad, None, right, False, True, False)
+    assert "right: wanted code for this GPU (TORCH_CUDA_ARCH_LIST=9.0a) and room for the cluster" in (why or "")
+    assert "right: wanted code" in (cuda_limits.why_not_sides(grad, left, right) or "")
+    of_list = cuda_limits.MANY
+    assert asked == [(False, 512, 640, 64), (True, 640, 512, 32), (False, 512, of_list, 64), (True, 640, of_list, 32)]
+    assert (
+        variants.why_not_cuda(grad, left, right, False, False, False) is None
+    )  # both sides have a kernel of their own
+    monkeypatch.setattr(cuda_limits, "_both_runs", lambda index: False)
+    why = variants.why_not_cuda(grad, left, right, False, False, False)
+    assert "wanted code for a GPU of capability 9.0" in (why or "")
+
+
+def test_batches_are_not_sent_to_kernels_of_single_matrices(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(variants, "cuda_missing", lambda: None)
+    grad, left = torch.zeros(16, 576, 576, dtype=torch.bfloat16), torch.zeros(576, 16, dtype=torch.bfloat16)
+    assert variants.backend_of(grad[0], left, None, False, 16) == "cuda"
+    assert variants.backend_of(grad, left, None, False) == "triton"
+
+
+def test_lists_with_batches_are_checked_anew_where_their_shapes_change(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SCULPT_BACKEND", "cublas")
+    store, first = gaussian(4 * 64 * 64, dtype=torch.float32), gaussian(64, 64, dtype=torch.float32)
+    left, other = (orthonormal(64, 8, torch.float32, seed=seed) for seed in (1, 2))
+
+    def project(one: torch.Tensor, two: torch.Tensor) -> None:
+        foreach_cuda.foreach_into([one, two], [other, left], [None, None], (), (), False)
+
+    project(first, store[: 2 * 64 * 64].view(2, 64, 64))
+    before = first.clone()
+    with pytest.raises(ValueError, match="left"):
+        project(first, store[: 2 * 64 * 64].view(2, 32, 128))
+    assert torch.equal(first, before)
+    third = store[2 * 64 * 64 : 3 * 64 * 64].view(64, 64)
+    project(third, store[: 2 * 64 * 64].view(2, 64, 64))
+    with pytest.raises(ValueError, match="share"):
+        project(third, store.view(4, 64, 64))
+
+
 @pytest.mark.parametrize(
     ("facts", "r", "both"),
     [

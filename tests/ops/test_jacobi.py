@@ -158,11 +158,15 @@ def test_what_requires_grad_is_refused() -> None:
 def test_rsvd_takes_it_on_a_gpu_where_it_was_built(monkeypatch: pytest.MonkeyPatch) -> None:
     assert MAX_SIZE == 160
     monkeypatch.setattr("sculpt_ops.ops.jacobi.cuda_missing", lambda: None)
-    assert jacobi_on_gpu(torch.float32, 160)
-    assert not jacobi_on_gpu(torch.float32, 161)
-    assert not jacobi_on_gpu(torch.float64, 80)
+    device = torch.device("cpu")
+    assert jacobi_on_gpu(torch.float32, 160, device)
+    assert not jacobi_on_gpu(torch.float32, 161, device)
+    assert not jacobi_on_gpu(torch.float64, 80, device)
+    monkeypatch.setattr("sculpt_ops.ops.jacobi._has_code", lambda index: index != 1)
+    assert jacobi_on_gpu(torch.float32, 80, torch.device("cuda", 0))
+    assert not jacobi_on_gpu(torch.float32, 80, torch.device("cuda", 1))
     monkeypatch.setattr("sculpt_ops.ops.jacobi.cuda_missing", lambda: "not built")
-    assert not jacobi_on_gpu(torch.float32, 80)
+    assert not jacobi_on_gpu(torch.float32, 80, device)
 
 
 @pytest.mark.parametrize("q", [1, 2, 3, 4, 7, 64, 159, 160])

@@ -323,7 +323,13 @@ def test_philox_words(seed: int, counter: tuple[int, int, int, int]) -> None:
 @pytest.mark.parametrize("flags", [{}, {"rademacher": True}, {"transpose": True}], ids=str)
 @pytest.mark.parametrize(
     ("shape", "q", "row", "column"),
-    [((70, 90), 18, 0, 0), ((2, 3, 5, 70), 21, 2**31, 3), ((1, 66), 5, 2**32 - 66, 2**34 - 5)],
+    [
+        ((70, 90), 18, 0, 0),
+        ((2, 3, 5, 70), 21, 2**31, 3),
+        ((1, 66), 5, 2**32 - 66, 2**34 - 5),
+        # Two tiles of rows; the last column is above 2^31.
+        ((1, 200), 24, 0, 2**31 - 8),
+    ],
     ids=str,
 )
 def test_test_matrix_is_the_twin_to_the_bit(
