@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-__all__ = ["replacing"]
+__all__ = ["check_folder", "replacing"]
 
 
 @contextmanager
@@ -22,3 +22,11 @@ def replacing(path: Path, *, shared: bool = False) -> Iterator[Path]:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def check_folder(path: str | Path, argument: str) -> None:
+    """FileExistsError, which begins with `argument`, where `path` is no folder and cannot become one."""
+    path = Path(path)
+    there = next((each for each in (path, *path.absolute().parents) if each.exists()), None)
+    if there is not None and not there.is_dir():
+        raise FileExistsError(f"{argument}: {there} is a file, wanted a folder")

@@ -24,6 +24,7 @@ from typing import Any
 import torch
 
 from .. import ops
+from ..files import check_folder
 from .projections import Case, cases, projections
 from .report import WHICH, write_report
 from .rows import Row, Setting, basis, decompositions, models, optimizer_step, small_svds
@@ -210,6 +211,12 @@ def main(arguments: list[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     if not given.dry_run and given.device != "cpu" and not torch.cuda.is_available():
         parser.error("no GPU visible to torch; --dry-run tries the machinery on the CPU")
+    try:
+        check_folder(given.output, "--output")
+    except OSError as error:
+        parser.error(str(error))
+    if given.seconds <= 0 or min(given.rank, default=1) < 1:
+        parser.error(f"--seconds, --rank: given {given.seconds:g} and {given.rank}, wanted more than 0")
     device = torch.device("cpu" if given.dry_run else given.device or "cuda")
     if given.repeat is not None:
         different = repeat(device, given.repeat)

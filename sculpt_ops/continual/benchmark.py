@@ -68,7 +68,7 @@ def read_benchmark_task(folder: str | Path) -> Task:
     if kind not in INSTRUCTIONS:
         raise ValueError(f"{folder}: the parent folder names the type, got {kind}, wanted {', '.join(INSTRUCTIONS)}")
     options = read_json(folder / "labels.json")
-    if not isinstance(options, list) or not all(isinstance(option, str) for option in options):
+    if not isinstance(options, list) or not options or not all(isinstance(option, str) for option in options):
         raise ValueError(f"{folder / 'labels.json'}: wanted a list of answers")
     parts = {part: _read_instances(folder / f"{part}.json", kind, options) for part in ("train", "test")}
     train, test = parts["train"], parts["test"]
@@ -84,11 +84,17 @@ def read_benchmark_task(folder: str | Path) -> Task:
         note = _split_note("test.json", train, test)
     else:
         note = shared_note(train, test)
+    if not train or not test:
+        there = "train" if (folder / "train.json").exists() else "test"
+        raise ValueError(
+            f"{folder / there}.json: {len(train) + len(test)} rows are too few to hold some out, and there is no other "
+            "file; wanted 4 or more"
+        )
     return Task(folder.resolve().name, train, test, options, note)
 
 
 def _split_note(file: str, train: Sequence[Example], test: Sequence[Example]) -> str:
-    by = " by passage" if train[0].group is not None else ""
+    by = " by passage" if any(row.group is not None for row in (*train, *test)) else ""
     return f"only {file} is there: shuffled{by} (seed {SPLIT_SEED}), {len(train)} rows to train, {len(test)} to test"
 
 

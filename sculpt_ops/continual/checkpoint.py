@@ -80,13 +80,26 @@ class Saved:
     def _from_model(self) -> bool:
         return self._start.name != "start"
 
+    @property
+    def _go_back(self) -> str:
+        """What helps where the subspaces of a task are damaged: its start does without."""
+        task = self.folder.parent
+        return _EARLIER.format(task / "step-*" if (task / "start").is_dir() else task)
+
     def result(self, output: Path) -> RunResult:
         """The run at the end of the task before, or later: with its answers, if there are some already."""
-        latest = RunResult.load(output) if (output / RUN_FILE).exists() else None
-        if latest is not None and len(latest.learned) == self.task:
-            return latest
-        if self.task == 0:
-            raise ValueError(f"resume: {output / RUN_FILE} is missing, which {self.folder} goes on from")
+        damaged = None
+        if (output / RUN_FILE).exists():
+            try:
+                latest = RunResult.load(output)
+            except ValueError as error:
+                damaged = error
+            else:
+                if len(latest.learned) == self.task:
+                    return latest
+        if self.task == 0 or (damaged is not None and not (self._start / RUN_FILE).exists()):
+            why = damaged or f"{output / RUN_FILE} is missing"
+            raise ValueError(f"resume: {why}, which {self.folder} goes on from; name another output")
         return replace(RunResult.load(self._start).until(self.task), output=str(output))
 
     def load_weights(self, model: PreTrainedModel, world: World) -> None:
@@ -122,10 +135,10 @@ class Saved:
             record = json.loads(setup.read_text(encoding="utf-8"))
             seconds, size = float(record["derive_seconds"]), record["subspaces_bytes"]
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"resume: {setup} is damaged ({error}); {_EARLIER.format(self.folder.parent)}") from error
+            raise ValueError(f"resume: {setup} is damaged ({error}); {self._go_back}") from error
         if size is None:
             return None, seconds
-        _check_sizes(self.folder.parent, {path.name: size}, _EARLIER.format(self.folder.parent))
+        _check_sizes(self.folder.parent, {path.name: size}, self._go_back)
         return Subspaces.load(path, model), seconds
 
 

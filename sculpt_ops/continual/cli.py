@@ -10,6 +10,7 @@ from typing import Annotated, Any, get_args
 
 import typer
 
+from ..files import check_folder
 from ..layer import Sides, check_sides
 from ..ranks import Importance
 from .config import MOMENT_DTYPES, OTHERS, TrainConfig
@@ -147,6 +148,8 @@ def inspect(
             raise ValueError("protect: got none, there is nothing to inspect")
         if isinstance(share, str | Importance):
             raise ValueError(f"protect: got {protect}, which depends on tasks; wanted a share, or such as schedule:2:5")
+        if output is not None:
+            check_folder(output, "output")
         opened = open_weights(model, trust_remote_code=trust_remote_code)
         subspaces = Subspaces.from_model(opened, protect=share, sides=check_sides(sides), targets=targets)
         if output is None:

@@ -237,7 +237,7 @@ class TrainConfig:
         default=None,
         metadata=about(
             "Files that the model is measured on before the first task and after the last: text for its perplexity, "
-            ".jsonl of multiple-choice questions; may be given repeatedly."
+            ".jsonl of multiple-choice questions (question, options, answer); may be given repeatedly."
         ),
     )
     ability_items: int | None = field(default=None, metadata=about("Questions of each such file.", least=1))
@@ -302,6 +302,8 @@ class TrainConfig:
         return range(row) if self.eval_rows == "seen" else range(row - 1, row)
 
     def _check_combinations(self) -> None:
+        if self.seed >= 2**31:
+            raise ValueError(f"seed: got {self.seed}, wanted less than 2^31")
         if self.sequence is not None and (self.order is not None or len(self.tasks) != 1):
             other = f"order {','.join(self.order)}" if self.order is not None else f"{len(self.tasks)} tasks"
             raise ValueError(f"sequence: got {self.sequence!r} with {other}, wanted one folder of tasks and no order")

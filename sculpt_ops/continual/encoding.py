@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .tasks import Example, Task
+from .tasks import Example, Task, read_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -101,7 +101,7 @@ def encode_text(path: Path, tokenizer: PreTrainedTokenizerBase, length: int, win
     """
     if not path.is_file():
         raise ValueError(f"remember_text: there is no file {path}")
-    ids = tokenizer(path.read_text(encoding="utf-8"), verbose=False)["input_ids"]
+    ids = tokenizer(read_text(path), verbose=False)["input_ids"]
     if len(ids) < 2:
         raise ValueError(f"remember_text: {path} has {len(ids)} tokens, wanted 2 or more")
     length = min(length, len(ids))

@@ -14,11 +14,12 @@ from ..ranks import Fraction, Schedule, SizePolicy
 from ..targets import resolve_targets
 from .config import Protect, TrainConfig, format_protect
 from .distributed import World
-from .encoding import Collator, Encoded, EncodedTask, encode_tasks
+from .encoding import Collator, Encoded, EncodedTask
 from .evaluate import greedy_answers
 from .learn import steps_of
 from .plan import make_plan
-from .prepare import open_for_training, read_tasks, remembered_text, rounding_notes, sequence_notes
+from .prepare import open_for_training, prepare, read_tasks, resumed_at
+from .progress import Progress
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -28,9 +29,9 @@ __all__ = ["Estimate", "TaskEstimate", "estimate"]
 
 @dataclass(frozen=True)
 class TaskEstimate:
-    """tokens: of all its training, prompts and answers. ranks: the smallest and the largest of the protected matrices;
-    None where the weights, the data or what is remembered decide, and for nothing protected. seconds: of training and
-    of evaluation."""
+    """steps, tokens: of all its training, prompts and answers; of a run that is resumed, of what is left. ranks: the
+    smallest and the largest of the protected matrices; None where the weights, the data or what is remembered decide,
+    and for nothing protected. seconds: of training and of evaluation."""
 
     name: str
     train_rows: int
@@ -91,6 +92,7 @@ class Estimate:
 
 def estimate(config: TrainConfig) -> Estimate:
     """Read the tasks, open the model, measure one forward and backward pass and one batch of answers; write nothing.
+    Of a run that is resumed, what is left of it.
 
     Refuses what `train` would refuse before its first step, by the same errors; ValueError under torchrun.
     """
@@ -99,22 +101,26 @@ def estimate(config: TrainConfig) -> Estimate:
     cuda = torch.cuda.is_available() and not config.cpu
     world = World(torch.device("cuda" if cuda else "cpu"))
     tasks = read_tasks(config, world)
-    model, tokenizer, _ = open_for_training(config, world)
-    encoded, cut = encode_tasks(tasks, tokenizer, model, config)
+    opened = open_for_training(config, world)
+    run = prepare(config, world, Progress(True), tasks, opened)
+    model, tokenizer, encoded = run.model, run.tokenizer, run.encoded
     targets = resolve_targets(model, config.targets) if config.protects else {}
     pass_seconds = _pass_seconds(config, model, tokenizer, encoded[0]) if encoded[0].train else 0.0
     item_seconds = _item_seconds(config, model, tokenizer, encoded[0])
     sizes = [min(weight.shape) for weight in targets.values()]
-    remembered_text(config, tokenizer)  # refuses a file that is no text
+    counts = [len(rows.train) for rows in encoded]
+    done, measured = len(run.result.learned), len(run.result.evaluation_seconds)
     made = []
     for index, (task, rows) in enumerate(zip(tasks, encoded, strict=True)):
-        steps = steps_of(config, len(rows.train), world, index)
+        steps = 0 if index < done else steps_of(config, run.method.row_count(config, counts, index), world, index)
+        if run.saved is not None and run.saved.task == index:
+            steps -= run.saved.step or 0
         mean = sum(map(_length, rows.train)) / max(len(rows.train), 1)
         per_step = config.batch_size * config.gradient_accumulation_steps
         policy = _size_policy(config.protect, index + 1, len(tasks)) if config.protects else None
         grows = (index > 0 or config.remember_text is not None) and config.remember is not None
         ranks = None if policy is None or not sizes or grows else [policy.rank_of(size) for size in sizes]
-        answered = sum(index in config.measured_after(row, len(tasks)) for row in range(len(tasks) + 1))
+        answered = sum(index in config.measured_after(row, len(tasks)) for row in range(measured, len(tasks) + 1))
         made.append(
             TaskEstimate(
                 name=task.name,
@@ -140,7 +146,11 @@ def estimate(config: TrainConfig) -> Estimate:
         lr=config.lr,
         memory=_memory(config, encoded),
         tasks=made,
-        notes=[*sequence_notes(config, [task.name for task in tasks]), *rounding_notes(config), *cut],
+        notes=[
+            *([resumed_at(run.saved, run.result.tasks)] if run.result.learned or run.saved is not None else []),
+            *[f"{task.name}: {task.note}" for task in tasks if task.note],
+            *run.result.notes,
+        ],
     )
 
 

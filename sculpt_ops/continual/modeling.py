@@ -125,6 +125,31 @@ def save_model(
     world.on_first("saving the model", write)
 
 
+def check_saved(folder: Path) -> None:
+    """ValueError where a file of what `save_model` wrote is missing or cut short."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        index = folder / "model.safetensors.index.json"
+        names = {"model.safetensors"}
+        if index.exists():
+            names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        for name in sorted(names):
+            if not (folder / name).exists():
+                raise ValueError(f"there is no {name}")
+            try:
+                with safe_open(folder / name, "pt"):
+                    pass
+            except SafetensorError as error:
+                raise ValueError(f"{name}: {error}") from error
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(
+            f"resume: {folder} is damaged ({error}), and its run is finished; its results are in the folder beside it, "
+            "for a model name another output"
+        ) from error
+
+
 def read_about(folder: Path) -> dict[str, Any] | None:
     """What `save_model` was told of the run; None of a model that it did not write."""
     path = folder / ABOUT_FILE

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ..files import check_folder
 from ..names import canonical_parameters
 from ..remember import Remember
 from ..targets import resolve_targets
@@ -24,7 +25,7 @@ from .encoding import Encoded, encode_tasks, encode_text
 from .environment import versions
 from .methods import make_method
 from .methods.sculpt import MEASURED_ROWS
-from .modeling import longest_input, open_model, read_about
+from .modeling import check_saved, longest_input, open_model, read_about
 from .own_text import check_generates
 from .policies import parse_remember
 from .progress import Progress
@@ -37,7 +38,9 @@ from .tasks import Task, hold_out, load_tasks
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["check_finished", "finished_run", "is_resumed", "open_for_training", "prepare", "read_tasks"]
+__all__ = [
+    *("check_finished", "finished_run", "is_resumed", "open_for_training", "prepare", "read_tasks", "resumed_at"),
+]
 
 # The same for every run, whatever its seed, so that runs are compared on the same items.
 SELECTION_SEED = 0
@@ -69,6 +72,7 @@ def check_finished(config: TrainConfig, world: World, tasks: Sequence[Task], don
         raise ValueError(f"resume: the run was started with model={before}, this one has {now}")
     if (state := read_state(Path(config.output))) is not None:
         _check_same_data(state, done.tasks, {task.name: _hash_rows(task) for task in tasks}, state["weights"])
+    check_saved(Path(config.output) / "model")
 
 
 def read_tasks(config: TrainConfig, world: World) -> list[Task]:
@@ -76,8 +80,10 @@ def read_tasks(config: TrainConfig, world: World) -> list[Task]:
     from .hf_trainer import check_reports, check_schedule, training_arguments
 
     output = Path(config.output)
-    if world.first and output.exists():
-        _check_output(output, is_resumed(config))
+    if world.first:
+        check_folder(output, "output")
+        if output.exists():
+            _check_output(output, is_resumed(config))
     check_schedule(config)
     training_arguments(config, str(output), 0)
     check_reports(config)
@@ -165,7 +171,7 @@ def prepare(config: TrainConfig, world: World, progress: Progress, tasks: list[T
             result = replace(
                 earlier, name=result.name, tasks=names, config=settings, versions=result.versions, ability=ability
             )
-            progress.say(_where(saved, names))
+            progress.say(resumed_at(saved, names))
     if world.sharded and any(isinstance(each, Remember) for each in parse_remember(config.remember)):
         raise ValueError(
             f"remember: got {config.remember!r} with FSDP, where no process has the whole weights whose change it is; "
@@ -240,7 +246,8 @@ def is_resumed(config: TrainConfig) -> bool:
     return config.resume or restarted()
 
 
-def _where(saved: Saved | None, names: Sequence[str]) -> str:
+def resumed_at(saved: Saved | None, names: Sequence[str]) -> str:
+    """For people, where a run goes on."""
     if saved is None:
         return "resuming before the first task"
     if saved.task == len(names):
@@ -275,8 +282,8 @@ def _hash_rows(task: Task) -> str:
 
 
 def _check_output(output: Path, resumed: bool) -> None:
-    if not output.is_dir() or (any(output.iterdir()) and not resumed):
-        ours = output.is_dir() and (output / STATE_FILE).exists()
+    if any(output.iterdir()) and not resumed:
+        ours = (output / STATE_FILE).exists()
         advice = f"{resume_command(output)} goes on with its run, or " if ours else ""
         raise FileExistsError(f"output: {output} is there and not empty; {advice}name a new folder")
     if found := leftovers(output):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from ..files import check_folder
 from .markdown import gibibytes, percent, seconds_text, table
 from .metrics import Metrics, difference
 from .plots import draw_accuracy, draw_curves, draw_leak, draw_tradeoff
@@ -42,6 +43,7 @@ def write_report(results: Sequence[RunResult], folder: str | Path) -> Path:
                 f"results: {result.output} learned {', '.join(result.tasks)}; "
                 f"{results[0].output} learned {', '.join(results[0].tasks)}: one report needs the same tasks"
             )
+    check_folder(folder, "output")
     names = _names(results)
     metrics = [result.metrics for result in results]
     folder = Path(folder)
@@ -56,7 +58,7 @@ def write_report(results: Sequence[RunResult], folder: str | Path) -> Path:
     if several and len(results) > 1:
         draw_tradeoff(results, names, folder / TRADEOFF_FILE)
     sections = [
-        _head(results),
+        _head(results, names),
         _summary(names, metrics),
         _differences(results, names),
         _cost(results, names),
@@ -101,7 +103,7 @@ def _names(results: Sequence[RunResult]) -> list[str]:
     ]
 
 
-def _head(results: Sequence[RunResult]) -> str:
+def _head(results: Sequence[RunResult], names: Sequence[str]) -> str:
     first = results[0]
     models = sorted({Path(result.config["model"]).name for result in results})
     seeds = sorted({result.config["seed"] for result in results})
@@ -121,6 +123,12 @@ def _head(results: Sequence[RunResult]) -> str:
     if different:
         values = (f"{key} ({', '.join(str(config.get(key)) for config in configs)})" for key in different)
         lines.append(f"Not trained alike: {'; '.join(values)}.")
+    elsewhere = [name for name, result in zip(names, results, strict=True) if _items(result) != _items(first)]
+    if elsewhere:
+        lines.append(
+            f"**Measured on other rows than {names[0]}: {', '.join(elsewhere)}.** Accuracies of these are not compared "
+            "below, and should not be."
+        )
     lines += sorted({note for result in results for note in result.notes})
     return "\n\n".join(lines)
 
@@ -173,8 +181,7 @@ def _cost(results: Sequence[RunResult], names: Sequence[str]) -> str:
 
 def _differences(results: Sequence[RunResult], names: Sequence[str]) -> str:
     """Paired differences from the first run, where the runs were measured on the same items."""
-    items = [sorted({(p.task, p.item, p.answer) for p in result.predictions}) for result in results]
-    others = [index for index in range(1, len(results)) if items[index] == items[0]]
+    others = [index for index in range(1, len(results)) if _items(results[index]) == _items(results[0])]
     if not others:
         return ""
     rows = []
@@ -184,6 +191,10 @@ def _differences(results: Sequence[RunResult], names: Sequence[str]) -> str:
         rows.append((names[index], *(percent(estimate, signed=True) for estimate in estimates)))
     compared = table(("method", "average accuracy", "backward transfer", "forgetting"), rows)
     return f"### Difference from {names[0]}, in points, paired over the same items\n\n{compared}"
+
+
+def _items(result: RunResult) -> set[tuple[str, int, str]]:
+    return {(entry.task, entry.item, entry.answer) for entry in result.predictions}
 
 
 def _leak_over_time(results: Sequence[RunResult]) -> str:

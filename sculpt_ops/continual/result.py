@@ -193,12 +193,16 @@ class RunResult:
 
     @classmethod
     def load(cls, folder: str | Path) -> RunResult:
-        """Read a run's folder; ValueError if it holds no run."""
+        """Read a run's folder; ValueError if it holds no run, or names the file that is damaged."""
         folder = Path(folder)
+        if not (folder / RUN_FILE).exists():
+            raise ValueError(f"{folder} holds no run of `sculpt train`: there is no {RUN_FILE}")
+        file = PREDICTIONS_FILE
         try:
-            record = json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))
             lines = (folder / PREDICTIONS_FILE).read_text(encoding="utf-8").splitlines()
             rows = [json.loads(line) for line in lines if line]
+            file = RUN_FILE
+            record = json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))
             record["learned"] = [LearnedTask(**_known(LearnedTask, task)) for task in record["learned"]]
             # Written first, and so one row ahead where the run was killed between the two files.
             there = (record["tasks"], len(record["evaluation_seconds"]))
@@ -206,7 +210,7 @@ class RunResult:
             record["predictions"] = [Prediction(**_known(Prediction, row)) for row in rows]
             return cls(**{**_known(cls, record), "output": str(folder)})
         except (OSError, KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{folder} holds no run of `sculpt train` ({error})") from error
+            raise ValueError(f"{folder / file} is missing or damaged ({error})") from error
 
 
 def write_text(path: Path, text: str) -> None:

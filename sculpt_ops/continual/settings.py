@@ -51,10 +51,7 @@ def make_config(
     file = {} if path is None else read_yaml(path)
     named = {name: value for name, value in (flags or {}).items() if value is not None}
     given = file | named
-    for name in given:
-        if name not in FIELDS:
-            near = difflib.get_close_matches(name.replace("-", "_"), FIELDS, n=1)
-            raise ValueError(f"{name}: no such setting{f', did you mean {near[0]}?' if near else ''}")
+    _check_names(given)
     resumed = _read("resume", given.get("resume", False))
     if added and (not resumed or "order" in given):
         instead = "with order, wanted it in there" if resumed else "without resume, wanted it among TASKS"
@@ -143,7 +140,15 @@ def _kept_for(given: Mapping[str, Any]) -> dict[str, Any]:
             f"resume: {output} is of a version that kept no {SETTINGS_FILE}; wanted all that it was started with: "
             f"{_whole_command(output)}"
         )
+    _check_names(kept or {}, f" in {output / SETTINGS_FILE}")
     return kept or {}
+
+
+def _check_names(given: Mapping[str, Any], where: str = "") -> None:
+    for name in given:
+        if name not in FIELDS:
+            near = difflib.get_close_matches(name.replace("-", "_"), FIELDS, n=1)
+            raise ValueError(f"{name}: no such setting{where}{f', did you mean {near[0]}?' if near else ''}")
 
 
 def _whole_command(output: Path) -> str:

@@ -70,6 +70,8 @@ def hold_out(task: Task, items: int, seed: int = 0) -> Task:
 
 def read_text(path: Path) -> str:
     """The content of a file; ValueError, naming it, if it is not UTF-8."""
+    if path.is_dir():
+        raise ValueError(f"{path}: got a folder, wanted a file")
     try:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
@@ -98,7 +100,10 @@ def read_jsonl_task(folder: str | Path) -> Task:
         options = _check_options(read_json(folder / "options.json"), folder / "options.json")
     if (folder / "metric.json").exists():
         metric = read_json(folder / "metric.json")
-        check_metric(metric)
+        try:
+            check_metric(metric)
+        except ValueError as error:
+            raise ValueError(f"{folder / 'metric.json'}: {error}") from error
     train, test = (_read_jsonl(folder / f"{part}.jsonl", options, metric != "exact") for part in ("train", "test"))
     return Task(folder.resolve().name, train, test, options, shared_note(train, test), metric)
 

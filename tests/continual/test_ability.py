@@ -4,13 +4,21 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from sculpt_ops.continual.ability import Choice, measure_ability, multiple_choice, perplexity, read_choices
+from sculpt_ops.continual.ability import (
+    Choice,
+    check_sources,
+    measure_ability,
+    multiple_choice,
+    perplexity,
+    read_choices,
+)
 from sculpt_ops.continual.harness import (
     HARNESS_TASKS,
     harness_arguments,
@@ -31,7 +39,7 @@ ROWS = [
 ]
 
 
-def write(path: Path, rows: list[dict[str, str]]) -> Path:
+def write(path: Path, rows: Sequence[Mapping[str, object]]) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("\n".join(json.dumps(row) for row in rows) + "\n")
     return path
@@ -122,6 +130,23 @@ def test_langtests_files_are_read(tmp_path: Path) -> None:
     ]
 
 
+def test_options_may_be_a_list_and_answers_letters(tmp_path: Path) -> None:
+    rows: list[dict[str, object]] = [
+        {"question": "what ?", "options": ["red", "blue"], "answer": "blue"},
+        {"question": "what ?", "options": ["red", "blue"], "answer": "A"},
+        # The text of an option goes before the letter of another.
+        {"question": "what ?", "options": ["B", "A"], "answer": "A"},
+        {"question": "what ?", "options": "A. red\nB. blue", "answer": "B"},
+    ]
+    assert [choice.answer for choice in read_choices(write(tmp_path / "list.jsonl", rows))] == [1, 0, 1, 1]
+    bad = [{**row, "answer": "green"} for row in rows]
+    with pytest.raises(ValueError, match="no questions in most of 8 rows, first in line 1; wanted `options` as a list"):
+        read_choices(write(tmp_path / "bad.jsonl", [*bad, *bad]))
+    (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
+    with pytest.raises(ValueError, match=r"latin\.txt: not UTF-8"):
+        check_sources([tmp_path / "latin.txt"], False)
+
+
 def test_a_file_without_answers_is_refused(tmp_path: Path) -> None:
     rows = [{"question": "what ?", "options": "A. a\nB. b"}]
     with pytest.raises(ValueError, match=r"test\.jsonl, line 1: wanted `question`, `options` and `answer`"):
@@ -144,7 +169,7 @@ def test_figures_have_the_names_of_their_files(
     assert figures == measure_ability(llama, tokenizer, [first, text], items=5, batch_size=3)
     assert llama.training
     assert all(torch.equal(weight, before[name]) for name, weight in llama.state_dict().items())
-    with pytest.raises(ValueError, match="the name PIQA is there twice"):
+    with pytest.raises(ValueError, match="sources: got two files of the name PIQA"):
         measure_ability(llama, tokenizer, [first, first])
     with pytest.raises(ValueError, match="there is no file"):
         measure_ability(llama, tokenizer, [tmp_path / "nowhere.txt"])

@@ -206,6 +206,8 @@ def test_runs_of_the_same_name_are_told_apart_and_seeds_are_listed(tmp_path: Pat
 def test_runs_on_other_items_get_no_paired_difference(tmp_path: Path) -> None:
     text = write_report([made(None), made(0.5, items=40)], tmp_path).read_text()
     assert "Difference" not in text
+    assert "**Measured on other rows than plain: protect 0.5" in text
+    assert "Measured on other rows" not in write_report([made(None), made(0.5)], tmp_path).read_text()
 
 
 def test_a_name_with_a_bar_does_not_break_the_table(tmp_path: Path) -> None:
@@ -224,6 +226,9 @@ def test_what_cannot_be_compared_is_refused_before_anything_is_written(tmp_path:
         with pytest.raises(ValueError, match=complaint):
             write_report(results, tmp_path / "report")
     assert not (tmp_path / "report").exists()
+    (tmp_path / "file").write_text("")
+    with pytest.raises(FileExistsError, match=r"output: .*file is a file, wanted a folder"):
+        write_report([whole], tmp_path / "file" / "deeper")
 
 
 def test_results_survive_their_files(tmp_path: Path) -> None:
@@ -253,11 +258,13 @@ def test_a_run_from_before_the_leak_was_followed_is_read(tmp_path: Path) -> None
 
 
 def test_a_folder_without_a_run_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="holds no run of `sculpt train`"):
+    with pytest.raises(ValueError, match=r"holds no run of `sculpt train`: there is no run\.json"):
         RunResult.load(tmp_path)
     (tmp_path / "run.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"predictions\.jsonl is missing or damaged"):
+        RunResult.load(tmp_path)
     (tmp_path / "predictions.jsonl").write_text("")
-    with pytest.raises(ValueError, match="holds no run of `sculpt train`"):
+    with pytest.raises(ValueError, match=r"run\.json is missing or damaged"):
         RunResult.load(tmp_path)
 
 

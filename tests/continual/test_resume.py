@@ -132,6 +132,33 @@ def test_what_a_run_was_started_with_is_not_changed(stop: Callable[..., Any]) ->
 
 
 @pytest.mark.usefixtures("here")
+def test_a_dry_run_shows_what_is_left_of_a_run(stop: Callable[..., Any]) -> None:
+    start = ["tiny", "tasks", "--order", "colours,sounds", "--output", "run", *WORDS]
+    whole = sculpt(*start, "--dry-run").stdout
+    assert "resuming" not in whole
+    stop("sounds", *start)
+    before = sorted(path for path in Path("run").rglob("*"))
+    shown = resumed("run", "--dry-run")
+    assert shown.exit_code == 0, shown.output
+    assert "resuming task 2/2 sounds after step 2" in shown.stdout
+    steps = {words[0]: int(words[3]) for words in map(str.split, shown.stdout.splitlines()[1:3])}
+    assert steps == {"colours": 0, "sounds": 1}
+    assert sorted(path for path in Path("run").rglob("*")) == before
+    assert "resume: the run was started with lr=" in refused(resumed("run", "--dry-run", "--lr", "5"))
+    assert resumed("run").exit_code == 0
+    assert "resuming after the last task" in resumed("run", "--dry-run").stdout
+
+
+@pytest.mark.usefixtures("here")
+def test_a_setting_of_another_version_is_named(stop: Callable[..., Any]) -> None:
+    stop("sounds", "tiny", "tasks", "--order", "colours,sounds", "--output", "run", *WORDS)
+    kept = Path("run/settings.yaml")
+    kept.write_text(kept.read_text() + "protekt: 0.5\n")
+    wanted = "error: protekt: no such setting in run/settings.yaml, did you mean protect?"
+    assert refused(resumed("run")) == wanted
+
+
+@pytest.mark.usefixtures("here")
 def test_what_is_no_run_is_said_to_be() -> None:
     for folder in ("nothing", "tasks"):
         assert f"resume: there is no run in {folder}, wanted its folder, or MODEL and TASKS" in refused(resumed(folder))

@@ -160,6 +160,20 @@ def test_a_dry_run_writes_nothing(run_file: Path, tmp_path: Path) -> None:
     assert estimate(make_config(run_file, {"protect": "energy:0.9"})).memory is None
 
 
+def test_a_dry_run_counts_the_rows_that_a_method_adds(run_file: Path, tmp_path: Path) -> None:
+    from sculpt_ops.continual import train
+    from sculpt_ops.continual.estimate import estimate
+
+    file = tmp_path / "methods.yaml"
+    words = ("model", "tasks", "output", "cpu", "max_length", "eval_items")
+    file.write_text("".join(line for line in run_file.open() if line.split(":")[0] in words or line[0] in " -"))
+    for method, change in (("replay", {"replay_share": 0.5}), ("multitask", {}), ("per-task", {})):
+        flags = {"method": method, "epochs": 2, "batch_size": 4, "output": str(tmp_path / method), **change}
+        config = make_config(file, flags)
+        expected = [task.steps for task in estimate(config).tasks]
+        assert [task.steps for task in train(config, quiet=True).learned] == expected
+
+
 def test_a_dry_run_refuses_what_a_run_would(run_file: Path) -> None:
     ended = CliRunner().invoke(app, ["train", "--config", str(run_file), "--max-length", "4096", "--dry-run"])
     assert ended.exit_code == 2

@@ -152,6 +152,18 @@ def test_a_damaged_state_is_named_and_the_one_before_is_used(
         assert resumed(settings).complete
 
 
+@pytest.mark.parametrize("name", ["run.json", "predictions.jsonl"])
+def test_results_that_are_damaged_are_those_of_the_last_state(
+    name: str, cut_short: Callable[..., dict[str, Any]], tmp_path: Path
+) -> None:
+    settings = cut_short("step")
+    file = tmp_path / "out" / name
+    file.write_bytes(file.read_bytes()[:-40])
+    end = resumed(settings)
+    assert end.complete
+    assert [task.name for task in RunResult.load(tmp_path / "out").learned] == [task.name for task in end.learned]
+
+
 def test_a_state_that_is_gone_is_said_to_be(cut_short: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
     settings = cut_short()
     shutil.rmtree(tmp_path / "out" / "checkpoint")
@@ -310,6 +322,12 @@ def test_a_finished_run_is_not_taken_for_another(
     ):
         with pytest.raises(ValueError, match=complaint):
             resumed(settings, **change)
+    for name in ("model.safetensors", "config.json"):
+        kept = (tmp_path / "out" / "model" / name).read_bytes()
+        (tmp_path / "out" / "model" / name).write_bytes(kept[: len(kept) // 2])
+        with pytest.raises(ValueError, match=r"resume: .*model is damaged .*; its results are in the folder beside it"):
+            resumed(settings)
+        (tmp_path / "out" / "model" / name).write_bytes(kept)
     (tmp_path / "out" / "state.json").unlink()
     third = replace(toy_tasks[0], name="again")
     with pytest.raises(ValueError, match=r"state\.json is missing"):
@@ -331,6 +349,11 @@ def test_what_is_missing_of_a_state_is_named(
         with pytest.raises(ValueError, match=complaint):
             resumed(settings)
         (task / name).write_bytes(kept)
+    (task / "setup.json").write_text("{")
+    with pytest.raises(ValueError, match=r"setup\.json is damaged .*; remove .*task-2.step-\* to go on from"):
+        resumed(settings)
+    for step in task.glob("step-*"):  # as the advice says
+        shutil.rmtree(step)
     assert resumed(settings).complete
     shutil.rmtree(tmp_path / "out" / "carried")
     with pytest.raises(ValueError, match=r"carried is incomplete, .* one more task cannot go on without it"):

@@ -88,7 +88,7 @@ def test_a_folder_may_name_its_metric_and_then_have_long_answers(tmp_path: Path)
     task = read_jsonl_task(folder)
     assert (task.metric, task.train[0].answer) == ("choice", "a\nb")
     (folder / "metric.json").write_text('"bleu"')
-    with pytest.raises(ValueError, match="metric: got 'bleu', wanted one of exact"):
+    with pytest.raises(ValueError, match=r"told.metric\.json: metric: got 'bleu', wanted one of exact"):
         read_jsonl_task(folder)
 
 
@@ -145,6 +145,12 @@ def test_a_benchmark_fault_is_named(tmp_path: Path) -> None:
         read_benchmark_task(write_benchmark(tmp_path / "TC" / "news", ["World"], train=rows))
     with pytest.raises(ValueError, match="names the type, got XX"):
         read_benchmark_task(write_benchmark(tmp_path / "XX" / "news", ["World"], train=rows[:1]))
+    with pytest.raises(ValueError, match=r"few.train\.json: 3 rows are too few to hold some out"):
+        read_benchmark_task(write_benchmark(tmp_path / "TC" / "few", ["World"], train=rows[:1] * 3))
+    with pytest.raises(ValueError, match=r"one.test\.json: 1 rows are too few"):
+        read_benchmark_task(write_benchmark(tmp_path / "TC" / "one", ["World"], test=rows[:1]))
+    with pytest.raises(ValueError, match=r"labels\.json: wanted a list of answers"):
+        read_benchmark_task(write_benchmark(tmp_path / "TC" / "none", [], train=rows))
     with pytest.raises(ValueError, match=r"neither train\.json nor test\.json"):
         read_benchmark_task(write_benchmark(tmp_path / "SC" / "empty", ["World"]))
 

@@ -56,6 +56,10 @@ class Method:
         """What is trained on; with no rows the task is passed over."""
         return context.rows
 
+    def row_count(self, config: TrainConfig, counts: Sequence[int], index: int) -> int:
+        """How many rows `train_rows` will be of the `index`-th task, of tasks with so many training rows each."""
+        return counts[index]
+
     def penalty(self, model: Any) -> Tensor | None:
         """Added to the loss of every optimizer step."""
         return None

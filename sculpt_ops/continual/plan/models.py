@@ -90,6 +90,8 @@ def open_config(model: str | Path, trust_remote_code: bool = False) -> Pretraine
             return AutoConfig.for_model(**known)
         if path.suffix == ".json" and path.is_file():
             settings = json.loads(path.read_text(encoding="utf-8"))
+            if not isinstance(settings, dict):
+                raise ValueError(f"it holds {type(settings).__name__}, wanted a model's config")
             config = AutoConfig.for_model(settings.pop("model_type", None)).from_dict(settings)
         elif path.is_dir() or (path.suffix != ".json" and may_be_on_hub(model)):
             place = find_model(model)
