@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -82,10 +83,12 @@ def train(
     A run that was stopped, or is to learn one more task, goes on with --output RUN --resume alone.
     """
     from .distributed import is_first_process
-    from .settings import SETTINGS_FILE, make_config
+    from .settings import SETTINGS_FILE, check_files, make_config
 
     with _one_line_errors():
         chosen = make_config(config, settings, add or ())
+        if "RANK" not in os.environ:  # under torchrun what is wrong with that comes first
+            check_files(chosen)
         if dry_run:
             from .estimate import estimate
 

@@ -326,8 +326,8 @@ class TrainConfig:
             self._check_remember(self.remember)
         elif self.protects and isinstance(self.protect, float) and self.protect == 0.0:
             raise ValueError(
-                "protect: got 0 with remember none, which protects nothing; wanted remember inputs:0.95, the default, "
-                "or method plain"
+                "protect: got 0 with remember none, which protects nothing; wanted remember inputs:0.95 with it, or "
+                "method plain; given neither, both are so"
             )
         if self.remember_text is not None and not self.remembers_inputs:
             raise ValueError(

@@ -15,12 +15,13 @@ from typing import TYPE_CHECKING, TypeVar
 import torch
 import torch.distributed as dist
 
-from ..distributed.agreement import Ranks
 from .config import TrainConfig
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
     from transformers import PreTrainedModel
+
+    from ..distributed.agreement import Ranks
 
 __all__ = ["World", "is_first_process", "join_world", "parallel_mode", "restarted", "shard"]
 
@@ -98,6 +99,9 @@ class World:
 
     @property
     def _ranks(self) -> Ranks:
+        # Not above: with it comes torch.distributed.tensor, a second of `sculpt --help`.
+        from ..distributed.agreement import Ranks
+
         return Ranks.of(dist.group.WORLD)
 
 

@@ -245,3 +245,27 @@ def test_the_command_line_starts_without_the_heavy_packages() -> None:
         "print([name for name in ('transformers', 'matplotlib', 'accelerate') if name in sys.modules])"
     )
     assert done.stdout.strip() == "[]", done.stderr
+
+
+def test_help_and_a_mistyped_path_do_not_wait_for_what_they_do_not_need(tmp_path: Path) -> None:
+    program = """
+import sys
+from typer.testing import CliRunner
+from sculpt_ops.continual.cli import app
+
+assert CliRunner().invoke(app, ["train", "--help"]).exit_code == 0
+for words in (["nowhere"], [".", "--ability", "nofile.txt"], [".", "--remember-text", "nofile.txt"]):
+    ended = CliRunner().invoke(app, ["train", "model", *words, "--output", "out"])
+    print(ended.exit_code, ended.stderr, end="")
+print({"transformers", "accelerate", "torch.distributed.tensor", "matplotlib"} & set(sys.modules))
+"""
+    (tmp_path / "task").mkdir()
+    for part in ("train", "test"):
+        (tmp_path / "task" / f"{part}.jsonl").write_text('{"prompt": "a", "answer": "b"}')
+    ended = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert ended.stdout.splitlines() == [
+        "2 error: tasks: there is no folder nowhere",
+        "2 error: ability: there is no file nofile.txt",
+        "2 error: remember_text: there is no file nofile.txt",
+        "set()",
+    ]
