@@ -67,7 +67,24 @@ def cuda_kernels() -> None:
                         sculpt_ops.project(grad, left, right, **flags), reference.project(grad.double(), *wide, **flags)
                     )
         if hopper:
+            float16()
             side_lists()
+
+
+def float16() -> None:
+    """One side of float16 matrices, ranks with and without padding."""
+    for r in (16, 70):
+        grad = torch.randn(96, 160, device=DEVICE).half()
+        left, right = (basis(length, r, torch.half, DEVICE) for length in grad.shape)
+        for keep in (False, True):
+            close(
+                sculpt_ops.project(grad, left, keep_left=keep),
+                reference.project(grad.double(), left.double(), keep_left=keep),
+            )
+            close(
+                sculpt_ops.project(grad, None, right, keep_right=keep),
+                reference.project(grad.double(), None, right.double(), keep_right=keep),
+            )
 
 
 def side_lists() -> None:

@@ -112,6 +112,12 @@ def test_values(length: int, extent: int, r: int, side: str, dtype: torch.dtype,
     assert error <= 2 * allowed + torch.finfo(grad.dtype).eps / 2 * exact.norm() / 16
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_two_slots_and_two_stages_are_enough(side: str, dtype: torch.dtype) -> None:
+    test_values(28672, 64, 16, side, dtype, False)
+
+
 @pytest.mark.parametrize("keep", [False, True])
 @pytest.mark.parametrize(
     ("length", "extent", "r", "side"),
