@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -93,6 +94,7 @@ def top_subspace(
     """
     _check_arguments(matrix, rank, energy, start)
     share = None if energy is None else float(energy)
+    rank = None if rank is None else int(rank)
     if is_dtensor(matrix):
         from .distributed.top_subspace import top_subspace_sharded
 
@@ -151,7 +153,10 @@ class _Task(NamedTuple):
 
     def rank(self, squares: Tensor, total: float) -> int:
         if callable(self.wanted):
-            return min(max(self.wanted(squares), 0), len(squares))
+            wanted = self.wanted(squares)
+            if isinstance(wanted, bool) or not isinstance(wanted, int | np.integer):
+                raise TypeError(f"protect: the policy's choose has returned {wanted!r}, wanted an int")
+            return min(max(int(wanted), 0), len(squares))
         if isinstance(self.wanted, int):
             return self.wanted
         assert self.wanted is not None
@@ -278,12 +283,12 @@ def _check_arguments(matrix: Tensor, rank: int | None, energy: float | None, sta
     if (rank is None) == (energy is None):
         raise ValueError(f"{op}: rank, energy: given {'neither' if rank is None else 'both'}, wanted one of them")
     if rank is not None:
-        if isinstance(rank, bool) or not isinstance(rank, int):
+        if isinstance(rank, bool) or not isinstance(rank, int | np.integer):
             raise TypeError(f"{op}: rank: given {rank!r}, wanted an int")
         if not 1 <= rank <= min(shape):
             raise ValueError(f"{op}: rank: given {rank}, wanted 1 to {min(shape)} for a matrix of shape {shape}")
     if energy is not None:
-        if isinstance(energy, bool) or not isinstance(energy, int | float):
+        if isinstance(energy, bool) or not isinstance(energy, int | float | np.number):
             raise TypeError(f"{op}: energy: given {energy!r}, wanted a number")
         if not 0 < energy <= 1:
             raise ValueError(f"{op}: energy: given {energy}, wanted more than 0 and at most 1")

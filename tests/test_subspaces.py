@@ -158,6 +158,13 @@ def test_policies_of_ones_own() -> None:
         squares = torch.linalg.svdvals(getattr(model, name).detach().double()).square()
         assert layer.rank == int((squares > squares.mean()).sum())
 
+    class Half:
+        def choose(self, squares: Tensor) -> int:
+            return len(squares) / 2  # type: ignore[return-value]
+
+    with pytest.raises(TypeError, match=r"protect: the policy's choose has returned 16\.0, wanted an int"):
+        Subspaces.from_model(model, Half(), targets="square")
+
 
 @pytest.mark.usefixtures("search_small")
 def test_energy_finds_the_smallest_rank_that_holds_it() -> None:

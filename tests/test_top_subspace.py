@@ -4,6 +4,7 @@ from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -306,6 +307,12 @@ def test_start_after_a_change_in_the_free_space(rank: int, last: float, share: f
     assert top.method == "rsvd"
     assert captured(changed, top) >= 0.9999 * best
     assert_orthonormal(top.left)
+
+
+def test_numbers_of_numpy_are_numbers() -> None:
+    matrix = gaussian(30, 20, dtype=torch.float32)
+    assert top_subspace(matrix, np.int64(4)).rank == 4  # type: ignore[arg-type]
+    assert top_subspace(matrix, energy=np.float32(0.5)).rank == top_subspace(matrix, energy=0.5).rank
 
 
 def test_useless_start_does_no_harm() -> None:

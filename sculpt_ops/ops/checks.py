@@ -66,7 +66,13 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
+def _check_tensor(op: str, name: str, given: object) -> None:
+    if not isinstance(given, Tensor):
+        raise TypeError(f"{op}: {name}: given {type(given).__name__}, wanted a tensor")
+
+
 def check_matrix(op: str, name: str, matrix: Tensor) -> None:
+    _check_tensor(op, name, matrix)
     if matrix.dtype not in _DTYPES:
         raise TypeError(
             f"{op}: {name}: given dtype {dtype_name(matrix.dtype)}, wanted float32, float64, bfloat16 or float16"
@@ -102,6 +108,7 @@ def _check_thin(op: str, name: str, thin: Tensor, matrix: Tensor, rows: int, col
 
 
 def _check_basis(op: str, name: str, basis: Tensor, matrix: Tensor, rows: int) -> None:
+    _check_tensor(op, name, basis)
     _check_thin(op, name, basis, matrix, rows, None)
     if basis.shape[-1] > rows:
         raise ValueError(f"{op}: {name}: given shape {_shape(basis)}, wanted at most {rows} orthonormal columns")

@@ -127,7 +127,7 @@ def foreach_project_(
     """
     metrics = [list(entries) if entries else None for entries in (left_metrics, right_metrics)]
     flags: dict[str, Any] = {"keep_lefts": keep_lefts, "keep_rights": keep_rights, "block": block}
-    if not grads:  # lists without a tensor reach no backend, and an empty model is not an error
+    if len(grads) == 0:  # lists without a tensor reach no backend, and an empty model is not an error
         return check_foreach("foreach_project_", grads, lefts, rights, *metrics, **flags)
 
     def check() -> None:

@@ -240,3 +240,20 @@ def test_restore_refuses_shared_memory() -> None:
     with pytest.raises(ValueError, match=r"reference: .*memory"):
         sculpt_ops.restore_(weight, left, None, None, None, keep_left=True, reference=weight)
     assert torch.equal(weight, before)
+
+
+@pytest.mark.parametrize("name", ["grad", "left", "right"])
+def test_what_is_no_tensor_is_named(name: str) -> None:
+    for op in (sculpt_ops.project, sculpt_ops.project_):
+        with pytest.raises(TypeError, match=f"{name}: given list, wanted a tensor"):
+            op(**make(**{name: [[1.0]]}))
+    with pytest.raises(TypeError, match="grad: given NoneType, wanted a tensor"):
+        sculpt_ops.project(None, make()["left"])  # type: ignore[arg-type]
+
+
+def test_one_tensor_may_stand_for_a_list_of_matrices() -> None:
+    grads = gaussian(3, M, N, dtype=torch.float32)
+    lefts = [orthonormal(M, 3, torch.float32, seed=seed) for seed in range(3)]
+    expected = [sculpt_ops.project(grad, left) for grad, left in zip(grads, lefts, strict=True)]
+    sculpt_ops.foreach_project_(grads, lefts, [None] * 3)  # type: ignore[arg-type]
+    assert torch.equal(grads, torch.stack(expected))
