@@ -86,7 +86,10 @@ def check_schedule(config: TrainConfig) -> None:
         optimizer = torch.optim.SGD([torch.zeros(1)], lr=1.0)
         get_scheduler(config.lr_scheduler_type, optimizer, num_warmup_steps=0, num_training_steps=2)
     except (ValueError, TypeError, KeyError) as error:
-        raise ValueError(f"lr_scheduler_type: got {config.lr_scheduler_type!r}: {error}") from error
+        raise ValueError(
+            f"lr_scheduler_type: got {config.lr_scheduler_type!r}, wanted one that takes no more than its name, such "
+            f"as constant, linear or cosine ({error})"
+        ) from error
 
 
 def optimizer_options(config: TrainConfig) -> dict[str, Any]:

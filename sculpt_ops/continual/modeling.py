@@ -84,7 +84,8 @@ def _opening(source: str | Path, place: Place, what: str = "") -> Iterator[None]
     try:
         yield
     except (OSError, ValueError, SafetensorError) as error:
-        said = str(error).splitlines()[0]
+        first, *others = str(error).splitlines()
+        said = " ".join([first, *others]) if first.rstrip().endswith(":") else first
         if not Path(source).is_dir() and isinstance(error, OSError):
             said = f"there is no folder of this name here, and {place.missing(said)}"
         raise ValueError(f"model: cannot open {source}: {what}{said}") from error

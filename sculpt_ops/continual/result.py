@@ -215,8 +215,11 @@ class RunResult:
 
 def write_text(path: Path, text: str) -> None:
     """Write under a temporary name, then rename: a reader never sees half a file."""
-    with replacing(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+    try:
+        with replacing(path) as temporary:
+            temporary.write_text(text, encoding="utf-8")
+    except OSError as error:  # of a full disk it names no file
+        raise OSError(f"cannot write {path}: {error}") from error
 
 
 def _means(table: list[list[list[float]]]) -> list[list[float]]:

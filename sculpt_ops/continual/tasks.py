@@ -158,7 +158,10 @@ def check_answer(answer: str, options: Sequence[str] | None, where: str, multili
 def _check_options(options: Any, path: Path) -> list[str]:
     if not isinstance(options, list) or not options or not all(isinstance(option, str) for option in options):
         raise ValueError(f"{path}: wanted a list of answers")
-    return [option.strip() for option in options]
+    texts = [option.strip() for option in options]
+    if wrong := [text for text in texts if not text or texts.count(text) > 1]:
+        raise ValueError(f"{path}: the option {wrong[0]!r} is {'there twice' if wrong[0] else 'empty'}")
+    return texts
 
 
 def load_tasks(sources: Iterable[Task | str | Path], order: Sequence[str] | None = None) -> list[Task]:

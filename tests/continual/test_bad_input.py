@@ -38,6 +38,8 @@ def refused(output: Path, **settings: Any) -> str:
         ("test.jsonl", '{"prompt": "why", "answer": "mauve"}', "the answer 'mauve' is none of the options"),
         ("test.jsonl", "why, green", "test.jsonl, line 1: not JSON"),
         ("options.json", "{}", "options.json: wanted a list of answers"),
+        ("options.json", '["green", "blue", " green"]', "options.json: the option 'green' is there twice"),
+        ("options.json", '["green", " "]', "options.json: the option '' is empty"),
         ("metric.json", '["exact"]', "metric: got ['exact'], wanted one of exact"),
     ],
 )
