@@ -8,7 +8,12 @@ from long_sequence import LONG_SEQUENCE
 from protocol import rates
 from two_cores import INPUTS
 
-_CHOSEN = {"plain": "lr 5e-05", "sculpt": "inputs .95, lr 0.0002", "sculpt and a text": "inputs .95, lr 0.0002"}
+_CHOSEN = {
+    "plain": "lr 5e-05",
+    "sculpt": "inputs .95, lr 0.0002",
+    "sculpt and a text": "inputs .95, lr 0.0002",
+    "sculpt and its own text": "inputs .95, lr 0.0002",
+}
 
 # What two cores chose for plain fine-tuning and ours, on the development order, is taken from there, and the tasks that
 # enter.
