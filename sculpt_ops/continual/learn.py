@@ -156,7 +156,7 @@ def _own_text(run: Run) -> list[Encoded]:
 def steps_of(config: TrainConfig, rows: int, world: World, index: int) -> int:
     """Optimizer steps of the `index`-th task, of so many rows, as Trainer counts them."""
     if config.max_steps is not None:
-        return config.max_steps
+        return config.max_steps if rows else 0
     batches = math.ceil(rows / (config.batch_size * world.size))
     return math.ceil(config.epochs_of(index) * math.ceil(batches / config.gradient_accumulation_steps))
 

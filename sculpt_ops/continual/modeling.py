@@ -144,7 +144,7 @@ def check_saved(folder: Path) -> None:
                     pass
             except SafetensorError as error:
                 raise ValueError(f"{name}: {error}") from error
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f"resume: {folder} is damaged ({error}), and its run is finished; its results are in the folder beside it, "
             "for a model name another output"

@@ -172,6 +172,8 @@ def test_a_dry_run_counts_the_rows_that_a_method_adds(run_file: Path, tmp_path: 
         config = make_config(file, flags)
         expected = [task.steps for task in estimate(config).tasks]
         assert [task.steps for task in train(config, quiet=True).learned] == expected
+    limited = estimate(make_config(file, {"method": "multitask", "max_steps": 3})).tasks
+    assert [task.steps for task in limited] == [3, 0]
 
 
 def test_a_dry_run_refuses_what_a_run_would(run_file: Path) -> None:
