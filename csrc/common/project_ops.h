@@ -79,9 +79,9 @@ inline void check_entries_apart(const char* op, const std::vector<Tensor>& grads
   std::vector<uintptr_t> reach;
   for (const auto& [extent, i] : written) reach.push_back(reach.empty() ? extent.end : std::max(reach.back(), extent.end));
   const std::pair<const char*, Optional Sides::*> read[] = {{"lefts", &Sides::left},
-                                                                 {"rights", &Sides::right},
-                                                                 {"left_metrics", &Sides::left_metric},
-                                                                 {"right_metrics", &Sides::right_metric}};
+                                                            {"rights", &Sides::right},
+                                                            {"left_metrics", &Sides::left_metric},
+                                                            {"right_metrics", &Sides::right_metric}};
   for (const auto& [name, member] : read)
     for (size_t i = 0; i < count; ++i) {
       const Optional& tensor = entries[i].*member;

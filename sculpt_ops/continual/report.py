@@ -123,7 +123,8 @@ def _head(results: Sequence[RunResult], names: Sequence[str]) -> str:
     if different:
         values = (f"{key} ({', '.join(str(config.get(key)) for config in configs)})" for key in different)
         lines.append(f"Not trained alike: {'; '.join(values)}.")
-    elsewhere = [name for name, result in zip(names, results, strict=True) if _items(result) != _items(first)]
+    items = _items(first)
+    elsewhere = [name for name, result in zip(names, results, strict=True) if _items(result) != items]
     if elsewhere:
         lines.append(
             f"**Measured on other rows than {names[0]}: {', '.join(elsewhere)}.** Accuracies of these are not compared "
@@ -181,7 +182,8 @@ def _cost(results: Sequence[RunResult], names: Sequence[str]) -> str:
 
 def _differences(results: Sequence[RunResult], names: Sequence[str]) -> str:
     """Paired differences from the first run, where the runs were measured on the same items."""
-    others = [index for index in range(1, len(results)) if _items(results[index]) == _items(results[0])]
+    items = _items(results[0])
+    others = [index for index in range(1, len(results)) if _items(results[index]) == items]
     if not others:
         return ""
     rows = []
