@@ -25,8 +25,9 @@ $(INSTALLED): pyproject.toml setup.py constraints.txt $(shell find csrc -type f)
 	@$(INSTALL) --no-deps --target $(VENV)/optimizers torchao
 	@touch $@
 
+# Of at most four processes: each takes up to 3 GB.
 test: $(INSTALLED)
-	$(PY) -m pytest
+	$(PY) -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 
 demo: $(INSTALLED)
 	$(PY) examples/demo/demo.py

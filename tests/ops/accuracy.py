@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -79,30 +79,33 @@ def errors(result: Tensor, exact: Any) -> Tensor:
 
 
 def assert_accurate(
-    ours: Tensor, plain: Callable[..., Any], *args: Any, scale: float | None = None, **kwargs: Any
+    ours: Tensor | Sequence[Tensor], plain: Callable[..., Any], *args: Any, scale: float | None = None, **kwargs: Any
 ) -> None:
-    """``ours`` against ``plain(*args)`` evaluated in float64 (80-bit for float64 itself).
+    """``ours``, one result or several, against ``plain(*args)`` evaluated in float64 (80-bit for float64 itself).
 
     Max and mean error at most twice those of ``plain`` in the arguments' own dtype, plus twice the rounding of the
     exact result to that dtype, plus a floor of a few eps of the input's magnitude: where everything cancels, the plain
     expression's own error can be exactly 0.
     """
-    dtype = ours.dtype
-    raise_to = Extended if dtype is torch.float64 else Tensor.double
+    results = [ours] if isinstance(ours, Tensor) else ours
     naive_result = plain(*args, **kwargs)
-    assert ours.shape == naive_result.shape
-    if ours.numel() == 0:
+    dtype = naive_result.dtype
+    raise_to = Extended if dtype is torch.float64 else Tensor.double
+    assert all(result.shape == naive_result.shape and result.dtype is dtype for result in results)
+    if naive_result.numel() == 0:
         return
     exact = plain(*[raise_to(a) if isinstance(a, Tensor) else a for a in args], **kwargs)
     rounded = torch.from_numpy(exact.array.astype(np.float64)) if isinstance(exact, Extended) else exact.to(dtype)
-    error, naive, rounding = errors(ours, exact), errors(naive_result, exact), errors(rounded, exact)
+    naive, rounding = errors(naive_result, exact), errors(rounded, exact)
     # A half-precision result of fp32 arithmetic has an fp32 floor; otherwise the dtype's own.
     eps = torch.finfo(torch.float32 if dtype.itemsize == 2 else dtype).eps
     floor = 4 * eps * float(args[0].double().abs().max() if scale is None else scale)
-    assert error.max() <= 2 * naive.max() + 2 * rounding.max() + floor, (
-        error.max(),
-        naive.max(),
-        rounding.max(),
-        floor,
-    )
-    assert error.mean() <= 2 * naive.mean() + 2 * rounding.mean() + floor
+    for result in results:
+        error = errors(result, exact)
+        assert error.max() <= 2 * naive.max() + 2 * rounding.max() + floor, (
+            error.max(),
+            naive.max(),
+            rounding.max(),
+            floor,
+        )
+        assert error.mean() <= 2 * naive.mean() + 2 * rounding.mean() + floor

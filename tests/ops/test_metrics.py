@@ -58,11 +58,11 @@ def test_values(dtype: torch.dtype, shape: tuple[int, int, int, int], flags: dic
         ml, mr = None if a is None else metric(r, dtype), None if b is None else metric(s, dtype, 6)
         for one, other in ((ml, mr), (ml, None), (None, mr)):
             metrics = {"left_metric": one, "right_metric": other}
-            assert_accurate(sculpt_ops.project(grad, a, b, **flags, **metrics), plain, grad, a, b, one, other, **flags)
-            for view in (grad.clone(), grad.t().clone().t(), gaussian(m, 2 * n, dtype=dtype)[:, ::2]):
-                view.copy_(grad)
-                sculpt_ops.project_(view, a, b, **flags, **metrics)
-                assert_accurate(view, plain, grad, a, b, one, other, **flags)
+            views = grad.clone(), grad.t().clone().t(), gaussian(m, 2 * n, dtype=dtype)[:, ::2]
+            for view in views:
+                sculpt_ops.project_(view.copy_(grad), a, b, **flags, **metrics)
+            found = sculpt_ops.project(grad, a, b, **flags, **metrics), *views
+            assert_accurate(found, plain, grad, a, b, one, other, **flags)
 
 
 @pytest.mark.parametrize("half", [torch.bfloat16, torch.float16], ids=str)
