@@ -26,6 +26,7 @@ __all__ = [
     "check_sketch",
     "check_written",
     "dtype_name",
+    "has_tangent",
     "refuse_forward_mode",
     "refuse_gradients",
 ]
@@ -34,14 +35,20 @@ _HALF = (torch.bfloat16, torch.float16)
 _DTYPES = (torch.float32, torch.float64, *_HALF)
 
 
+def has_tangent(*tensors: Tensor | None) -> bool:
+    """Whether any has a tangent of forward-mode differentiation."""
+    # What is traced has entered its level in C++, of which Python's count knows nothing; asking costs 1.8 us a tensor.
+    if forward_ad._current_level < 0 and torch._C._len_torch_dispatch_stack() == 0:
+        return False
+    return any(tensor is not None and torch._VF._unpack_dual(tensor, level=0)[1] is not None for tensor in tensors)
+
+
 def refuse_forward_mode(op: str, *tensors: Tensor | None) -> None:
-    """An op with a registered backward formula drops forward-mode tangents without a word; say so instead."""
-    if forward_ad._current_level < 0:
-        return
-    if any(tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors):
+    """An op without a forward-mode derivative drops tangents without a word; say so instead."""
+    if has_tangent(*tensors):
         raise NotImplementedError(
-            f"{op}: given a tensor with a forward-mode tangent, wanted one without: only sketch has forward-mode "
-            "derivatives; the twins in sculpt_ops.reference have them too"
+            f"{op}: given a tensor with a forward-mode tangent, wanted one without; its twin in sculpt_ops.reference "
+            "has a derivative in that mode"
         )
 
 
@@ -73,6 +80,8 @@ def _check_tensor(op: str, name: str, given: object) -> None:
 
 def check_matrix(op: str, name: str, matrix: Tensor) -> None:
     _check_tensor(op, name, matrix)
+    if matrix.is_nested:
+        raise TypeError(f"{op}: {name}: given a nested tensor, wanted a dense (strided) tensor")
     if matrix.dtype not in _DTYPES:
         raise TypeError(
             f"{op}: {name}: given dtype {dtype_name(matrix.dtype)}, wanted float32, float64, bfloat16 or float16"
@@ -273,9 +282,10 @@ def check_orthonormalize(input: Tensor) -> None:
 def check_rsvd(name: str, matrix: Tensor, rank: int, start: Tensor | None, oversample: int, n_iter: int) -> None:
     """A matrix, a rank that it has, and columns to start from that fit it; under tracing too."""
     check_matrix("rsvd", name, matrix)
-    smaller = min(matrix.shape[-2:])
-    if not 1 <= rank <= smaller:
-        raise ValueError(f"rsvd: rank: given {rank}, wanted 1 to {smaller} for a matrix of shape {_shape(matrix)}")
+    m, n = matrix.shape[-2:]
+    # One by one: a minimum would fix under tracing which of them is smaller.
+    if rank < 1 or rank > m or rank > n:
+        raise ValueError(f"rsvd: rank: given {rank}, wanted 1 to {min(m, n)} for a matrix of shape {_shape(matrix)}")
     for argument, value in (("oversample", oversample), ("n_iter", n_iter)):
         if value < 0:
             raise ValueError(f"rsvd: {argument}: given {value}, wanted 0 or more")

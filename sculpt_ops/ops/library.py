@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["AFTER_AUTOGRAD", "LIBRARY", "explained", "without_autocast"]
+__all__ = ["AFTER_AUTOGRAD", "LIBRARY", "explained", "transformed_without_autocast", "without_autocast"]
 
 _spec = importlib.util.find_spec("sculpt_ops._C")
 if _spec is None or _spec.origin is None:
@@ -27,7 +27,36 @@ AFTER_AUTOGRAD: Any = torch._C._after_autograd_keyset
 def without_autocast(tensor: torch.Tensor) -> AbstractContextManager[None]:
     """For products whose dtype is promised: autocast would make it its own."""
     kind = tensor.device.type
-    return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()
+    if not (torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)):
+        return nullcontext()
+    return torch.autocast(kind, enabled=False)
+
+
+def transformed_without_autocast(tensor: torch.Tensor) -> AbstractContextManager[None]:
+    """`without_autocast` under a transform of torch.func, whose inner levels have it back however an op is shielded."""
+    return without_autocast(tensor) if torch._C._are_functorch_transforms_active() else nullcontext()
+
+
+def _shield_from_autocast() -> None:
+    """The ops are to compute the same under autocast: whatever products of torch they are made of."""
+
+    def shield(name: str, kind: str) -> None:
+        op = getattr(torch.ops.sculpt, name).default
+
+        def kernel(*given: Any, **flags: Any) -> Any:
+            with torch.autocast(kind, enabled=False):
+                return op(*given, **flags)
+
+        LIBRARY.impl(name, kernel, f"Autocast{kind.upper()}")
+
+    for full in torch._C._dispatch_get_all_op_names():
+        space, _, name = full.partition("::")
+        if space == "sculpt":
+            for kind in ("cpu", "cuda"):
+                shield(name, kind)
+
+
+_shield_from_autocast()
 
 
 def explained(check: Callable[[], None], op: Callable[..., Any], *given: Any, **flags: Any) -> Any:
@@ -36,7 +65,8 @@ def explained(check: Callable[[], None], op: Callable[..., Any], *given: Any, **
     if torch.compiler.is_compiling():
         return op(*given, **flags)
     try:
-        return op(*given, **flags)
+        with transformed_without_autocast(given[0]) if isinstance(given[0], torch.Tensor) else nullcontext():
+            return op(*given, **flags)
     except RuntimeError:
         clear = _refusal(check)
         if clear is None:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .derivatives import register_backward
 from .library import LIBRARY
 
 __all__ = ["product_library"]
@@ -89,12 +90,12 @@ def _product_backward(ctx: Any, go: Tensor) -> tuple[Tensor | None, Tensor | Non
     return d_input, d_factor
 
 
-torch.library.register_autograd("sculpt::_product", _product_backward, setup_context=_product_setup)
+register_backward(_PRODUCT, _product_backward, _product_setup)
 
 
 def _no_gradient(ctx: Any, *go: Tensor) -> None:
     raise RuntimeError("sculpt::_gram and sculpt::_eigh have no gradient: detach their input")
 
 
-torch.library.register_autograd("sculpt::_gram", _no_gradient)
-torch.library.register_autograd("sculpt::_eigh", _no_gradient)
+register_backward(torch.ops.sculpt._gram.default, _no_gradient)
+register_backward(torch.ops.sculpt._eigh.default, _no_gradient)

@@ -13,15 +13,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import reference
 from .checks import (
     check_apart,
     check_foreach,
     check_foreach_apart,
     check_project,
     check_written,
+    has_tangent,
     refuse_forward_mode,
 )
-from .library import AFTER_AUTOGRAD, LIBRARY, explained, without_autocast
+from .derivatives import register_backward
+from .finite import has_values
+from .library import AFTER_AUTOGRAD, LIBRARY, explained
 
 __all__ = ["foreach_project_", "project", "project_"]
 
@@ -61,7 +65,8 @@ def project(
             arXiv 2302.01386).
         right_metric: (..., s, s), ``R M Rᵀ`` likewise.
 
-    Differentiable in all tensors. Without a metric the columns are trusted to be orthonormal: 5e-6 off already leaks
+    Differentiable in all tensors, to any order; forward-mode derivatives and those of ``torch.func`` are computed with
+    torch's own products. Without a metric the columns are trusted to be orthonormal: 5e-6 off already leaks
     4e-6 of the gradient. A bf16 basis used as if orthonormal leaks 3e-3; give it its metric, or a float32 basis, where
     that matters. On a GPU everything with a metric is library products (CUDA C++ has metrics too, not yet run on a GPU:
     ``SCULPT_BACKEND=cuda``): prefer a float32 basis where its rank is 64 or less, which the one-pass kernel takes.
@@ -70,7 +75,6 @@ def project(
         ValueError, TypeError: naming the argument, what was given and what was wanted; nothing has been written.
     """
     thin = left, right, left_metric, right_metric
-    refuse_forward_mode("project", grad, *thin)
     flags: dict[str, Any] = {"keep_left": keep_left, "keep_right": keep_right, "block": block}
 
     def check() -> None:
@@ -94,8 +98,8 @@ def project_(
     """In-place :func:`project`; returns ``grad``.
 
     In grad mode a leaf that requires grad is refused before anything is written, as is a basis or a metric that
-    requires grad; on a non-leaf the call is differentiable in ``grad``. ``grad`` must hold every element once (no
-    expanded tensor) and share no memory with the others.
+    requires grad; on a non-leaf the call is differentiable in ``grad`` (in forward mode in the others too). ``grad``
+    must hold every element once (no expanded tensor) and share no memory with the others.
     """
     flags: dict[str, Any] = {"keep_left": keep_left, "keep_right": keep_right, "block": block}
     thin = left, right, left_metric, right_metric
@@ -190,11 +194,6 @@ def _project_setup(ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[
 
 
 def _project_backward(ctx: Any, go: Tensor) -> tuple[Tensor | None, ...]:
-    with without_autocast(go):  # backward() itself may run under it
-        return _project_gradients(ctx, go)
-
-
-def _project_gradients(ctx: Any, go: Tensor) -> tuple[Tensor | None, ...]:
     grad, left, right, left_metric, right_metric = ctx.saved_tensors
     flags = ctx.flags
     block = flags["block"]
@@ -222,7 +221,13 @@ def _project_gradients(ctx: Any, go: Tensor) -> tuple[Tensor | None, ...]:
     return found[: len(ctx.needs_input_grad)]
 
 
-torch.library.register_autograd("sculpt::project", _project_backward, setup_context=_project_setup)
+def _project_expression(grad: Tensor, *thin: Tensor | None, **flags: Any) -> Tensor:
+    left, right, left_metric, right_metric = _four(thin)
+    check_project("project", grad, left, right, left_metric, right_metric, **flags)
+    return reference.project(grad, left, right, left_metric=left_metric, right_metric=right_metric, **flags)
+
+
+register_backward(_PROJECT, _project_backward, _project_setup, expression=_project_expression)
 
 
 def _refuse_basis_grad(op: str, **bases: Tensor | None) -> None:
@@ -248,14 +253,19 @@ def _refuse_leaf(op: str, name: str, matrix: Tensor) -> None:
 def _project_autograd_(keyset: Any, grad: Tensor, *given: Tensor | None, **flags: Any) -> None:
     thin = _four(given)
     check_project("project_", grad, *thin, **flags)
-    refuse_forward_mode("project_", grad, *thin)
+    recorded = torch.is_grad_enabled() and grad.requires_grad
     if torch.is_grad_enabled():
         _refuse_basis_grad("project_", **dict(zip(_THIN, thin, strict=True)))
-        if grad.requires_grad:
-            _refuse_leaf("project_", "grad", grad)
-            # copy_ carries autograd's rules for in-place writes (views, saved versions); project carries the gradient.
-            grad.copy_(_PROJECT(grad, *thin, **flags))
-            return
+    if recorded:
+        _refuse_leaf("project_", "grad", grad)
+    if recorded or has_tangent(grad, *thin):
+        if has_values(grad):
+            # `copy_` would overwrite a basis that the backward formula has kept.
+            check_written("project_", "grad", grad)
+            check_apart("project_", "grad", grad, **dict(zip(_THIN, thin, strict=True)))
+        # copy_ carries autograd's rules for in-place writes (views, saved versions); project carries the derivative.
+        grad.copy_(_PROJECT(grad, *thin, **flags))
+        return
     _PROJECT_.redispatch(keyset & AFTER_AUTOGRAD, grad, *thin, **flags)
     torch.autograd.graph.increment_version(grad)
 

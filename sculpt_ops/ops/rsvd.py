@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from ..triton_kernels.tables import is_capturing
-from .checks import check_rsvd, refuse_forward_mode
+from .checks import check_rsvd
+from .derivatives import register_backward
 from .finite import check_finite, has_values
 from .jacobi import jacobi_on_gpu
-from .library import LIBRARY  # noqa: F401  (the op exists once the library is loaded)
 from .svd_gradient import svd_gradient
 
 __all__ = ["rsvd"]
@@ -76,7 +76,6 @@ def rsvd(
                 "rsvd: matrix: given during CUDA graph capture, wanted a call outside it: the library's decompositions "
                 "synchronise; sketch and orthonormalize can be captured"
             )
-    refuse_forward_mode("rsvd", matrix, start)
     if start is not None:
         check_finite("rsvd", "start", start)
     options = {"oversample": oversample, "n_iter": n_iter, "seed": seed}
@@ -166,7 +165,7 @@ def _backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, None,
     return gradient, None, None
 
 
-torch.library.register_autograd("sculpt::rsvd", _backward, setup_context=_setup)
+register_backward(_RSVD, _backward, _setup)
 
 
 @torch.library.register_vmap("sculpt::rsvd")

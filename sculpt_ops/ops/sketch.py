@@ -11,12 +11,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.forward_ad import unpack_dual
 
 from .. import reference
 from .checks import check_sketch
 from .cuda import triton_missing
-from .library import AFTER_AUTOGRAD, LIBRARY, without_autocast
+from .derivatives import register_backward
+from .library import LIBRARY, transformed_without_autocast
 
 __all__ = ["sketch", "test_matrix"]
 
@@ -55,7 +55,9 @@ def sketch(
     Raises:
         ValueError, TypeError: naming the argument, what was given and what was wanted.
     """
-    out: Tensor = _SKETCH(input, q, seed=seed, transpose=transpose, rademacher=rademacher, row=row, column=column)
+    check_sketch("sketch", input, q, transpose, row, column)
+    with transformed_without_autocast(input):
+        out: Tensor = _SKETCH(input, q, seed=seed, transpose=transpose, rademacher=rademacher, row=row, column=column)
     return out
 
 
@@ -149,31 +151,27 @@ LIBRARY.impl("test_matrix", test_matrix_cuda, "CUDA")
 LIBRARY.impl("test_matrix", torch.library.fallthrough_kernel, "Autograd")
 
 
-def _sketch_autograd(
-    keyset: Any,
-    input: Tensor,
-    q: int,
-    *,
-    seed: int,
-    transpose: bool = False,
-    rademacher: bool = False,
-    row: int = 0,
-    column: int = 0,
-) -> Tensor:
-    check_sketch("sketch", input, q, transpose, row, column)
-    keywords = {"seed": seed, "transpose": transpose, "rademacher": rademacher, "row": row, "column": column}
-    if (torch.is_grad_enabled() and input.requires_grad) or unpack_dual(input).tangent is not None:
-        # torch's own product, for its derivatives: torch.func refuses an op with a registered backward, and forward
-        # mode silently takes its tangent for zero.
-        omega = _TEST_MATRIX(input, q, **keywords)
-        matrix = input.mT if transpose else input
-        with without_autocast(input):
-            return torch.matmul(matrix.to(omega.dtype), omega)
-    out: Tensor = _SKETCH.redispatch(keyset & AFTER_AUTOGRAD, input, q, **keywords)
-    return out
+def _sketch_expression(input: Tensor, q: int, **keywords: Any) -> Tensor:
+    check_sketch(
+        "sketch", input, q, keywords.get("transpose", False), keywords.get("row", 0), keywords.get("column", 0)
+    )
+    omega = _TEST_MATRIX(input, q, **keywords)
+    return torch.matmul((input.mT if keywords.get("transpose") else input).to(omega.dtype), omega)
 
 
-LIBRARY.impl("sketch", _sketch_autograd, "Autograd", with_keyset=True)
+def _sketch_setup(ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[str, Any], output: Tensor) -> None:
+    input, ctx.q = inputs
+    ctx.shape, ctx.dtype, ctx.keywords = input.shape, input.dtype, keyword_only_inputs
+
+
+def _sketch_backward(ctx: Any, go: Tensor) -> tuple[Tensor, None]:
+    like = go.new_empty((), dtype=ctx.dtype).expand(ctx.shape)  # its shape counts alone
+    omega = _TEST_MATRIX(like, ctx.q, **ctx.keywords)
+    found = omega @ go.mT if ctx.keywords["transpose"] else go @ omega.mT
+    return found.to(ctx.dtype), None
+
+
+register_backward(_SKETCH, _sketch_backward, _sketch_setup, expression=_sketch_expression)
 
 
 @torch.library.register_vmap("sculpt::test_matrix")

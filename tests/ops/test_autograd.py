@@ -3,6 +3,8 @@ of squares hides a missing backward, because P P x = P x."""
 
 from __future__ import annotations
 
+import sys
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -213,14 +215,73 @@ def test_vmap() -> None:
     torch.testing.assert_close(nested, sculpt_ops.project(batched, left))
 
 
-@pytest.mark.parametrize("op", ["project", "project_", "orthonormalize", "rsvd"])
-def test_forward_mode_is_refused_and_not_dropped(op: str) -> None:
+def in_place(grad: Tensor, *thin: Tensor, **flags: bool) -> Tensor:
+    work = grad * 1
+    OPS.project_(work, *thin, **flags)
+    return work
+
+
+@FLAGS
+@pytest.mark.parametrize("op", [OPS.project, in_place], ids=["project", "project_"])
+def test_transforms_of_torch_func(op: Any, flags: dict[str, bool]) -> None:
+    grad, left, right = inputs()
+    weights, metrics = gaussian(7, 9, seed=5), (gaussian(2, 2), gaussian(3, 3))
+
+    def ours(g: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        return (op(g, a, b, *metrics, **flags).pow(3) * weights).sum()
+
+    def plain(g: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        named = {"left_metric": metrics[0], "right_metric": metrics[1]}
+        return (reference.project(g, a, b, **named, **flags).pow(3) * weights).sum()
+
+    of = 0 if op is in_place else (0, 1, 2)  # the in-place form has no backward for its bases
+    batch = torch.stack([grad, 2 * grad])
+    tangents = gaussian(7, 9, seed=6), gaussian(7, 2, seed=7), gaussian(9, 3, seed=8)
+    for transform in (
+        lambda loss: torch.func.grad(loss, of)(grad, left, right),
+        lambda loss: torch.vmap(torch.func.grad(loss, of), (0, None, None))(batch, left, right),
+        lambda loss: torch.func.hessian(loss)(grad, left, right),
+        lambda loss: torch.func.jvp(loss, (grad, left, right), tangents),
+        lambda loss: torch.func.jvp(torch.func.grad(loss), (grad, left, right), tangents),
+    ):
+        torch.testing.assert_close(transform(ours), transform(plain))
+    with pytest.raises(ValueError, match=r"left: given shape \(6, 2\)"):
+        torch.func.grad(lambda g: op(g, left[:6]).sum())(grad)
+
+
+@pytest.mark.parametrize("op", [sculpt_ops.orthonormalize, OPS.orthonormalize])
+def test_transforms_of_torch_func_orthonormalize(op: Any) -> None:
+    tall, weights, tangent = gaussian(9, 4), gaussian(9, 4, seed=5), gaussian(9, 4, seed=6)
+    ours, plain = (lambda x, f=f: (f(x) * weights).sum() for f in (op, reference.orthonormalize))
+    torch.testing.assert_close(torch.func.grad(ours)(tall), torch.func.grad(plain)(tall))
+    torch.testing.assert_close(torch.func.jvp(ours, (tall,), (tangent,)), torch.func.jvp(plain, (tall,), (tangent,)))
+    leaf = tall.clone().requires_grad_()
+    ours(leaf).backward()
+    torch.testing.assert_close(torch.func.grad(ours)(tall), leaf.grad)
+
+
+@pytest.mark.parametrize("op", [OPS.project, in_place], ids=["project", "project_"])
+@pytest.mark.parametrize("wide", [0, 1, 2], ids=["grad", "left", "right"])
+def test_forward_mode(op: Any, wide: int) -> None:
+    given, tangent = list(inputs()), gaussian(*inputs()[wide].shape, seed=9)
+    found = []
+    for function in (op, reference.project):
+        with torch.autograd.forward_ad.dual_level():
+            dual = list(given)
+            dual[wide] = torch.autograd.forward_ad.make_dual(given[wide], tangent)
+            found.append(torch.autograd.forward_ad.unpack_dual(function(*dual)))
+    torch.testing.assert_close(*found)
+
+
+@pytest.mark.parametrize("op", ["rsvd", "foreach_project_", "restore_", "_product", "_gram"])
+def test_forward_mode_is_refused_where_it_would_be_dropped(op: str) -> None:
     grad, left, _ = inputs()
     calls = {
-        "project": lambda x: sculpt_ops.project(x, left),
-        "project_": lambda x: sculpt_ops.project_(x.clone(), left),
-        "orthonormalize": lambda x: sculpt_ops.orthonormalize(x.mT),
-        "rsvd": lambda x: sculpt_ops.rsvd(x, 2)[1],
+        "rsvd": lambda x: OPS.rsvd(x, 2)[1],
+        "foreach_project_": lambda x: OPS.foreach_project_([x.clone()], [left], [None]),
+        "restore_": lambda x: OPS.restore_(x.clone(), left, left.mT @ grad, None, None),
+        "_product": lambda x: OPS._product(x, grad.mT.contiguous()),
+        "_gram": lambda x: OPS._gram(x),
     }
     with pytest.raises(NotImplementedError, match=f"{op}: given a tensor with a forward-mode tangent"):
         torch.func.jvp(calls[op], (grad,), (torch.ones_like(grad),))
@@ -228,15 +289,89 @@ def test_forward_mode_is_refused_and_not_dropped(op: str) -> None:
         calls[op](grad)  # a plain tensor is welcome inside
 
 
+def test_rsvd_under_torch_func_is_refused_clearly() -> None:
+    for op in (sculpt_ops.rsvd, OPS.rsvd):
+        with pytest.raises(NotImplementedError, match=r"rsvd: given a tensor under torch.func"):
+            torch.func.grad(lambda x, op=op: op(x, 2)[1].sum())(inputs()[0])
+        mapped = torch.vmap(lambda x, op=op: op(x, 2)[1])(gaussian(3, 7, 9).requires_grad_())
+        assert mapped.requires_grad
+
+
+@pytest.mark.parametrize("op", ["project", "project_", "orthonormalize", "sketch"])
+def test_forward_mode_of_a_compiled_function(op: str) -> None:
+    """What is traced enters its dual level in C++: the tangents were dropped there without a word."""
+    grad, left, _ = inputs(torch.float32)
+    calls = {
+        "project": lambda x: sculpt_ops.project(x, left) + x,
+        "project_": lambda x: sculpt_ops.project_(x * 1, left) + x,
+        "orthonormalize": lambda x: sculpt_ops.orthonormalize(x.mT) + x.mT,
+        "sketch": lambda x: sculpt_ops.sketch(x, 9, seed=0) + x,
+    }
+
+    def tangent(x: Tensor, v: Tensor) -> Tensor:
+        out: Tensor = torch.func.jvp(calls[op], (x,), (v,))[1]
+        return out
+
+    compiled = torch.compile(tangent, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(grad, grad.clone()), tangent(grad, grad.clone()))
+
+
+def test_several_threads_in_the_backward_pass_of_one_graph() -> None:
+    grad, left, right = (t.requires_grad_() for t in inputs())
+    out = sculpt_ops.project(grad, left, right).sum()
+    wanted = torch.autograd.grad(out, (grad, left, right), retain_graph=True)
+    switching = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            futures = [
+                pool.submit(torch.autograd.grad, out, (grad, left, right), retain_graph=True) for _ in range(200)
+            ]
+            found = [future.result() for future in futures]
+    finally:
+        sys.setswitchinterval(switching)
+    assert all(torch.equal(a, b) for gradients in found for a, b in zip(gradients, wanted, strict=True))
+
+
+def test_a_basis_in_the_memory_of_a_recorded_matrix_is_refused() -> None:
+    """The copy would overwrite what the backward formula has kept."""
+    matrix = gaussian(6, 6).requires_grad_() * 1
+    before = matrix.detach().clone()
+    with pytest.raises(ValueError, match="left: given memory shared with grad"):
+        sculpt_ops.project_(matrix, matrix.data[:, :2])
+    assert torch.equal(matrix, before)
+
+
+def test_rsvd_is_exported_for_tall_and_wide_matrices() -> None:
+    class Values(torch.nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return sculpt_ops.rsvd(x, 2)[1]
+
+    m, n = torch.export.Dim("m", min=4, max=50), torch.export.Dim("n", min=4, max=50)
+    given = gaussian(6, 5, dtype=torch.float32)
+    exported = torch.export.export(Values(), (given,), dynamic_shapes=({0: m, 1: n},), strict=True).module()
+    for matrix in (given, gaussian(9, 20, dtype=torch.float32)):
+        torch.testing.assert_close(exported(matrix), sculpt_ops.rsvd(matrix, 2)[1])
+
+
 def test_autocast_changes_no_gradient() -> None:
-    """backward() under autocast, too: torch's products would be bfloat16 there."""
+    """backward() under autocast, too: torch's products would be bfloat16 there; and inside transforms of torch.func."""
     found = []
     for enabled in (False, True):
         grad, left, right = (t.requires_grad_() for t in inputs(torch.float32))
         with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
             out = sculpt_ops.project(grad, left, right)
-            assert sculpt_ops.sketch(grad, 3, seed=1).dtype is torch.float32
-            (out * gaussian(7, 9, dtype=torch.float32, seed=4)).sum().backward()
-        found.append((out, grad.grad, left.grad, right.grad))
+            sketch = sculpt_ops.sketch(grad, 3, seed=1)
+            values = sculpt_ops.rsvd(grad, 2)[1]
+            (out * gaussian(7, 9, dtype=torch.float32, seed=4)).sum().backward(retain_graph=True)
+            (sketch.sum() + values.sum()).backward()
+            plain = grad.detach()
+            inner = [
+                torch.func.vjp(lambda x: sculpt_ops.project(x, left.detach()), plain)[0],  # noqa: B023
+                *torch.func.jvp(lambda x: sculpt_ops.sketch(x, 3, seed=1), (plain,), (plain,)),
+                torch.func.grad(lambda x: sculpt_ops.orthonormalize(x.mT)[0, 0])(plain),
+                torch.ops.sculpt._product(plain, right.detach()),
+            ]
+        found.append((out, sketch, values, grad.grad, left.grad, right.grad, *inner))
     for plain, under in zip(*found, strict=True):
         assert torch.equal(plain, under)
