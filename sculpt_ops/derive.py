@@ -177,7 +177,7 @@ def _searched(layer: LayerSubspace) -> bool:
 
 
 def _start(layer: LayerSubspace | None, matrix: Tensor) -> Tensor | None:
-    if layer is None or layer.shape != tuple(matrix.shape) or not _searched(layer):
+    if layer is None or not layer.is_here or layer.shape != tuple(matrix.shape) or not _searched(layer):
         return None
     right = layer.right
     return None if right is None else right.to(matrix.device, torch.promote_types(matrix.dtype, torch.float32))

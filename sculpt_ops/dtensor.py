@@ -8,7 +8,7 @@ from typing import Any, cast
 
 from torch import Tensor
 
-__all__ = ["is_dtensor", "is_fsdp", "local_nbytes", "stored_bytes"]
+__all__ = ["is_dtensor", "is_fsdp", "local_nbytes", "stored_bytes", "version_of"]
 
 
 def is_dtensor(tensor: object) -> bool:
@@ -35,6 +35,11 @@ def stored_bytes(tensors: Iterable[Tensor]) -> int:
         # An empty tensor of a file has the address of the one after it.
         storages[storage.data_ptr()] = max(storage.nbytes(), storages.get(storage.data_ptr(), 0))
     return sum(storages.values())
+
+
+def version_of(tensor: Tensor) -> int:
+    """The count of writes to it. FSDP2 adds gradients to the local part, and a DTensor's own count does not move."""
+    return cast(Any, tensor)._local_tensor._version if is_dtensor(tensor) else tensor._version
 
 
 def _local(tensor: Tensor) -> Tensor:

@@ -104,7 +104,9 @@ def guard_optimizer(
     if isinstance(start, Mapping):
         weights = check_start_weights(start, {name: layer for name, (_, layer) in bound.items()})
     elif start is not None:
-        saved = _load(Path(start), {name: layer for name, (_, layer) in bound.items()})
+        path, ranks = Path(start), subspaces._ranks()
+        layers = {name: layer for name, (_, layer) in bound.items()}
+        saved = _load(path, layers) if ranks is None else ranks.each("guard", lambda: _load(path, layers))
 
     def make(name: str, weight: Tensor, layer: LayerSubspace) -> Start:
         if name in saved:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, cast
 
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity
 
-from .dtensor import is_dtensor, is_fsdp
+from .dtensor import is_fsdp
 from .names import list_names
 
 if TYPE_CHECKING:
@@ -25,7 +25,10 @@ _MASKS = ("attention_mask", "decoder_attention_mask")
 
 
 def layer_importance(
-    model: nn.Module, targets: Mapping[str, Tensor], batches: Iterable[Mapping[str, Any] | Tensor] | None
+    model: nn.Module,
+    targets: Mapping[str, Tensor],
+    batches: Iterable[Mapping[str, Any] | Tensor] | None,
+    groups: Sequence[Ranks] = (),
 ) -> dict[str, float]:
     """I = mean over tokens of cos(x, W x) for every matrix W of `targets`, divided by its mean over all of them.
 
@@ -36,6 +39,7 @@ def layer_importance(
     batches: model inputs, each a mapping of keyword arguments or a tensor; tensors are moved to the targets' device.
         Tokens that `attention_mask` or `decoder_attention_mask` hides are left out of every layer that sees tokens in
         that mask's shape, or flattened; the former is tried first. Other layers count all that they see.
+    groups: of ranks whose batches count together, one after the other.
     A matrix that several modules share, or that is used several times, is measured on all of its calls.
 
     Where the mean is not above 0, dividing by it means nothing (on SmolLM2-135M half of the 210 cosines are negative
@@ -46,12 +50,16 @@ def layer_importance(
     not run on them or is no linear map, for activations that are not finite, and if no cosine is above 0.
     """
     cosines = _Cosines(targets)
-    run_batches(model, batches, next(iter(targets.values())).device, cosines.hooks(), cosines.begin)
-    if any(is_dtensor(target) for target in targets.values()):
-        from .distributed.sharding import mesh_ranks
 
-        for ranks in mesh_ranks(targets):
-            cosines.add_up(ranks)
+    def measure() -> None:
+        run_batches(model, batches, next(iter(targets.values())).device, cosines.hooks(), cosines.begin)
+
+    if groups:
+        groups[0].each("from_model", measure)
+    else:
+        measure()
+    for ranks in groups:
+        cosines.add_up(ranks)
     means = cosines.means()
     if sum(means.values()) <= 0:
         means = {name: max(cosine, 0.0) for name, cosine in means.items()}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -171,7 +171,7 @@ class Subspaces(Mapping[str, LayerSubspace]):
         importance: dict[str, float] = {}
         wanted: Mapping[str, Choice] | float
         if isinstance(policy, Importance):
-            importance = layer_importance(model, found, batches)
+            importance = layer_importance(model, found, batches, _groups(model, found))
             wanted = {name: policy.rank_of(min(found[name].shape), share) for name, share in importance.items()}
         elif isinstance(policy, SizePolicy):
             sizes = {name: min(matrix.shape) for name, matrix in found.items()}
@@ -228,6 +228,10 @@ class Subspaces(Mapping[str, LayerSubspace]):
             if tuple(parameters[name].shape) != layer.shape:
                 given = tuple(parameters[name].shape)
                 raise ValueError(f"the basis of {name} is for shape {layer.shape}, the model's parameter has {given}")
+        first: dict[int, str] = {}
+        for name in self:
+            if (other := first.setdefault(id(parameters[name]), name)) != name:
+                raise ValueError(f"{other} and {name} have a basis each, and are one parameter of this model")
         self._parameters = WeakTensors.of({name: parameters[name] for name in self})
         if any(is_dtensor(parameter) for _, parameter in self._bound()):
             from .distributed.layers import share_out
@@ -369,10 +373,7 @@ class Subspaces(Mapping[str, LayerSubspace]):
 
         Raises ValueError if the file is truncated or not one of these, or if the model does not fit.
         """
-        from .storage import load_subspaces
-
-        own = None if model is None else _own_names(model)
-        subspaces = cls(*load_subspaces(Path(path), own))
+        subspaces = cls(*_read(Path(path), model))
         if model is not None:
             subspaces.bind(model)
             for name, parameter in subspaces._bound():
@@ -463,21 +464,16 @@ def _groups(model: nn.Module, found: Mapping[str, Tensor]) -> Sequence[Ranks]:
     return () if replicas is None else (replicas,)
 
 
-def _own_names(model: nn.Module) -> Callable[[Mapping[str, tuple[int, int]]], set[str]] | None:
-    """If `model` is sharded, a function that tells which of some matrices (by name, with shapes) this rank owns."""
-    sharded = {name: p for name, p in canonical_parameters(model)[0].items() if is_dtensor(p)}
-    if not sharded:
-        return None
-    from .distributed.exchange import assign_owners
-    from .distributed.sharding import sharding_of
+def _read(path: Path, model: nn.Module | None) -> Parts:
+    """What is in the file, of a sharded model what this rank needs."""
+    from .storage import load_subspaces
 
-    ranks = sharding_of(*next(iter(sharded.items()))).ranks
+    parameters = {} if model is None else canonical_parameters(model)[0]
+    if not any(is_dtensor(parameter) for parameter in parameters.values()):
+        return load_subspaces(path)
+    from .distributed.files import read_own
 
-    def own(shapes: Mapping[str, tuple[int, int]]) -> set[str]:
-        owners = assign_owners(list(shapes.values()), ranks.size)
-        return {name for name, owner in zip(shapes, owners, strict=True) if owner == ranks.rank}
-
-    return own
+    return read_own(path, cast(nn.Module, model))
 
 
 def _unprotected(rest: Mapping[str, Tensor], trained: Collection[str]) -> list[Unprotected]:

@@ -166,7 +166,7 @@ def test_compressed_gradients_add_up() -> None:
         reference.step()
     for (name, a), b in zip(accumulated.named_parameters(), summed.parameters(), strict=True):
         assert (a - b).detach().norm() <= 1e-5 * (b - start[name]).detach().norm(), name
-    assert optimizer._compressed == {}
+    assert optimizer._waiting.sums == {}
 
 
 def test_zero_grad_and_load_state_dict_drop_compressed_gradients() -> None:

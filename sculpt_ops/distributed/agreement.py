@@ -35,6 +35,12 @@ class Ranks(NamedTuple):
             dist.all_gather_object(values, value, self.group)
         return values
 
+    def each(self, what: str, work: Callable[[], Any]) -> Any:
+        """What `work` returns here. An exception on any rank is raised on all."""
+        kept: list[Any] = []
+        self.together(what, lambda: kept.append(work()))
+        return kept[0]
+
     def together(self, what: str, work: Callable[[], Any]) -> list[Any]:
         """What `work` returns on every rank. An exception on any of them is raised on all, the first rank's: a rank
         that left alone would let the others wait for it."""

@@ -1,19 +1,28 @@
-"""One safetensors file written by several ranks, each its own tensors into its own place."""
+"""One safetensors file of several ranks: each writes its own tensors into its own place, and reads what it needs."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
+from ..dtensor import is_dtensor
+from ..names import canonical_parameters
+from ..storage import load_subspaces
 from ..tensor_file import DTYPES
 from .agreement import Ranks
+from .exchange import assign_owners
+from .sharding import is_split, sharding_of
 
-__all__ = ["write_together"]
+if TYPE_CHECKING:
+    from ..subspaces import Parts
+
+__all__ = ["read_own", "write_together"]
 
 
 def write_together(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], ranks: Ranks) -> None:
@@ -61,3 +70,23 @@ def write_together(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[
     finally:
         if ranks.rank == 0:
             temporary.unlink(missing_ok=True)
+
+
+def read_own(path: Path, model: nn.Module) -> Parts:
+    """`load_subspaces` of a sharded model: of each basis the owner alone reads it. What one rank raises, all raise."""
+    parameters, aliases = canonical_parameters(model)
+    parameters |= {alias: parameters[name] for alias, name in aliases.items()}
+    split = {n: sharding_of(n, p).ranks for n, p in parameters.items() if is_dtensor(p) and is_split(p)}
+    if not split:
+        return load_subspaces(path)
+
+    def own(shapes: Mapping[str, tuple[int, int]]) -> set[str]:
+        # By the matrices in the file: the model's first parameter may be on another mesh.
+        ranks = next((split[name] for name in shapes if name in split), None)
+        if ranks is None:
+            return set(shapes)
+        owners = assign_owners(list(shapes.values()), ranks.size)
+        return {name for name, owner in zip(shapes, owners, strict=True) if owner == ranks.rank}
+
+    parts: Parts = next(iter(split.values())).each("load", lambda: load_subspaces(path, own))
+    return parts

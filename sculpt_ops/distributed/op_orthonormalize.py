@@ -101,7 +101,10 @@ def _pass(y: Tensor, shift: float, rows: Rows) -> tuple[Tensor, Tensor]:
     Q = _PRODUCT(y, inverse * scale.unsqueeze(-1))
     noise = _noise(R, shift, _NOISE)
     Q = Q + _random(Q, rows) @ (inverse * noise.unsqueeze(-1))
-    return Q, shift * inverse.square().sum((-2, -1)).amax()
+    sums = torch.nn.functional.pad(
+        inverse.square().sum((-2, -1)).flatten(), (0, 1)
+    )  # of no entries there is no maximum
+    return Q, shift * sums.amax()
 
 
 def _wide_pass(y: Tensor, shift: float, rows: Rows) -> Tensor:

@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 from ..names import list_names
 from .agreement import Ranks
 
-__all__ = ["Sharding", "as_shard", "common_ranks", "mesh_ranks", "moves_to_owner", "sharding_of"]
+__all__ = ["Sharding", "as_shard", "common_ranks", "is_split", "mesh_ranks", "moves_to_owner", "sharding_of"]
 
 
 def moves_to_owner(m: int, n: int, width: int, size: int) -> bool:
@@ -80,6 +80,15 @@ def sharding_of(name: str, tensor: Tensor) -> Sharding:
         )
     dim = placements[split[0]].dim % tensor.ndim  # type: ignore[attr-defined]
     return Sharding(tensor.device_mesh, split[0], dim)
+
+
+def is_split(tensor: Tensor) -> bool:
+    """Whether `sharding_of` takes this DTensor."""
+    try:
+        sharding_of("", tensor)
+    except ValueError:
+        return False
+    return True
 
 
 def common_ranks(parameters: Mapping[str, Tensor]) -> dict[str, Sharding]:

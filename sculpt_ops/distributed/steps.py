@@ -54,7 +54,17 @@ def step_at_owners(options: Options, group: Mapping[str, Any], rows: Sequence[Ro
         row = rows[index]
         if places[index].owner != places[index].sharding.ranks.rank:
             row.state["step"] += 1
+            _name_moments(options, group, row)
         apply_step(options, row, places[index].sharding.wrap(shard, places[index].shape))
+
+
+def _name_moments(options: Options, group: Mapping[str, Any], row: Row) -> None:
+    """On ranks without the moments their names and shapes. torch's flat state dicts have the names from here: without
+    them what was loaded differed between the ranks, and the owners' moments were memory that nobody had written."""
+    shape = _layer(row).free_shape if options.in_coordinates else _layer(row).shape
+    for name in MOMENTS if group["amsgrad"] else MOMENTS[:2]:
+        if name not in row.state:
+            row.state[name] = torch.empty(shape, dtype=options.moments_of(row.parameter), device="meta")
 
 
 def prepare(options: Options, row: Row, grad: Tensor) -> Tensor:
@@ -89,28 +99,29 @@ def collect_gradients(options: Options, rows: Sequence[Row]) -> list[Tensor]:
 
 def norm_over_owners(held: Sequence[Tensor], parameter: Tensor, norm_type: float) -> Tensor:
     """The norm of tensors of which each is on one rank (on the meta device elsewhere); collective."""
+    if norm_type <= 0:
+        raise ValueError(f"norm_type must be above 0 for sharded parameters, got {norm_type}")
     here = [tensor for tensor in held if not tensor.is_meta]
     own = torch.nn.utils.get_total_norm(here, norm_type) if here else torch.zeros((), device=parameter.device)
-    own = own.float()
+    own = own.double()  # the square of a float32 norm overflows from 1.8e19 on
     ranks = sharding_of("parameter", parameter).ranks
     infinite = norm_type == float("inf")
     total = own if infinite else own**norm_type
     with collective("clip_grad_norm_"):
         reduce = torch.distributed.ReduceOp.MAX if infinite else torch.distributed.ReduceOp.SUM
         torch.distributed.all_reduce(total, reduce, group=ranks.group)
-    return total if infinite else total ** (1.0 / norm_type)
+    return (total if infinite else total ** (1.0 / norm_type)).float()
 
 
 def moments_from_owners(
-    bound: Mapping[Tensor, LayerSubspace], states: Mapping[Tensor, Mapping[str, Any]], options: Options, names: Any
+    bound: Mapping[Tensor, LayerSubspace], states: Mapping[Tensor, Mapping[str, Any]], options: Options
 ) -> dict[Tensor, dict[str, Tensor]]:
     """The moments of parameters whose layers have an owner as DTensors, sharded like the parameter; collective."""
     items: list[tuple[Tensor, str, Place]] = []
     for parameter, layer in bound.items():
-        if "step" in states.get(parameter, {}):
-            shape = layer.free_shape if options.in_coordinates else layer.shape
-            place = replace(place_of("state_dict", parameter, layer), shape=shape)
-            items += [(parameter, name, place) for name in names(parameter)]
+        state = states.get(parameter, {})
+        place = place_of("state_dict", parameter, layer)
+        items += [(parameter, n, replace(place, shape=tuple(state[n].shape))) for n in MOMENTS if n in state]
     if not items:
         return {}
     ranks = items[0][2].sharding.ranks
@@ -124,30 +135,37 @@ def moments_from_owners(
 
 
 def moments_to_owners(bound: Mapping[Tensor, LayerSubspace], states: Mapping[Tensor, dict[str, Any]]) -> None:
-    """Replace moments that are DTensors by whole ones at the owners, and by nothing elsewhere; collective.
+    """Replace moments that are DTensors by whole ones at the owners, and on the meta device elsewhere; collective.
 
-    Moments that are whole on every rank, as a checkpoint of one process has them, stay with the owner only.
+    Moments that are whole on every rank, as a checkpoint of one process has them, stay with the owner only. ValueError
+    on all ranks if what they have differs.
     """
     items: list[tuple[Tensor, str, Place]] = []
+    given: list[list[tuple[str, tuple[int, ...], bool]]] = []
     for parameter, layer in bound.items():
         state = states.get(parameter, {})
-        for name in MOMENTS:
-            if name in state:
-                place = replace(place_of("load_state_dict", parameter, layer), shape=tuple(state[name].shape))
-                if isinstance(state[name], DTensor):
-                    items.append((parameter, name, place))
-                elif place.owner != place.sharding.ranks.rank:
-                    del state[name]
+        place = place_of("load_state_dict", parameter, layer)
+        given.append([(n, tuple(state[n].shape), isinstance(state[n], DTensor)) for n in MOMENTS if n in state])
+        for name, shape, sharded in given[-1]:
+            if sharded:
+                items.append((parameter, name, replace(place, shape=cast(tuple[int, int], shape))))
+            elif place.owner != place.sharding.ranks.rank:
+                state[name] = state[name].to("meta")
+    if not given:
+        return
+    ranks = place.sharding.ranks
+    if any(other != given for other in ranks.share("load_state_dict", given)):
+        raise ValueError("load_state_dict: the ranks were given different moments, wanted the same on all")
     if not items:
         return
-    ranks = items[0][2].sharding.ranks
     shards = [as_shard(states[p][name]) for p, name, _ in items]
     found = gather("load_state_dict", shards, [place for *_, place in items], ranks)()
     for index, (parameter, name, _) in enumerate(items):
+        state = states[parameter]
         if index in found:
-            states[parameter][name] = found[index]
+            state[name] = found[index]
         else:
-            del states[parameter][name]
+            state[name] = torch.empty(state[name].shape, dtype=state[name].dtype, device="meta")
 
 
 def _layer(row: Row) -> LayerSubspace:

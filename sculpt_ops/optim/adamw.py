@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import warnings
-import weakref
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -15,10 +14,13 @@ from ..binding import bind_to_optimizer, check_still_bound
 from ..dtensor import is_dtensor
 from ..layer import LayerSubspace, project_each_
 from ..subspaces import Subspaces
+from .checks import check_capture, check_dense, check_shapes
 from .options import DecayTo, Options, Project, State
-from .precision import Master, read_weight
+from .outside_autocast import outside_autocast
+from .precision import Master, integer_bits, read_weight, transported_bits
 from .rebase import rebase_first, rebase_second
 from .rows import MOMENTS, Row, adam_, step_rows
+from .waiting import Waiting
 
 __all__ = ["AdamW"]
 
@@ -105,12 +107,14 @@ class AdamW(torch.optim.AdamW):
         )
         self._options = options
         self._bound: dict[Tensor, LayerSubspace] = {}
-        # Gradients in free coordinates that wait for the step, and gradients known to be projected already.
-        self._compressed: dict[Tensor, Tensor] = {}
-        self._projected: dict[Tensor, tuple[weakref.ref[Tensor], int]] = {}
+        self._waiting = Waiting()
+        # Of `fuse_into_backward`: the backward passes since a parameter's last step.
+        self._passes: dict[Tensor, int] = {}
         self._in_backward = False
+        self._had_subspaces = False
         self.set_subspaces(subspaces)
 
+    @outside_autocast
     @torch.no_grad()
     def set_subspaces(self, subspaces: Subspaces | None) -> None:
         """Protect with `subspaces` from the next step on, or with none.
@@ -124,7 +128,8 @@ class AdamW(torch.optim.AdamW):
         """
         if not isinstance(subspaces, Subspaces | None):
             raise TypeError(f"subspaces must be a Subspaces or None, got {type(subspaces).__name__}")
-        if self._compressed:
+        self._waiting.drop_forgotten()
+        if self._waiting.sums:
             raise RuntimeError("set_subspaces: gradients wait in the old coordinates; call step() or zero_grad() first")
         bound = self._bind(subspaces)
         if self._options.in_coordinates and (blocks := sum(layer.block for layer in bound.values())):
@@ -134,43 +139,47 @@ class AdamW(torch.optim.AdamW):
             )
         self._options.check_groups(self.param_groups, bool(bound))
         if self._options.in_coordinates:
-            self._check_shapes({**self._bound, **bound})
+            both = {**self._bound, **bound}
+            check_shapes(both, self.state, self._bound)
+            pairs = {parameter: (self._bound.get(parameter), bound.get(parameter)) for parameter in both}
+            if any(old and new and old.owner != new.owner for old, new in pairs.values()):
+                raise ValueError("the owners of parameters have changed; make a new optimizer for these subspaces")
             if subspaces is not None:
                 subspaces.use_reflectors()
                 bound = self._bind(subspaces)
-            for parameter in {**self._bound, **bound}:
-                old, new = self._bound.get(parameter), bound.get(parameter)
-                if old is not None and new is not None and old.owner != new.owner:
-                    raise ValueError("the owners of parameters have changed; make a new optimizer for these subspaces")
-                if not all(layer is None or layer.is_here for layer in (old, new)):
-                    continue
+            self._move_moments_to(self._away({p: both[p] for p, (old, _) in pairs.items() if old is None}))
+            for parameter in both:
                 self._rebase(self.state.get(parameter, {}), self._bound.get(parameter), bound.get(parameter))
-        elif any(layer.owner is not None for layer in (*self._bound.values(), *bound.values())):
-            self._move_moments(bound)
-        if self._bound:
-            for state in self.state.values():
-                state.pop("start", None)
+            self._move_moments_from(self._away({p: both[p] for p, (_, new) in pairs.items() if new is None}))
+        else:
+            self._move_moments_from(self._away(self._bound))
+            self._move_moments_to(self._away(bound))
+        # Subspaces that protect nothing yet, as those of a first task, are replaced like others.
+        for state in self.state.values() if self._had_subspaces else ():
+            state.pop("start", None)
+        self._had_subspaces = subspaces is not None
         self._bound = bound
         self._unseen = True
 
-    def _move_moments(self, bound: dict[Tensor, LayerSubspace]) -> None:
-        """Moments of the full shape to where the layers of `bound` want them: at an owner, or sharded."""
-        from ..distributed.steps import moments_from_owners, moments_to_owners
+    def _move_moments_from(self, away: dict[Tensor, LayerSubspace]) -> None:
+        """Moments of parameters that an owner has stepped, to the shards."""
+        if away:
+            from ..distributed.steps import moments_from_owners
 
-        for parameter, moments in moments_from_owners(
-            self._away(self._bound), self.state, self._options, self._moment_names
-        ).items():
-            self.state[parameter].update(moments)
-        moments_to_owners(self._away(bound), self.state)
+            for parameter, moments in moments_from_owners(away, self.state, self._options).items():
+                self.state[parameter].update(moments)
+
+    def _move_moments_to(self, away: dict[Tensor, LayerSubspace]) -> None:
+        """Moments of parameters that an owner will step, to the owner."""
+        if away:
+            from ..distributed.steps import moments_to_owners
+
+            moments_to_owners(away, self.state)
 
     @staticmethod
     def _away(bound: dict[Tensor, LayerSubspace]) -> dict[Tensor, LayerSubspace]:
         """Those that are stepped by the owner of their layer."""
         return {parameter: layer for parameter, layer in bound.items() if layer.owner is not None}
-
-    def _moment_names(self, parameter: Tensor) -> tuple[str, ...]:
-        amsgrad = any(group["amsgrad"] for group in self.param_groups if any(p is parameter for p in group["params"]))
-        return MOMENTS if amsgrad else MOMENTS[:2]
 
     def _bind(self, subspaces: Subspaces | None) -> dict[Tensor, LayerSubspace]:
         in_place = not self._options.in_coordinates
@@ -180,7 +189,10 @@ class AdamW(torch.optim.AdamW):
     @staticmethod
     def _rebase(state: dict[str, Any], old: LayerSubspace | None, new: LayerSubspace | None) -> None:
         for name in MOMENTS:
-            if name in state:
+            if name in state and state[name].is_meta:  # an owner has it
+                after = new.free_shape if new else cast(LayerSubspace, old).shape
+                state[name] = state[name].new_empty(after)
+            elif name in state:
                 state[name] = (rebase_first if name == "exp_avg" else rebase_second)(state[name], old, new)
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -192,7 +204,7 @@ class AdamW(torch.optim.AdamW):
             )
         self._options.check_groups(self.param_groups, bool(self._bound))
         check_still_bound(self, self._bound)
-        self._check_capture()
+        check_capture(self.param_groups)
         self._warn_of_rounding()
         loss = None
         if closure is not None:
@@ -218,9 +230,13 @@ class AdamW(torch.optim.AdamW):
             )
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """As torch's; drops compressed gradients too."""
-        self._compressed.clear()
+        """As torch's; drops compressed gradients too, and `fuse_into_backward` counts passes anew."""
+        self._forget_gradients()
         super().zero_grad(set_to_none)
+
+    def _forget_gradients(self) -> None:
+        self._waiting.clear()
+        self._passes.clear()
 
     @torch.no_grad()
     def compress_gradients(self) -> None:
@@ -240,21 +256,23 @@ class AdamW(torch.optim.AdamW):
         """Scale the gradients of all parameters so that their norm AFTER projection is at most `max_norm`.
 
         Returns that norm before scaling. With state="full" protected gradients are projected in place, once for the
-        next step too; with state="subspace" they are compressed (`compress_gradients`), and `norm_type` must be 2: only
-        that norm is the same in all coordinates. Arguments as in `torch.nn.utils.clip_grad_norm_`. RuntimeError if the
-        optimizer steps during the backward pass.
+        next step too. With state="subspace" they go into free coordinates, as with `compress_gradients`, and
+        `norm_type` must be 2: only that norm is the same in all coordinates. Until the step `.grad` is zero then, as it
+        is of a sharded matrix that an owner steps: what is added to it counts, and who drops it drops what waits.
+        Arguments as in `torch.nn.utils.clip_grad_norm_`. RuntimeError if the optimizer steps during the backward pass.
         """
         if self._in_backward:
             raise RuntimeError("clip_grad_norm_: the norm is not known while weights are stepped in the backward pass")
+        self._waiting.drop_forgotten()
         if self._options.in_coordinates:
             if norm_type != 2.0:
                 raise ValueError(f"norm_type must be 2 with state='subspace', got {norm_type}")
-            self._compress(self._bound)
+            self._compress(self._bound, leave=True)
         else:
-            self._compress(self._away(self._bound))
+            self._compress(self._away(self._bound), leave=True)
             if self._options.project != "update":
                 self._project_gradients(self._parameters())
-        held = [p.grad for p in self._parameters() if p.grad is not None] + list(self._compressed.values())
+        held = self._gradients() + list(self._waiting.sums.values())
         norm = self._total_norm(norm_type, error_if_nonfinite, foreach)
         factor = (max_norm / (norm + 1e-6)).clamp_(max=1.0)
         # One launch for many on a GPU, where they are on one: of small matrices the launches take longest.
@@ -263,16 +281,14 @@ class AdamW(torch.optim.AdamW):
             torch._foreach_mul_(held, factor)
         for grad in () if together else held:
             grad.mul_(factor.to(grad.device) if not grad.is_meta else 1.0)
-        self._projected = {
-            p: (reference, p.grad._version) for p, (reference, _) in self._projected.items() if p.grad is not None
-        }
+        self._waiting.renew()
         return norm
 
     def _total_norm(self, norm_type: float, error_if_nonfinite: bool, foreach: bool | None) -> Tensor:
         """The norm of all gradients, compressed ones included, over all ranks that they are sharded over."""
-        grads = [p.grad for p in self._parameters() if p.grad is not None]
-        away = {p: grad for p, grad in self._compressed.items() if self._bound[p].owner is not None}
-        here = [grad for p, grad in self._compressed.items() if p not in away]
+        grads = self._gradients()
+        away = {p: grad for p, grad in self._waiting.sums.items() if self._bound[p].owner is not None}
+        here = [grad for p, grad in self._waiting.sums.items() if p not in away]
         parts = []
         for sharded in (False, True):
             if chosen := [grad for grad in (*grads, *here) if is_dtensor(grad) == sharded]:
@@ -307,10 +323,13 @@ class AdamW(torch.optim.AdamW):
             from ..distributed.steps import moments_from_owners
 
             places = {id(parameter): place for place, parameter in enumerate(self._parameters())}
-            moments = moments_from_owners(away, self.state, self._options, self._moment_names)
+            moments = moments_from_owners(away, self.state, self._options)
             for parameter, values in moments.items():
                 index = places[id(parameter)]
                 state_dict["state"][index] = {**state_dict["state"][index], **values}
+        for index, state in state_dict["state"].items():
+            if "low" in state:
+                state_dict["state"][index] = {**state, "low": transported_bits(state["low"])}
         return state_dict
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -319,35 +338,47 @@ class AdamW(torch.optim.AdamW):
         torch casts all to the weight's: of a bfloat16 weight float32 moments would be rounded and low bits destroyed.
         With state="subspace" the subspaces must be set first.
         """
-        super().load_state_dict(state_dict)
+        # After all hooks that change what is loaded, and before those that change what was.
+        hooks = [
+            self.register_load_state_dict_pre_hook(lambda _, given: loaded.append(given)),
+            self.register_load_state_dict_post_hook(lambda _: self._take_state(loaded[-1]), prepend=True),
+        ]
+        loaded: list[dict[str, Any]] = []
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def _take_state(self, state_dict: dict[str, Any]) -> None:
         saved = [index for group in state_dict["param_groups"] for index in group["params"]]
         for index, parameter in zip(saved, self._parameters(), strict=True):
             for name, value in state_dict["state"].get(index, {}).items():
                 if isinstance(value, Tensor) and name != "step":
                     dtype = self._options.moments_of(parameter) if name in MOMENTS else value.dtype
-                    self.state[parameter][name] = value.to(parameter.device, dtype, copy=True)
-        if away := self._away(self._bound):
-            from ..distributed.steps import moments_to_owners
+                    value = integer_bits(value) if name == "low" else value.to(dtype=dtype)
+                    self.state[parameter][name] = value.to(parameter.device, copy=True)
+        self._move_moments_to(self._away(self._bound))
+        self._forget_gradients()
 
-            moments_to_owners(away, self.state)
-        self._compressed.clear()
-        self._projected.clear()
-
+    @outside_autocast
     @torch.no_grad()
     def _step(self, selected: set[Tensor] | None) -> None:
         """Step the parameters that have a gradient, of `selected` if given."""
+        self._waiting.drop_forgotten()
         with torch.set_grad_enabled(self.defaults["differentiable"]):
             work = [(group, *self._split(group, first, selected)) for group, first in self._groups()]
             stepped = [p for _, plain, rows in work for p in (*plain, *(row.parameter for row in rows))]
-            self._check_shapes(stepped)
+            check_shapes(stepped, self.state, self._bound if self._options.in_coordinates else {})
+            for parameter in filter(self._waiting.is_taken, stepped):
+                parameter.grad = None  # zeros, whose memory the step can use
             if not self._options.in_coordinates and self._options.project != "update":
                 self._project_gradients(stepped)
             for group, plain, rows in work:
                 self._plain_step(group, plain)
                 step_rows(self._options, group, rows)
         for parameter in stepped:
-            self._compressed.pop(parameter, None)
-            self._projected.pop(parameter, None)
+            self._waiting.drop(parameter)
 
     def _groups(self) -> Iterator[tuple[dict[str, Any], int]]:
         """Every group and the place of its first parameter in the optimizer."""
@@ -366,11 +397,11 @@ class AdamW(torch.optim.AdamW):
         for place, parameter in enumerate(group["params"], start=first):
             if selected is not None and parameter not in selected:
                 continue
-            grad, compressed = parameter.grad, self._compressed.get(parameter)
+            grad, compressed = parameter.grad, self._waiting.sums.get(parameter)
             if grad is None and compressed is None:
                 continue
             if grad is not None:
-                _check_dense(grad)
+                check_dense(grad)
             layer = self._bound.get(parameter)
             if self._options.project == "gradient" and (layer is None or layer.owner is None):
                 layer = None  # its gradient is projected already, the rest is torch's
@@ -406,71 +437,54 @@ class AdamW(torch.optim.AdamW):
             layer, grad = self._bound.get(parameter), parameter.grad
             if layer is None or grad is None or layer.owner is not None:
                 continue
-            _check_dense(grad)
-            reference, version = self._projected.get(parameter, (None, -1))
-            if reference is None or reference() is not grad or version != grad._version:
+            check_dense(grad)
+            if not self._waiting.is_known(parameter):
                 todo.append((parameter, grad, layer))
         project_each_([(grad, layer) for _, grad, layer in todo], in_parts=True)
-        for parameter, grad, _ in todo:
-            self._projected[parameter] = (weakref.ref(grad), grad._version)
+        for parameter, _, _ in todo:
+            self._waiting.note(parameter)
 
-    def _compress(self, parameters: Iterable[Tensor]) -> None:
+    def _gradients(self) -> list[Tensor]:
+        """Every `.grad`, but those that are taken."""
+        return [p.grad for p in self._parameters() if p.grad is not None and not self._waiting.is_taken(p)]
+
+    @outside_autocast
+    def _compress(self, parameters: Iterable[Tensor], *, leave: bool = False) -> None:
+        """Into `_waiting`. leave: zeros in `.grad`."""
         away = []
         for parameter in parameters:
             layer, grad = self._bound.get(parameter), parameter.grad
             if layer is None or grad is None:
                 continue
-            _check_dense(grad)
+            check_dense(grad)
+            if self._waiting.is_taken(parameter):
+                self._waiting.leave(parameter, zeros=leave)
+                continue
             if layer.owner is not None:
-                away.append(Row(parameter, 0, self.state[parameter], layer, self._compressed.get(parameter)))
+                away.append(Row(parameter, 0, self.state[parameter], layer, self._waiting.sums.get(parameter)))
                 continue
             coordinates = layer.to_coordinates(grad)
-            if parameter in self._compressed:
-                self._compressed[parameter].add_(coordinates)
+            if parameter in self._waiting.sums:
+                self._waiting.sums[parameter].add_(coordinates)
             else:
-                self._compressed[parameter] = coordinates
-            parameter.grad = None
+                self._waiting.sums[parameter] = coordinates
+            self._waiting.leave(parameter, zeros=leave)
         if away:
             from ..distributed.steps import collect_gradients
 
             for row, grad in zip(away, collect_gradients(self._options, away), strict=True):
-                self._compressed[row.parameter] = grad
-                row.parameter.grad = None
-
-    def _check_shapes(self, parameters: Iterable[Tensor]) -> None:
-        # torch's fused kernel checks nothing and reads beyond the end of moments that are too small.
-        for parameter in parameters:
-            state = self.state.get(parameter, {})
-            layer = self._bound.get(parameter) if self._options.in_coordinates else None
-            wanted = tuple(parameter.shape) if layer is None else layer.free_shape
-            for name in MOMENTS:
-                if name in state and tuple(state[name].shape) != wanted:
-                    raise ValueError(
-                        f"the {name} of a parameter of shape {tuple(parameter.shape)} has shape "
-                        f"{tuple(state[name].shape)}, wanted {wanted}: load what an optimizer with the same state= and "
-                        "the same subspaces saved, and after set_subspaces"
-                    )
-
-    def _check_capture(self) -> None:
-        if not (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()):
-            return
-        if not all(group["capturable"] for group in self.param_groups):
-            # The step count, kept on the CPU, would be frozen into the graph.
-            raise RuntimeError("capturing a step in a CUDA graph needs capturable=True in every parameter group")
+                self._waiting.sums[row.parameter] = grad
+                self._waiting.leave(row.parameter, zeros=leave)
 
     def __getstate__(self) -> dict[str, Any]:
         # torch names what it pickles; without these a copied optimizer would train unprotected.
-        own = ("_bound", "_options", "_compressed")
+        own = ("_bound", "_options", "_waiting", "_had_subspaces")
         return super().__getstate__() | {name: getattr(self, name) for name in own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._projected = {}
-        self._in_backward = False
-        # Kept where a state dict is loaded, as accelerate does before the first step; a copy does not warn again.
+        self._passes = {}
+        # Kept where a state dict is loaded, as accelerate does before the first step; a copy does not warn again, and
+        # its parameters have no hooks.
         self._unseen = getattr(self, "_unseen", False)
-
-
-def _check_dense(grad: Tensor) -> None:
-    if grad.is_sparse:
-        raise RuntimeError("AdamW does not support sparse gradients, please consider SparseAdam instead")
+        self._in_backward = getattr(self, "_in_backward", False)

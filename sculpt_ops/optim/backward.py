@@ -21,7 +21,6 @@ class FusedBackward:
     def __init__(self, optimizer: AdamW, parameters: Sequence[Tensor], accumulation_steps: int) -> None:
         self._optimizer = optimizer
         self._every = accumulation_steps
-        self._passes: dict[Tensor, int] = {}
         self._handles: list[RemovableHandle] = [
             parameter.register_post_accumulate_grad_hook(self._take) for parameter in parameters
         ]
@@ -42,8 +41,9 @@ class FusedBackward:
 
     @torch.no_grad()
     def _take(self, parameter: Tensor) -> None:
-        passes = self._passes.get(parameter, 0) + 1
-        self._passes[parameter] = passes % self._every
+        counts = self._optimizer._passes
+        passes = counts.get(parameter, 0) + 1
+        counts[parameter] = passes % self._every
         if passes == self._every:
             self._optimizer._step({parameter})
             parameter.grad = None
@@ -51,7 +51,7 @@ class FusedBackward:
             self._optimizer._compress([parameter])
 
     def _count_anew(self, optimizer: Any, args: Any, kwargs: Any) -> None:
-        self._passes.clear()
+        self._optimizer._passes.clear()
 
 
 def fuse_into_backward(model: nn.Module, optimizer: Any, *, accumulation_steps: int = 1) -> FusedBackward:

@@ -7,9 +7,20 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from ..dtensor import is_dtensor
 from ..ops.rounding import add_split_, join_halves, round_stochastic_
 
-__all__ = ["Master", "add_to_weight_", "has_master", "read_weight", "rounding_seed", "wide", "write_moment_"]
+__all__ = [
+    "Master",
+    "add_to_weight_",
+    "has_master",
+    "integer_bits",
+    "read_weight",
+    "rounding_seed",
+    "transported_bits",
+    "wide",
+    "write_moment_",
+]
 
 Master = Literal["none", "split", "stochastic"]
 
@@ -28,6 +39,29 @@ def read_weight(parameter: Tensor, low: Tensor | None) -> Tensor:
     """The weight in `wide` precision, with its low bits where it has them."""
     weight = parameter.detach()
     return weight.to(wide(weight.dtype)) if low is None else join_halves(weight, low)
+
+
+def transported_bits(low: Tensor) -> Tensor:
+    """Low bits as state dicts have them, as bfloat16: collectives of gloo and NCCL take no int16."""
+    return _bits(low, torch.bfloat16)
+
+
+def integer_bits(low: Tensor) -> Tensor:
+    """Low bits as they are used, of what `transported_bits` may have made of them."""
+    return _bits(low, torch.int16)
+
+
+def _bits(low: Tensor, dtype: torch.dtype) -> Tensor:
+    if low.dtype is dtype:
+        return low
+    if not is_dtensor(low):
+        return low.view(dtype)
+    from torch.distributed.tensor import DTensor
+
+    assert isinstance(low, DTensor)
+    mesh, placements = low.device_mesh, low.placements
+    bits = low.to_local().view(dtype)
+    return DTensor.from_local(bits, mesh, placements, run_check=False, shape=low.shape, stride=low.stride())
 
 
 def add_to_weight_(parameter: Tensor, step: Tensor, low: Tensor | None, seed: int | None) -> None:

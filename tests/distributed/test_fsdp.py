@@ -293,7 +293,7 @@ def shares() -> tuple[int, int, int, list[tuple[str, str]]]:
     shapes = [(name, str(layer)) for name, layer in subspaces.items()]
     assert table(subspaces) == table(single)
     moments = [moment for state in optimizer.state.values() for name, moment in state.items() if name != "step"]
-    held = sum(as_shard(moment).nbytes for moment in moments)
+    held = sum(as_shard(moment).nbytes for moment in moments if not moment.is_meta)
     return single.memory(), subspaces.memory(), held, shapes
 
 
