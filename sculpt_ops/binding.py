@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from .layer import LayerSubspace
     from .subspaces import Subspaces
 
-__all__ = ["WeakTensors", "bind_to_optimizer", "check_still_bound", "unwrap_optimizer"]
+__all__ = ["WeakTensors", "bind_to_optimizer", "check_fits", "check_still_bound", "unwrap_optimizer"]
 
 
 class WeakTensors(dict[str, "weakref.ref[Tensor]"]):
@@ -73,7 +73,7 @@ def bind_to_optimizer(
         if parameter is None:
             missing.append(name)
             continue
-        _check_fits(name, layer, parameter)
+        check_fits(name, layer, parameter)
         bound[parameter] = subspaces.in_place(name) if in_place else layer
     if missing:
         hint = "" if named else "; it was made without names: pass model.named_parameters() to bind by name"
@@ -99,7 +99,8 @@ def _parameters(optimizer: torch.optim.Optimizer) -> Iterable[Tensor]:
     return (parameter for group in optimizer.param_groups for parameter in group["params"])
 
 
-def _check_fits(name: str, layer: LayerSubspace, parameter: Tensor) -> None:
+def check_fits(name: str, layer: LayerSubspace, parameter: Tensor) -> None:
+    """ValueError if the basis `name` is for a parameter of another shape, dtype, device or sharding."""
     if is_dtensor(parameter) != (layer.owner is not None):
         given, wanted = ("sharded", "is not") if is_dtensor(parameter) else ("not sharded", "is")
         raise ValueError(

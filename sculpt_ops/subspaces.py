@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .basis import BASIS_DTYPES
-from .binding import WeakTensors
+from .binding import WeakTensors, check_fits
 from .decompose import Choice
 from .derive import (
     derive_layers,
@@ -148,6 +148,8 @@ class Subspaces(Mapping[str, LayerSubspace]):
             raise ValueError(f"others must be 'train' or 'freeze', got {others!r}")
         if basis_dtype not in (None, *BASIS_DTYPES):
             raise ValueError(f"basis_dtype must be one of {', '.join(map(str, BASIS_DTYPES))}, got {basis_dtype}")
+        if not isinstance(previous, Mapping | None):
+            raise TypeError(f"previous must be Subspaces or what carry() returned, got {type(previous).__name__}")
         found = resolve_targets(model, targets)
         double = [name for name, parameter in found.items() if parameter.dtype is torch.float64]
         if double and basis_dtype is not None:
@@ -278,6 +280,7 @@ class Subspaces(Mapping[str, LayerSubspace]):
             if parameter.grad is not None and self[name].protects:
                 if parameter.grad.is_sparse:
                     raise RuntimeError(f"{name} has a sparse gradient, which cannot be projected")
+                check_fits(name, self[name], parameter)
                 layer = self.in_place(name)
                 (pairs if layer.owner is None else away).append((parameter.grad, layer))
         project_each_(pairs)

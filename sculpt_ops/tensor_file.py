@@ -40,6 +40,8 @@ class FileFormat:
         ranks: of several, each writes into the one file the tensors that it has; the others are on its meta device.
         """
         safetensors = self._safetensors("saving")
+        if not path.parent.is_dir():
+            raise FileNotFoundError(f"{path}: there is no folder {path.parent}")
         metadata = {self.key: json.dumps({"version": self.version, **header})}
         if ranks is not None:
             from .distributed.files import write_together
@@ -66,11 +68,13 @@ class FileFormat:
             raise ValueError(f"{path} is truncated or not a safetensors file: {error}") from error
         if self.key not in metadata:
             raise ValueError(f"{path} was not written by {self.writer}: its header has no {self.key!r}")
-        header: dict[str, Any] = json.loads(metadata[self.key])
-        if header["version"] != self.version:
-            raise ValueError(
-                f"{path} has format version {header['version']}, this release reads version {self.version}"
-            )
+        try:
+            header: dict[str, Any] = json.loads(metadata[self.key])
+            version = header["version"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{path}: its header is damaged: {error!r}") from error
+        if version != self.version:
+            raise ValueError(f"{path} has format version {version}, this release reads version {self.version}")
         return tensors, header
 
     def _safetensors(self, action: str) -> Any:

@@ -85,7 +85,9 @@ def test_read_member_says_which_hash_it_found_and_which_it_wanted(tmp_path: Path
     assert all(part in message for part in ("some.whl/data", sha256(b"changed"), sha256(b"original")))
 
 
-@pytest.mark.parametrize("data", [zipped({"other": b""}), tarred({"other": b""}), b"no archive at all"])
+@pytest.mark.parametrize(
+    "data", [zipped({"other": b""}), tarred({"other": b""}), b"no archive at all"], ids=["zip", "tar", "neither"]
+)
 def test_read_member_names_the_file_that_is_missing(tmp_path: Path, data: bytes) -> None:
     archive = tmp_path / "some.whl"
     archive.write_bytes(data)

@@ -25,11 +25,17 @@ def check_shapes(
     states: Mapping[Tensor, Mapping[str, Any]],
     coordinates: Mapping[Tensor, LayerSubspace],
 ) -> None:
-    """ValueError for moments of another shape than the parameter, or the free space of its layer in `coordinates`."""
+    """ValueError for moments of another shape than the parameter, or the free space of its layer in `coordinates`, and
+    for low bits of a parameter that is no longer bfloat16."""
     # torch's fused kernel checks nothing and reads beyond the end of moments that are too small.
     for parameter in parameters:
         state, layer = states.get(parameter, {}), coordinates.get(parameter)
         wanted = tuple(parameter.shape) if layer is None else layer.free_shape
+        if "low" in state and parameter.dtype is not torch.bfloat16:
+            raise ValueError(
+                f"a parameter of shape {tuple(parameter.shape)} is {parameter.dtype} now, and has low bits of bfloat16 "
+                "(master='split'): keep the model's dtype, or write `master_weight` into it and make a new optimizer"
+            )
         for name in MOMENTS:
             if name in state and tuple(state[name].shape) != wanted:
                 raise ValueError(

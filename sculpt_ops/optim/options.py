@@ -20,7 +20,8 @@ DecayTo = Literal["zero", "start"]
 
 @dataclass(frozen=True)
 class Options:
-    """See `AdamW`. Raises ValueError for a value that is not one of those, or a combination without meaning."""
+    """See `AdamW`. Raises ValueError for a value that is not one of those, or a combination without meaning, TypeError for
+    a seed that is no int."""
 
     project: Project = "both"
     state: State = "full"
@@ -33,6 +34,8 @@ class Options:
         for name, allowed in (("project", Project), ("state", State), ("master", Master), ("decay_to", DecayTo)):
             if getattr(self, name) not in get_args(allowed):
                 raise ValueError(f"{name} must be one of {', '.join(get_args(allowed))}; got {getattr(self, name)!r}")
+        if not isinstance(self.seed, int):
+            raise TypeError(f"seed must be an int, got {type(self.seed).__name__}")
         if self.moment_dtype not in (None, torch.float32, torch.bfloat16):
             raise ValueError(f"moment_dtype must be torch.float32, torch.bfloat16 or None, got {self.moment_dtype}")
         if self.in_coordinates and self.project != "both":
