@@ -56,7 +56,9 @@ def derive_sharded(
     matrices that it does not own it gets layers and sketches on the meta device. What one rank raises, all raise.
     """
     shardings = common_ranks(targets)
-    ranks = next(iter(shardings.values())).ranks
+    first = next(iter(shardings.values()))
+    ranks = first.ranks
+    replicas = [Ranks.of(first.mesh.get_group(dim)) for dim in range(first.mesh.ndim) if dim != first.mesh_dim]
 
     def check() -> None:
         for name, matrix in targets.items():
@@ -77,7 +79,11 @@ def derive_sharded(
         own = {name: whole for name, (whole,) in wholes.items()}
 
         def derive(own: Mapping[str, Tensor] = own) -> tuple[Layers, Sketches]:
-            found, taken = derive_layers(own, wanted, sides, previous, lambda: None, basis_dtype, remembered)
+            found, taken = _of_first_replica(
+                lambda: derive_layers(own, wanted, sides, previous, lambda: None, basis_dtype, remembered),
+                replicas,
+                as_shard(next(iter(targets.values()))).device,
+            )
             found = {name: replace(layer, owner=ranks.rank) for name, layer in found.items()}
             layers.update(found)
             sketches.update(taken)
@@ -90,6 +96,23 @@ def derive_sharded(
         for _ in names:
             advance()
     return {name: layers[name] for name in targets}, {name: sketches[name] for name in targets}
+
+
+def _of_first_replica(
+    work: Callable[[], tuple[Layers, Sketches]], replicas: Sequence[Ranks], device: torch.device
+) -> tuple[Layers, Sketches]:
+    """What `work` gives where every group of `replicas` has its first rank; collective. On unlike processors it differs
+    in the last digits (on unlike numbers of threads by 2e-4), and nothing brings the weights together afterwards."""
+    if not replicas:
+        return work()
+    *others, ranks = replicas
+    layers, sketches = ranks.each("from_model", lambda: _of_first_replica(work, others, device))
+    shapes = [{name: part.to("meta") for name, part in parts.items()} for parts in (layers, sketches)]
+    if ranks.rank:
+        layers, sketches = ranks.share("from_model", None)[0]
+    else:
+        ranks.share("from_model", shapes)
+    return _broadcast(layers, sketches, dict.fromkeys(layers, 0), ranks, device)
 
 
 def derive_replicated(
@@ -120,15 +143,26 @@ def derive_replicated(
         sketches |= taken
     layers |= own[0]
     sketches |= own[1]
-    pieces = [(name, key, part) for name in names for key, part in _tensors(layers[name], sketches[name]).items()]
-    device = next(iter(targets.values())).device
+    layers = {name: layers[name] for name in names}
+    return _broadcast(layers, sketches, owners, ranks, next(iter(targets.values())).device)
+
+
+def _broadcast(
+    layers: Mapping[str, LayerSubspace],
+    sketches: Mapping[str, Tensor],
+    owners: Mapping[str, int],
+    ranks: Ranks,
+    device: torch.device,
+) -> tuple[Layers, Sketches]:
+    """Those of the owners on all of `ranks`, the others of which may have them on the meta device; collective."""
+    pieces = [(name, key, part) for name in layers for key, part in _tensors(layers[name], sketches[name]).items()]
     whole = broadcast("from_model", [part for *_, part in pieces], [owners[name] for name, *_ in pieces], ranks, device)
-    parts: dict[str, dict[str, Tensor]] = {name: {} for name in names}
+    parts: dict[str, dict[str, Tensor]] = {name: {} for name in layers}
     for (name, key, _), tensor in zip(pieces, whole, strict=True):
         parts[name][key] = tensor
     return (
-        {name: _with_tensors(layers[name], parts[name]) for name in names},
-        {name: parts[name]["sketch"] for name in names},
+        {name: _with_tensors(layers[name], parts[name]) for name in layers},
+        {name: parts[name]["sketch"] for name in layers},
     )
 
 

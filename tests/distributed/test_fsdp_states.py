@@ -21,7 +21,9 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 import sculpt_ops
-from sculpt_ops import AdamW, Importance, Rank, Subspaces
+from sculpt_ops import AdamW, Energy, Importance, Rank, Subspaces
+from sculpt_ops.derive import derive_layers
+from sculpt_ops.distributed import layers as layers_module
 
 from .models import TARGETS, Stack, backward, batch, sharded, whole
 from .ranks import Ranks
@@ -266,3 +268,28 @@ def orthonormalize_batches() -> float:
 
 def test_orthonormalize_of_batches_that_not_every_rank_has(two_ranks: Ranks) -> None:
     assert max(two_ranks.run(orthonormalize_batches)) <= 1e-5
+
+
+def derive_on_unlike_replicas() -> list[Tensor]:
+    """Bases here, where the second replica's come out with other signs."""
+
+    def derive(*given: Any) -> Any:
+        found, taken = derive_layers(*given)
+        for layer in found.values() if dist.get_rank() >= 2 else ():
+            for tensor in layer.tensors():
+                tensor.neg_()
+        return found, taken
+
+    layers_module.derive_layers = derive  # type: ignore[attr-defined]
+    try:
+        subspaces = Subspaces.from_model(sharded(Stack(), "hybrid"), Energy(0.8), targets=TARGETS)
+    finally:
+        layers_module.derive_layers = derive_layers  # type: ignore[attr-defined]
+    return [t for layer in subspaces.values() for t in layer.tensors() if layer.is_here and not t.is_meta]
+
+
+def test_replicas_have_the_bases_of_the_first(four_ranks: Ranks) -> None:
+    found = four_ranks.run(derive_on_unlike_replicas)
+    for first, second in ((found[0], found[2]), (found[1], found[3])):
+        assert len(first) == len(second) > 0
+        assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
