@@ -15,7 +15,7 @@ from results import read_all, write_text
 
 from sculpt_ops.continual import RunResult
 from sculpt_ops.continual.markdown import percent, table
-from sculpt_ops.continual.metrics import Estimate, average_accuracy
+from sculpt_ops.continual.metrics import Estimate, average_accuracy, backward_transfer
 from sculpt_ops.continual.paired import paired
 from sculpt_ops.continual.plots import draw_tradeoff
 
@@ -90,13 +90,21 @@ def dev_table(results: Path, protocol: Protocol) -> str:
     """Every configuration that was tried, and whether plain fine-tuning forgets enough."""
     chosen = choose(results, protocol)
     rows, forgets = [], ""
-    for run, record in _in_order(results / "dev", protocol):
+    found = list(_in_order(results / "dev", protocol))
+    tried: dict[str, set[float]] = {}
+    for _, record in found:
+        tried.setdefault(record["about"]["method"], set()).add(record["config"]["lr"])
+    for run, record in found:
         about, values = record["about"], run.metrics
-        mark = "**best**" if chosen[about["method"]] == about["config"] else ""
+        mark = ""
+        if chosen[about["method"]] == about["config"]:
+            mark = f"**best**{_edge(record['config']['lr'], tried[about['method']])}"
         if mark and about["method"] == BASELINE:
             lost = -100 * values.backward_transfer.value
             enough = "enough" if lost >= FORGETS else "too little"
-            forgets = f"\n\nAt its best rate {BASELINE} loses {lost:.1f} points: {enough}, wanted were {FORGETS:g}."
+            forgets = (
+                f"\n\nAt the best rate tried {BASELINE} loses {lost:.1f} points: {enough}, wanted were {FORGETS:g}."
+            )
         rows.append(
             (
                 about["method"],
@@ -117,6 +125,12 @@ def dev_table(results: Path, protocol: Protocol) -> str:
         f"training rows a task. {WEIGHTS}\n\n"
         f"{table((*header, 'of the last change protected, %', ''), rows)}{forgets}"
     )
+
+
+def _edge(rate: float, tried: set[float]) -> str:
+    """Where the best rate is an end of those tried, beyond which a better one may lie."""
+    ends = {min(tried): ", lowest rate", max(tried): ", highest rate"}
+    return ", only rate" if len(tried) == 1 else ends.get(rate, "")
 
 
 def dev_picture(results: Path, protocol: Protocol, beside: Path) -> str:
@@ -146,30 +160,34 @@ def final_tables(results: Path, protocol: Protocol) -> str:
     if BASELINE not in runs:
         return ""
     methods = [name for name in protocol.configs if name in runs]
+    # Whether the likeliest options were measured, of every run.
+    options = all(all(run.option_correct[-1]) for each in runs.values() for run in each.values())
     rows = [
         (
             name,
             f"{len(runs[name])} of {protocol.planned}",
-            *_means(runs[name].values()),
+            *_means(runs[name].values(), options),
             f"{100 * mean(protected[name]):.0f}" if name in protected else "-",
         )
         for name in methods
     ]
 
-    def pairs(first: Sequence[str], second: Sequence[str]) -> list[tuple[str, ...]]:
-        """Every method of the first, or the one that there is, minus every other of the second."""
+    def pairs(first: Sequence[str], second: Sequence[str], by: str) -> list[tuple[str, ...]]:
+        """Every method of the first, or the one that there is, minus every other of the second; by greedy answers or by
+        the likeliest options."""
         found = []
         for one, other in product(first, second):
             both = sorted(runs[one].keys() & runs[other].keys())
             if one == other or not both:
                 continue
-            against = paired([runs[one][key] for key in both], [runs[other][key] for key in both])
+            against = paired([runs[one][key] for key in both], [runs[other][key] for key in both], by=by)
             estimates = (against.average_accuracy, against.backward_transfer, against.learning_accuracy)
             name = f"{one} - {other}"
             found.append((name, str(len(both)), *(percent(estimate, signed=True) for estimate in estimates)))
         return found
 
-    quality = ("average accuracy, %", "backward transfer, points", "learning accuracy, %", "likeliest option, %")
+    quality = ("average accuracy, %", "backward transfer, points", "learning accuracy, %")
+    by_options = ("average accuracy by options, %", "backward transfer by options, points") if options else ()
     devices = ", ".join(
         sorted({run.versions.get("device", "unknown") for each in runs.values() for run in each.values()})
     )
@@ -177,15 +195,16 @@ def final_tables(results: Path, protocol: Protocol) -> str:
     parts = [
         f"### {protocol.test_items} test items a task, mean over runs (smallest to largest). {WEIGHTS}\n\n"
         f"Orders {orders}; seeds {seeds}; on {devices}.\n\n"
-        f"{table(('method', 'runs', *quality, 'protected directions in the last task, %'), rows)}"
+        f"{table(('method', 'runs', *quality, *by_options, 'protected directions in the last task, %'), rows)}"
     ]
     others = [name for name in methods if name not in (BASELINE, OURS)]
-    differences = pairs(methods, [BASELINE]) + (pairs([OURS], others) if OURS in runs else [])
-    if differences:
-        parts.append(
-            f"### Differences, paired by order and seed; 95 % over runs and test items. {WEIGHTS}\n\n"
-            f"{table(('methods', 'pairs', *quality[:3]), differences)}"
-        )
+    for by, named in (("answers", ""), ("options", " by the likeliest option"))[: 1 + options]:
+        differences = pairs(methods, [BASELINE], by) + (pairs([OURS], others, by) if OURS in runs else [])
+        if differences:
+            parts.append(
+                f"### Differences{named}, paired by order and seed; 95 % over runs and test items. {WEIGHTS}\n\n"
+                f"{table(('methods', 'pairs', *quality), differences)}"
+            )
     parts.append(_ability_table({name: list(runs[name].values()) for name in methods}))
     return "\n\n".join(part for part in parts if part)
 
@@ -211,13 +230,14 @@ def _mean_of(name: str, figures: Sequence[dict[str, float]]) -> str:
     return f"{100 * value:.1f} %" if name.endswith("accuracy") else f"{value:.1f}"
 
 
-def _means(runs: Iterable[RunResult]) -> Iterator[str]:
+def _means(runs: Iterable[RunResult], options: bool) -> Iterator[str]:
     runs = list(runs)
     for name in ("average_accuracy", "backward_transfer", "learning_accuracy"):
         values = [getattr(run.metrics, name).value for run in runs]
         yield f"{100 * mean(values):.1f} ({100 * min(values):.1f} to {100 * max(values):.1f})"
-    options = mean(mean(run.option_accuracy[-1]) for run in runs)
-    yield "-" if math.isnan(options) else f"{100 * options:.1f}"
+    if options:
+        for figure in (average_accuracy, backward_transfer):
+            yield f"{100 * mean(figure(run.option_accuracy) for run in runs):.1f}"
 
 
 def ablation_table(results: Path, protocol: Protocol) -> str:

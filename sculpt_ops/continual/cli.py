@@ -109,8 +109,11 @@ def train(
         if is_first_process():
             typer.echo(write_report([result], chosen.output))
             if not quiet:
-                accuracy = 100 * result.metrics.average_accuracy.value
-                typer.echo(f"average accuracy {accuracy:.1f} %; the model is in {chosen.output}/model", err=True)
+                metrics = result.metrics
+                kind, figure = "average accuracy", metrics.average_accuracy.value
+                if figure != figure:  # of a bound
+                    kind, figure = "learning accuracy", metrics.learning_accuracy.value
+                typer.echo(f"{kind} {100 * figure:.1f} %; the model is in {chosen.output}/model", err=True)
 
 
 @app.command()

@@ -170,7 +170,7 @@ class TrainConfig:
     olora_lambda: float = field(
         default=0.5, metadata=about("Weight of o-lora's orthogonality.", least=0, methods=("o-lora",))
     )
-    ewc_lambda: float = field(default=1000.0, metadata=about("Weight of ewc's penalty.", least=0, methods=("ewc",)))
+    ewc_lambda: float = field(default=1e5, metadata=about("Weight of ewc's penalty.", least=0, methods=("ewc",)))
     ewc_rows: int = field(
         default=64, metadata=about("Rows of each task that ewc's Fisher is taken from.", above=0, methods=("ewc",))
     )

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeAlias
 
 import numpy as np
@@ -46,6 +46,19 @@ class Metrics:
     forgetting: Estimate
     learning_accuracy: Estimate
     forward_transfer: Estimate
+
+
+UNDEFINED = Estimate(math.nan, math.nan, math.nan)
+# Figures that say nothing of a bound. per-task begins every task from the first weights: in the end only the last task
+# is left. multitask has learned all tasks before the first of its rows: it has nothing to forget.
+_LATER = ("backward_transfer", "forgetting", "forward_transfer")
+_MEANINGLESS = {"per-task": ("average_accuracy", *_LATER), "multitask": _LATER}
+
+
+def meaningful(metrics: Metrics, *methods: str | None) -> Metrics:
+    """Without the figures that say nothing of one of these methods of training: they are nan."""
+    names = {name for method in methods if method for name in _MEANINGLESS.get(method, ())}
+    return replace(metrics, **dict.fromkeys(names, UNDEFINED))
 
 
 def _matrix(accuracy: Matrix) -> Array:
@@ -161,19 +174,25 @@ def measure(correct: Correct) -> Metrics:
 
 
 def difference(correct: Correct, baseline: Correct) -> Metrics:
-    """The metrics of one run minus those of another on the same items, the bootstrap paired over items."""
+    """The metrics of one run minus those of another on the same items, the bootstrap paired over items.
+
+    Forgetting is nan where tasks were measured in other rows: its best accuracy is the best of those there are, and the
+    more there are the higher.
+    """
     sizes = [[max(map(len, items)) for items in zip(*run, strict=True)] for run in (correct, baseline)]
     if sizes[0] != sizes[1]:
         raise ValueError(f"baseline: got {sizes[1]} items a task, wanted the same items, {sizes[0]}")
     rows = len(correct)
     both = resample([*correct, *baseline])
     tables = [_table(run) for run in (correct, baseline)]
-    return Metrics(
+    found = Metrics(
         *(
             estimate(metric(tables[0]) - metric(tables[1]), metric(both[:, :rows]) - metric(both[:, rows:]))
             for metric in _METRICS
         )
     )
+    alike = [[[bool(len(items)) for items in row[:-1]] for row in run] for run in (correct, baseline)]
+    return found if alike[0] == alike[1] else replace(found, forgetting=UNDEFINED)
 
 
 _METRICS = (_average_accuracy, _backward_transfer, _forgetting, _learning_accuracy, _forward_transfer)

@@ -17,6 +17,7 @@ __all__ = ["Paired", "paired"]
 
 # What a pair of runs must have in common besides its tasks.
 SETTINGS = ("model", "seed")
+BY = ("answers", "options")
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,11 @@ class Paired:
 
 
 def paired(
-    runs: Sequence[RunResult], baselines: Sequence[RunResult], resamples: int = RESAMPLES, seed: int = RESAMPLE_SEED
+    runs: Sequence[RunResult],
+    baselines: Sequence[RunResult],
+    resamples: int = RESAMPLES,
+    seed: int = RESAMPLE_SEED,
+    by: str = "answers",
 ) -> Paired:
     """`runs[i]` against `baselines[i]`, the same tasks in the same order with the same seed, for every i.
 
@@ -40,8 +45,14 @@ def paired(
     interval says how far other seeds, orders and items could move the mean; of very few runs a bootstrap knows little,
     and of one pair it is over items alone.
 
-    ValueError for no run, unequal numbers, pairs that do not fit, other items, or a run cut short.
+    by: what counts as right, the greedy "answers" or the likeliest "options". They differ where a model answers one
+    task with the labels of another: the answer is wrong, however well it still tells the task's own options apart.
+
+    ValueError for no run, unequal numbers, pairs that do not fit, other items, a run cut short, or options that were
+    not compared.
     """
+    if by not in BY:
+        raise ValueError(f"by: got {by!r}, wanted one of {', '.join(BY)}")
     if not runs or len(runs) != len(baselines):
         raise ValueError(f"baselines: got {len(baselines)} runs for {len(runs)}, wanted one for each of at least one")
     for run, baseline in zip(runs, baselines, strict=True):
@@ -55,8 +66,9 @@ def paired(
     generator = np.random.default_rng(seed)
     # Per run the accuracy right after each task and after the last, (1 + resamples, runs, tasks); first as measured.
     learned, final = (np.empty((1 + resamples, len(everyone), len(names))) for _ in range(2))
+    tables = [run.correct if by == "answers" else run.option_correct for run in everyone]
     for column, name in enumerate(names):
-        rows = [_rows(run, name) for run in everyone]
+        rows = [_rows(run, table, name, by) for run, table in zip(everyone, tables, strict=True)]
         histories = np.array([row for pair in rows for row in pair], dtype=np.float64).T
         drawn = np.concatenate([histories.mean(0, keepdims=True), draw(histories, resamples, generator)])
         learned[:, :, column], final[:, :, column] = drawn[:, 0::2], drawn[:, 1::2]
@@ -92,7 +104,11 @@ def _items(run: RunResult) -> set[tuple[str, int, str]]:
     return {(entry.task, entry.item, entry.answer) for entry in run.predictions if entry.row == last}
 
 
-def _rows(run: RunResult, name: str) -> tuple[Sequence[float], Sequence[float]]:
+def _rows(
+    run: RunResult, table: Sequence[Sequence[Sequence[float]]], name: str, by: str
+) -> tuple[Sequence[float], Sequence[float]]:
     """What each item of a task scored right after that task, and after the last."""
     column = run.tasks.index(name)
-    return run.correct[column + 1][column], run.correct[-1][column]
+    if not (table[column + 1][column] and table[-1][column]):
+        raise ValueError(f"{run.output}: {name} was not measured by {by} both right after it and in the end")
+    return table[column + 1][column], table[-1][column]

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..files import replacing
-from .metrics import measure
+from .metrics import meaningful, measure
 from .result import RunResult
 
 if TYPE_CHECKING:
@@ -85,7 +85,11 @@ def draw_curves(results: Sequence[RunResult], names: Sequence[str], path: Path) 
     figure = Figure(figsize=(width * columns, 3.6 * rows + 0.3), layout="constrained", dpi=150)
     accuracy, forgetting = figure.subplots(rows, columns).flat
     for index, (result, name) in enumerate(zip(results, names, strict=True)):
-        after = [measure([row[:i] for row in result.correct[: i + 1]]) for i in range(1, len(result.tasks) + 1)]
+        method = result.config.get("method")
+        after = [
+            meaningful(measure([row[:i] for row in result.correct[: i + 1]]), method)
+            for i in range(1, len(result.tasks) + 1)
+        ]
         shift = 0.09 * (index - (len(results) - 1) / 2)
         for axes, estimates in (
             (accuracy, [metrics.average_accuracy for metrics in after]),
@@ -119,7 +123,7 @@ def draw_curves(results: Sequence[RunResult], names: Sequence[str], path: Path) 
 
 def draw_tradeoff(results: Sequence[RunResult], names: Sequence[str], path: Path) -> None:
     """Average accuracy over learning accuracy, a point a run with its 95 % intervals, runs of the same name alike. On
-    the line nothing is forgotten."""
+    the line nothing is forgotten. A run whose average accuracy says nothing has no point."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6.4, 4.6), layout="constrained", dpi=150)
@@ -128,6 +132,8 @@ def draw_tradeoff(results: Sequence[RunResult], names: Sequence[str], path: Path
     for index, (result, name) in enumerate(zip(results, names, strict=True)):
         values, kind = result.metrics, kinds.index(name)
         across, up = values.learning_accuracy, values.average_accuracy
+        if up.value != up.value:
+            continue
         axes.errorbar(
             100 * across.value,
             100 * up.value,

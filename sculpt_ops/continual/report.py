@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ..files import check_folder
 from .markdown import gibibytes, percent, seconds_text, table
-from .metrics import Metrics, difference
+from .metrics import Metrics, difference, meaningful
 from .plots import draw_accuracy, draw_curves, draw_leak, draw_tradeoff
 from .report_tables import (
     abilities,
@@ -55,7 +55,9 @@ def write_report(results: Sequence[RunResult], folder: str | Path) -> Path:
     followed = any(task.leak_over_time for result in results for task in result.learned)
     if followed:
         draw_leak(results, names, folder / LEAK_FILE)
-    if several and len(results) > 1:
+    # Of bounds whose average accuracy says nothing there are no points.
+    tradeoff = several and sum(values.average_accuracy.value == values.average_accuracy.value for values in metrics) > 1
+    if tradeoff:
         draw_tradeoff(results, names, folder / TRADEOFF_FILE)
     sections = [
         _head(results, names),
@@ -63,7 +65,7 @@ def write_report(results: Sequence[RunResult], folder: str | Path) -> Path:
         _differences(results, names),
         _cost(results, names),
         f"![Accuracy and forgetting after each task]({CURVES_FILE})" if several else "",
-        f"![Average accuracy against learning accuracy]({TRADEOFF_FILE})" if several and len(results) > 1 else "",
+        f"![Average accuracy against learning accuracy]({TRADEOFF_FILE})" if tradeoff else "",
         f"![Accuracy on every task after each task]({ACCURACY_FILE})",
         *(accuracies(result, name) for result, name in zip(results, names, strict=True)),
         answers(results, names),
@@ -92,6 +94,14 @@ TRAINING = (
     "dtype",
     "bf16",
 )
+
+
+BOUNDS = {
+    "per-task": "a bound: every task is learned from the start weights, and its learning accuracy is what counts. The "
+    "other figures would be those of the last task's model, and are left out.",
+    "multitask": "a bound: all tasks are trained at once, in the place of the first, before the first row of "
+    "accuracies after zero-shot. Nothing is learned later that they could be forgotten by.",
+}
 
 
 def _names(results: Sequence[RunResult]) -> list[str]:
@@ -123,6 +133,15 @@ def _head(results: Sequence[RunResult], names: Sequence[str]) -> str:
     if different:
         values = (f"{key} ({', '.join(str(config.get(key)) for config in configs)})" for key in different)
         lines.append(f"Not trained alike: {'; '.join(values)}.")
+    measured = [str(config.get("eval_rows")) for config in configs]
+    if len(set(measured)) > 1:
+        lines.append(
+            f"Not measured after the same tasks: eval_rows ({', '.join(measured)}). Forgetting counts from the best "
+            "accuracy that was measured; where the rows differ it is not compared below, and should not be."
+        )
+    for name, config in zip(names, configs, strict=True):
+        if (method := config.get("method")) in BOUNDS:
+            lines.append(f"{name} is {BOUNDS[method]}")
     items = _items(first)
     elsewhere = [name for name, result in zip(names, results, strict=True) if _items(result) != items]
     if elsewhere:
@@ -188,10 +207,14 @@ def _differences(results: Sequence[RunResult], names: Sequence[str]) -> str:
         return ""
     rows = []
     for index in others:
-        values = difference(results[index].correct, results[0].correct)
-        estimates = (values.average_accuracy, values.backward_transfer, values.forgetting)
+        pair = results[index], results[0]
+        values = meaningful(
+            difference(pair[0].correct, pair[1].correct), *(result.config.get("method") for result in pair)
+        )
+        estimates = (values.average_accuracy, values.backward_transfer, values.forgetting, values.learning_accuracy)
         rows.append((names[index], *(percent(estimate, signed=True) for estimate in estimates)))
-    compared = table(("method", "average accuracy", "backward transfer", "forgetting"), rows)
+    header = ("method", "average accuracy", "backward transfer", "forgetting", "learning accuracy")
+    compared = table(header, rows)
     return f"### Difference from {names[0]}, in points, paired over the same items\n\n{compared}"
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..files import replacing
-from .metrics import Metrics, measure
+from .metrics import Metrics, meaningful, measure
 
 RUN_FILE = "run.json"
 # The text of remember_text generated.
@@ -114,10 +114,16 @@ class RunResult:
         return self._table([(entry, entry.value) for entry in self.predictions])
 
     @property
+    def option_correct(self) -> list[list[list[float]]]:
+        """As `correct`, of the likeliest options in place of the greedy answers; empty where they were not compared."""
+        return self._table(
+            [(entry, entry.option == entry.answer) for entry in self.predictions if entry.option is not None]
+        )
+
+    @property
     def option_accuracy(self) -> list[list[float]]:
         """As `accuracy`, of the likeliest options in place of the greedy answers; nan where they were not compared."""
-        compared = [(entry, entry.option == entry.answer) for entry in self.predictions if entry.option is not None]
-        return _means(self._table(compared))
+        return _means(self.option_correct)
 
     def _table(self, values: Sequence[tuple[Prediction, float]]) -> list[list[list[float]]]:
         column = {name: index for index, name in enumerate(self.tasks)}
@@ -152,14 +158,15 @@ class RunResult:
 
     @property
     def metrics(self) -> Metrics:
-        """Average accuracy, backward transfer and forgetting with their intervals; ValueError for a run cut short."""
+        """Average accuracy, backward transfer and the others with their intervals; of a bound nan for those that say
+        nothing of it; ValueError for a run cut short."""
         if not self.complete:
             done = max(len(self.correct) - 1, 0)
             raise ValueError(
                 f"{self.output}: the run stopped after {done} of {len(self.tasks)} tasks; "
                 f"{resume_command(self.output)} goes on"
             )
-        return measure(self.correct)
+        return meaningful(measure(self.correct), self.config.get("method"))
 
     @property
     def seconds_per_step(self) -> float | None:

@@ -22,7 +22,8 @@ def score(metric: str, prompt: str, prediction: str, answer: str) -> float:
     exact: the same text. choice: the same first character, what follows is the reasoning (ScienceQA in TRACE).
     rouge-l: F-measure of the longest common subsequence of words (Lin 2004), words of any script in lower case.
     edit: 1 - indel distance over the total length, of Python code with its placeholders for literals resolved (Py150 in
-    CodeXGLUE and TRACE). sari: of a simplification of `prompt` (Xu et al. 2016, TACL 4:401), one reference.
+    CodeXGLUE and TRACE). sari: of a simplification of `prompt` (Xu et al. 2016, TACL 4:401), one reference, by the
+    formula of the datasets package that TRACE calls, of words in lower case without punctuation.
     """
     if not prediction.strip():
         return 0.0
@@ -67,12 +68,13 @@ def _sari(prompt: str, prediction: str, answer: str) -> float:
         before, after, goal = (Counter(_ngrams(words, size)) for words in (source, written, wanted))
         kept, may_keep = before & after, before & goal
         added, may_add = set(after) - set(before), set(goal) - set(before)
-        deleted, may_delete = before - after, before - goal
-        right = kept & goal
-        keep = _f1(_share(right, kept), _share(right, may_keep))
+        right, deleted = kept & goal, before - after
+        # Precision is a mean over distinct n-grams, recall a share of all of them: so in the published script.
+        keep = _f1(_share(right, kept), _ratio(right.total(), may_keep.total()))
         add = _f1(_ratio(len(added & may_add), len(added)), _ratio(len(added & may_add), len(may_add)))
-        # Of deletions the precision alone: what was left in costs where it was kept.
-        delete = _share(deleted & may_delete, deleted)
+        # Of deletions the precision alone: what was left in costs where it was kept. Deleted wrongly is what the
+        # reference has, as often as it has it, even if one of several copies is left.
+        delete = _share(deleted - goal, deleted)
         totals = [total + part for total, part in zip(totals, (keep, add, delete), strict=True)]
     return sum(totals) / (3 * LONGEST_NGRAM)
 

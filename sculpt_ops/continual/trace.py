@@ -1,7 +1,8 @@
 """TRACE, a benchmark of eight tasks for language models (Wang et al. 2023, arXiv 2310.06762): layout and metrics.
 
 Its metrics are those of the published evaluation scripts, in [0, 1], with other packages behind them: ROUGE-L is of the
-answer as one text where theirs joins the matches of its sentences; SARI is the formula on words in lower case.
+answer as one text where theirs joins the matches of its sentences; SARI is their formula on words in lower case, where
+theirs counts punctuation marks as words of their own.
 """
 
 from __future__ import annotations

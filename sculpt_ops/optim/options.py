@@ -20,8 +20,8 @@ DecayTo = Literal["zero", "start"]
 
 @dataclass(frozen=True)
 class Options:
-    """See `AdamW`. Raises ValueError for a value that is not one of those, or a combination without meaning, TypeError for
-    a seed that is no int."""
+    """See `AdamW`. Raises ValueError for a value that is not one of those, or a combination without meaning, TypeError
+    for a seed that is no int."""
 
     project: Project = "both"
     state: State = "full"

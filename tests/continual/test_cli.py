@@ -128,6 +128,16 @@ def test_a_run_that_diverges_ends_with_code_1(model_folder: Path, tasks: Path, t
     assert result.stderr.splitlines()[-1].startswith("error: task colours: the loss is nan")
 
 
+def test_the_figure_said_at_the_end_is_one_that_the_method_has(model_folder: Path, tasks: Path, tmp_path: Path) -> None:
+    loud = [option for option in QUICK if option != "--quiet"]
+    for method, kind in (("per-task", "learning accuracy"), ("multitask", "average accuracy")):
+        result = sculpt("train", model_folder, tasks, "--output", tmp_path / method, "--method", method, *loud)
+        assert result.exit_code == 0, result.output
+        assert result.stderr.splitlines()[-1].startswith(f"{kind} ")
+        metrics = RunResult.load(tmp_path / method).metrics
+        assert (metrics.average_accuracy.value == metrics.average_accuracy.value) == (method == "multitask")
+
+
 def test_inspect_shows_what_would_be_protected(model_folder: Path) -> None:
     result = sculpt("inspect", model_folder, "--protect", "0.25", "--targets", "*.mlp.*.weight")
     assert result.exit_code == 0, result.output

@@ -91,7 +91,7 @@ def write_benchmark(tmp_path: Path) -> Path:
     return tmp_path / "data"
 
 
-def made(name: str, final: tuple[float, float], learned: float = 0.8, seed: int = 0) -> RunResult:
+def made(name: str, final: tuple[float, float], learned: float = 0.8, seed: int = 0, lr: float = 1e-4) -> RunResult:
     rows = [(0.0, 0.0), (learned, None), final]
     predictions = [
         Prediction(row, task, item, "yes", "yes" if item < round(share * 20) else "no", "yes")
@@ -101,7 +101,7 @@ def made(name: str, final: tuple[float, float], learned: float = 0.8, seed: int 
         for item in range(20)
     ]
     folders = {"model": "/somewhere/tiny", "tasks": [f"/somewhere/{t}" for t in TASKS], "output": "/o"}
-    config = {**folders, "remember_text": "/somewhere/known.txt", "seed": seed}
+    config = {**folders, "remember_text": "/somewhere/known.txt", "seed": seed, "lr": lr}
     tasks = [LearnedTask(t, 320, 20, None, 40, 1.0, 2.0, [0.5], [(1, 1.0)], 10, majority=0.5) for t in TASKS]
     ability = {when: {"q accuracy": share, "q items": 4.0} for when, share in (("before", 0.5), ("after", final[0]))}
     return RunResult(
@@ -125,7 +125,7 @@ def test_a_packed_run_is_the_same_run_without_its_folders(modules: dict[str, Any
 
 
 def pack_dev(modules: dict[str, Any], results: Path, method: str, config: str, final: tuple[float, float]) -> None:
-    run = made(f"{method}, {config}, dev, seed 0", final)
+    run = made(f"{method}, {config}, dev, seed 0", final, lr=float(config.rpartition("lr ")[2]))
     modules["results"].pack(run, results / "dev", {"method": method, "config": config, "order": "dev"})
 
 
@@ -147,6 +147,11 @@ def test_the_best_configuration_on_the_development_order_is_taken(
     assert table.count("**best**") == 2
     assert "dequantised from 4 bits" in table
     assert "loses 10.0 points: enough, wanted were 5" in table
+    # A best rate at an end of those tried says so: there may be a better one beyond it.
+    assert table.count("| **best**, only rate |") == 1
+    tried = sorted(protocol.configs["plain"][name]["lr"] for name in configs["plain"][:3])
+    place = tried.index(protocol.configs["plain"][configs["plain"][1]]["lr"])
+    assert f"| **best**{(', lowest rate', '', ', highest rate')[place]} |" in table
     # Of what was chosen every order and seed, and nothing else; of all methods the first place before the second.
     queue = modules["jobs"].Queue(protocol, "final", tmp_path)
     jobs = list(iter(queue.next, None))
@@ -177,6 +182,16 @@ def test_methods_are_compared_in_pairs(modules: dict[str, Any], protocol: Any, t
     text = modules["tables"].final_tables(tmp_path, protocol)
     assert f"| plain | 2 of {protocol.planned} | 62.5 (62.5 to 62.5) | -30.0" in text
     assert "| sculpt - plain | 2 | +12.5 (" in text
+    # By options all is right, before and after.
+    (line,) = [line for line in text.splitlines() if line.startswith(f"| plain | 2 of {protocol.planned} |")]
+    assert line.endswith("| 77.5 (77.5 to 77.5) | 100.0 | 0.0 | - |")
+    by_options = text.split("### Differences by the likeliest option, paired by order and seed")[1]
+    assert "| sculpt - plain | 2 | +0.0 (+0.0 to +0.0) | +0.0 (+0.0 to +0.0) |" in by_options
+    # Where a run has none, neither columns nor table.
+    run = made("plain 2", (0.5, 0.75), seed=2)
+    run = replace(run, predictions=[replace(entry, option=None) for entry in run.predictions])
+    modules["results"].pack(run, tmp_path / "final", {"method": "plain", "config": "c", "order": "O1"})
+    assert "option" not in modules["tables"].final_tables(tmp_path, protocol)
     assert "| after all tasks | q accuracy |" in text
     assert "| before | 50.0 % |" in text
     assert "| sculpt | 75.0 % |" in text

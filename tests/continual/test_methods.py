@@ -302,6 +302,31 @@ def test_o_lora_adds_an_adapter_a_task_orthogonal_to_the_others(begin: Any) -> N
     assert overlaps[1] < 0.5 * overlaps[0]
 
 
+def test_o_lora_draws_every_tasks_adapter_afresh(begin: Any) -> None:
+    def drawn(method: Method, context: TaskContext) -> Weights:
+        method.begin_task(context)
+        return {n: p.detach().clone() for n, p in context.model.named_parameters() if ".lora_A." in n}
+
+    method, context = begin("o-lora", lora_rank=2, seed=3)
+    start, second = weights_of(context.model), replace(context, index=1)
+    first = drawn(method, context)
+    method.end_task(context)
+    state = dict(method.state())
+    later = drawn(method, second)
+    method.end_task(second)
+    assert not any(torch.equal(first[name], later[name]) for name in first)
+    # Two rows drawn at random in 32 dimensions and more: along the first ones this would be its norm squared.
+    overlap = sum(float((first[name] @ later[name].T).norm()) for name in first)
+    assert overlap < 0.5 * sum(float((first[name] @ first[name].T).norm()) for name in first)
+    # A run that is resumed in the second task, wherever the generator stands.
+    context.model.load_state_dict(start, strict=False)
+    resumed, again = begin("o-lora", lora_rank=2, seed=3)
+    resumed.load_state(state)
+    torch.manual_seed(77)
+    taken_up = drawn(resumed, replace(again, index=1))
+    assert all(torch.equal(later[name], taken_up[name]) for name in later)
+
+
 def test_peft_osf_protects_the_top_directions_of_each_task(begin: Any) -> None:
     method, context = begin("peft-osf", protect=0.5)
     for index in range(2):

@@ -58,6 +58,10 @@ def test_absent_tasks_leave_the_other_intervals_as_they_are() -> None:
     assert math.isnan(less.forward_transfer.value)
     assert math.isnan(less.forward_transfer.low)
     assert difference(seen, whole).backward_transfer.value == 0
+    # The last task is not forgotten: that it was not measured before changes no forgetting.
+    assert difference(seen, whole).forgetting.value == 0
+    learned = [whole[0], [[], whole[1][1]], whole[2]]
+    assert math.isnan(difference(learned, whole).forgetting.value)
     assert np.isnan(resample(seen)[:, 1, 1]).all()
 
 

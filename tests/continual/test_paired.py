@@ -75,6 +75,38 @@ def test_runs_that_differ_widen_the_interval() -> None:
     assert widths[1] > 1.3 * widths[0]
 
 
+def test_options_are_compared_in_place_of_answers() -> None:
+    """One task answered with another's labels, whose options it tells apart as before."""
+
+    def with_options(run: RunResult, confused: bool) -> RunResult:
+        last, wrong = len(run.tasks), run.tasks[:-1] if confused else []
+        return replace(
+            run,
+            predictions=[
+                replace(
+                    entry,
+                    option=entry.prediction,
+                    prediction="another" if entry.row == last and entry.task in wrong else entry.prediction,
+                )
+                for entry in run.predictions
+            ],
+        )
+
+    plain = [with_options(make(order, seed, 0.7, 0.2), False) for seed, order in enumerate(ORDERS)]
+    ours = [with_options(make(order, seed, 0.8, 0.1), True) for seed, order in enumerate(ORDERS)]
+    answers, options = paired(ours, plain), paired(ours, plain, by="options")
+    wanted = [np.mean(a.option_accuracy[-1]) - np.mean(b.option_accuracy[-1]) for a, b in zip(ours, plain, strict=True)]
+    assert [pair[0] for pair in options.pairs] == pytest.approx(wanted)
+    assert answers.backward_transfer.high < 0 < options.backward_transfer.low
+    assert answers.learning_accuracy == options.learning_accuracy
+    assert paired(plain, plain, by="options").average_accuracy.high == 0
+    bare = make(ORDERS[0], 0, 0.7, 0.2)
+    with pytest.raises(ValueError, match="/runs/0: a was not measured by options both right after"):
+        paired([bare], [bare], by="options")
+    with pytest.raises(ValueError, match="by: got 'luck', wanted one of answers, options"):
+        paired([bare], [bare], by="luck")
+
+
 def test_what_does_not_pair_is_refused() -> None:
     ours, plain = make(ORDERS[0], 0, 0.8, 0.1), make(ORDERS[0], 0, 0.8, 0.2)
     for runs, baselines, complaint in (

@@ -329,6 +329,54 @@ def test_runs_that_were_trained_in_other_ways_say_so_at_the_top(tmp_path: Path) 
     assert "Not trained alike" not in write_report([one, replace(one, name="again")], tmp_path).read_text()
 
 
+def test_bounds_are_not_shown_as_if_they_learned_one_task_after_the_other(tmp_path: Path) -> None:
+    plain = made(None)
+    alone, together = (
+        replace(made(None, name=name), config={**plain.config, "method": name}) for name in ("per-task", "multitask")
+    )
+    text = write_report([plain, alone, together], tmp_path).read_text()
+    head = text.split("## Result")[0]
+    assert "per-task is a bound: every task is learned from the start weights, and its learning accuracy" in head
+    assert "multitask is a bound: all tasks are trained at once" in head
+    assert "plain is a bound" not in text
+    result = rows(text, "## Result")
+    assert [cell == "-" for cell in result["per-task"]] == [True, True, True, False, True]
+    assert [cell == "-" for cell in result["multitask"]] == [False, True, True, False, True]
+    assert "-" not in result["plain"]
+    assert result["per-task"][3] == result["plain"][3]
+    compared = rows(text, "paired over the same items")
+    assert [cell == "-" for cell in compared["per-task"]] == [True, True, True, False]
+    assert [cell == "-" for cell in compared["multitask"]] == [False, True, True, False]
+    # As the baseline too; with one point only there is no picture of them.
+    text = write_report([alone, plain], tmp_path / "other").read_text()
+    assert rows(text, "paired over the same items")["plain"][:3] == ["-", "-", "-"]
+    assert not (tmp_path / "other" / "tradeoff.png").exists()
+    assert "tradeoff.png" not in text
+    replace(alone, output=str(tmp_path / "run")).save()
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["metrics"]["forgetting"]["value"] is None
+
+
+def test_forgetting_is_not_compared_between_runs_measured_after_other_tasks(tmp_path: Path) -> None:
+    # colours is best after sounds, 0.9, of which 0.5 is left; the other run did not measure it there, and knows of 0.8.
+    whole = made(None, [[0.2, 0.1, 0.3], [0.8, 0.2, 0.3], [0.9, 0.6, 0.4], [0.5, 0.7, 0.9]])
+    learned = replace(
+        whole,
+        name="learned",
+        config={**whole.config, "eval_rows": "learned"},
+        predictions=[p for p in whole.predictions if p.row in (0, 3) or TASKS.index(p.task) == p.row - 1],
+    )
+    text = write_report([whole, learned], tmp_path).read_text()
+    assert rows(text, "## Result")["plain"][2].startswith("20.0 (")
+    assert rows(text, "## Result")["learned"][2].startswith("15.0 (")
+    assert rows(text, "paired over the same items")["learned"][2] == "-"
+    assert rows(text, "paired over the same items")["learned"][1] == "+0.0 (+0.0 to +0.0)"
+    assert "Not measured after the same tasks: eval_rows (all, learned)." in text
+    again = replace(whole, name="again")
+    text = write_report([whole, again], tmp_path).read_text()
+    assert rows(text, "paired over the same items")["again"][2] == "+0.0 (+0.0 to +0.0)"
+    assert "Not measured after" not in text
+
+
 def test_directions_that_are_remembered_are_counted(tmp_path: Path) -> None:
     run = made(0.0)
     learned = [

@@ -52,6 +52,14 @@ def test_sari_by_hand() -> None:
     # added (F1 of 0 and 1: 0), none to keep (1). Fours: nothing at all (1).
     ones, twos, threes, fours = (2 / 3 + 1 + 1) / 3, (1 + 0 + 1) / 3, (1 + 0 + 1) / 3, 1
     assert score("sari", "a b c", "a c d", "a d") == pytest.approx((ones + twos + threes + fours) / 4)
+    # One copy of two deleted where the reference has the other: of words kept and added all is right (1 and 1), the
+    # deletion is of what the reference has (0). The published script says 11/12.
+    assert score("sari", "a a b", "a b", "a b") == pytest.approx((2 / 3 + 1 + 1 + 1) / 4)
+    # Of the four words to be kept two are: precision 1, recall 2/4 whatever copies they are, F1 2/3; the two deleted
+    # are wrong. Pairs: one kept of three, F1 1/2, deletions wrong. Longer ones: none kept of one or two, deletions
+    # wrong.
+    ones, twos, longer = (2 / 3 + 1 + 0) / 3, (1 / 2 + 1 + 0) / 3, (0 + 1 + 0) / 3
+    assert score("sari", "a a a b", "a b", "a a a b") == pytest.approx((ones + twos + 2 * longer) / 4)
     # To copy the question is not to simplify it.
     assert score("sari", "a b c d e", "a b c d e", "a c e") < score("sari", "a b c d e", "a c e", "a c e") == 1
 

@@ -78,10 +78,14 @@ class Lora(_Adapters):
         from peft import LoraConfig
 
         config = context.config
-        torch.manual_seed(config.seed)
+        torch.manual_seed(self._seed(context))
         made = LoraConfig(r=config.lora_rank, lora_alpha=config.lora_alpha, target_modules=_modules(context))
         self._insert(context.model, made)
         self._restore(context.model)
+
+    def _seed(self, context: TaskContext) -> int:
+        """Of the new adapter's A; the same for all tasks, since after the first what is drawn is overwritten."""
+        return context.config.seed
 
     def end_task(self, context: TaskContext) -> None:
         self._kept = {name: p.detach().clone() for name, p in _factors(context.model)}
@@ -123,6 +127,11 @@ class OLora(Lora):
         self._lambda = context.config.olora_lambda
         self._task = context.index
         super().begin_task(context)
+
+    def _seed(self, context: TaskContext) -> int:
+        # With one seed for all tasks each began from the A that the first began from: along the earlier ones, which
+        # the penalty is to keep it away from.
+        return 1000 * context.config.seed + context.index
 
     def _restore(self, model: Any) -> None:
         """Every task's adapter is new."""
