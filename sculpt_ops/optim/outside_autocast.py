@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Concatenate, ParamSpec, TypeVar
 
 from ..ops.library import without_autocast
@@ -22,7 +23,8 @@ def outside_autocast(method: Callable[Concatenate[AdamW, P], R]) -> Callable[Con
     `loss.backward()` under autocast with the step in it."""
 
     def outside(self: AdamW, /, *args: P.args, **kwargs: P.kwargs) -> R:
-        with without_autocast(next(self._parameters())):
+        first = next(self._parameters(), None)  # groups may be empty
+        with nullcontext() if first is None else without_autocast(first):
             return method(self, *args, **kwargs)
 
     functools.update_wrapper(outside, method)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import weakref
+from functools import partial
+from typing import Any
 
 from torch import Tensor
 
-from ..dtensor import version_of
+from ..dtensor import is_dtensor, version_of
 
 __all__ = ["Waiting"]
 
@@ -18,6 +20,7 @@ class Waiting:
         self.sums: dict[Tensor, Tensor] = {}
         # The `.grad` that a call left, projected or zero, and its count of writes.
         self._left: dict[Tensor, tuple[weakref.ref[Tensor], int]] = {}
+        self._hooked: set[Tensor] = set()
 
     def is_known(self, parameter: Tensor) -> bool:
         """Whether its `.grad` still is what an earlier call left."""
@@ -37,12 +40,19 @@ class Waiting:
     def leave(self, parameter: Tensor, *, zeros: bool) -> None:
         """Its gradient is in `sums` now. zeros: in `.grad`, and not None: what is added to them then counts, and who
         drops them has what waits dropped."""
-        if zeros and parameter.grad is not None:
-            parameter.grad.zero_()
-            self.note(parameter)
-        else:
+        if not zeros or parameter.grad is None:
             parameter.grad = None
             self._left.pop(parameter, None)
+            return
+        if is_dtensor(parameter.grad):
+            parameter.grad.zero_()  # FSDP2 adds to the local part, and calls no hook before
+        else:
+            # One number for all: a full gradient of zeros beside its coordinates would take the memory that they save.
+            parameter.grad = parameter.grad.new_zeros(()).expand(parameter.shape)
+            if parameter.requires_grad and parameter not in self._hooked:
+                parameter.register_hook(partial(_make_room, weakref.ref(self), weakref.ref(parameter)))
+                self._hooked.add(parameter)
+        self.note(parameter)
 
     def renew(self) -> None:
         """After writes of our own to what was left."""
@@ -67,5 +77,18 @@ class Waiting:
         self._left.pop(parameter, None)
 
     def clear(self) -> None:
+        """Of all."""
         self.sums.clear()
         self._left.clear()
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Of a copy nothing is known, and its parameters have no hooks.
+        return {"sums": self.sums, "_left": {}, "_hooked": set()}
+
+
+def _make_room(waiting: weakref.ref[Waiting], parameter: weakref.ref[Tensor], grad: Tensor) -> None:
+    """Before autograd adds to what `leave` left, which is one number in memory."""
+    held, target = waiting(), parameter()
+    if held is not None and target is not None and held.is_taken(target):
+        target.grad = None
+        held._left.pop(target)
