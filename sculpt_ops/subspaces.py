@@ -294,13 +294,13 @@ class Subspaces(Mapping[str, LayerSubspace]):
     ) -> Guard:
         """After every step of `optimizer`, put the protected part of each weight back to what it was at the start.
 
-        For any torch optimizer and whatever it does inside. Of a wrapper that keeps one as `.optimizer` it is that one's
-        step, not what the wrapper itself does to weights afterwards (Lookahead). In fp32 the leak stays at a few 2^-24
-        ||W|| (4.9 on SmolLM2-135M) however many steps are taken, in half precision at one rounding of the weights. There
-        a step of less than half a unit in the last place is lost, as without a guard,
-        and so is most of what stochastic rounding would have saved of it: 26 % of the change at lr 1e-4, all of it at
-        1e-5 (256 x 256, bfloat16, 200 steps). Guard fp32 weights under autocast, or use AdamW(master="split"), which
-        needs no guard and is refused.
+        For any torch optimizer and whatever it does inside. Of a wrapper that keeps one as `.optimizer` it is that
+        one's step, not what the wrapper itself does to weights afterwards (Lookahead). In fp32 the leak stays at a few
+        2^-24 ||W|| (4.9 on SmolLM2-135M) however many steps are taken, in half precision at one rounding of the
+        weights. There a step of less than half a unit in the last place is lost, as without a guard, and so is most of
+        what stochastic rounding would have saved of it: 26 % of the change at lr 1e-4, all of it at 1e-5 (256 x 256,
+        bfloat16, 200 steps). Guard fp32 weights under autocast, or use AdamW(master="split"), which needs no guard and
+        is refused.
 
         Stores for a matrix what is smaller: images in fp32, k (m + n) numbers, or a copy in the weight's dtype; a copy
         too where the stored basis is that of the free space.
