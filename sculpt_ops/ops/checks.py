@@ -37,10 +37,24 @@ _DTYPES = (torch.float32, torch.float64, *_HALF)
 
 def has_tangent(*tensors: Tensor | None) -> bool:
     """Whether any has a tangent of forward-mode differentiation."""
-    # What is traced has entered its level in C++, of which Python's count knows nothing; asking costs 1.8 us a tensor.
-    if forward_ad._current_level < 0 and torch._C._len_torch_dispatch_stack() == 0:
+    if not _is_dual_level_open():
         return False
     return any(tensor is not None and torch._VF._unpack_dual(tensor, level=0)[1] is not None for tensor in tensors)
+
+
+def _is_dual_level_open() -> bool:
+    if forward_ad._current_level >= 0:
+        return True
+    if torch._C._len_torch_dispatch_stack() == 0:
+        return False
+    # What is traced has entered its level in C++, of which Python's count knows nothing. Asked of the tensors, torch
+    # would record the question; of levels there is one at most.
+    try:
+        level = torch._C._enter_dual_level()
+    except RuntimeError:
+        return True
+    torch._C._exit_dual_level(level=level)
+    return False
 
 
 def refuse_forward_mode(op: str, *tensors: Tensor | None) -> None:

@@ -8,6 +8,7 @@ differentiable ops, or refuse.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -60,8 +61,9 @@ def register_backward(
 
         @staticmethod
         def backward(ctx: Any, *gradients: Any) -> Any:
-            given = next(gradient for gradient in gradients if gradient is not None)
-            with without_autocast(given):  # backward() itself may run under it
+            given = next((gradient for gradient in gradients if gradient is not None), None)
+            # backward() itself may run under it
+            with nullcontext() if given is None else without_autocast(given):
                 found = backward(_Context(ctx), *gradients)
             return (*(found if isinstance(found, tuple) else (found,)), None, None)
 

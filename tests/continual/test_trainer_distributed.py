@@ -258,7 +258,8 @@ def test_accelerate_has_no_fsdp_on_cpus(model_folder: Path, tmp_path: Path) -> N
     ended = run([*launch, *options, "--output", tmp_path / "out", "--cpu"])
     assert ended.returncode != 0
     message = "error: accelerate was configured for FSDP, which it has on GPUs only"
-    assert ended.stderr.count(message) == 2, ended.stderr[-4000:]
+    # Of each process, unless the launcher ends the second before it has come to it.
+    assert message in ended.stderr, ended.stderr[-4000:]
     assert not (tmp_path / "out").exists()
 
 
