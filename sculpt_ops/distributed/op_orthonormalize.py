@@ -101,10 +101,8 @@ def _pass(y: Tensor, shift: float, rows: Rows) -> tuple[Tensor, Tensor]:
     Q = _PRODUCT(y, inverse * scale.unsqueeze(-1))
     noise = _noise(R, shift, _NOISE)
     Q = Q + _random(Q, rows) @ (inverse * noise.unsqueeze(-1))
-    sums = torch.nn.functional.pad(
-        inverse.square().sum((-2, -1)).flatten(), (0, 1)
-    )  # of no entries there is no maximum
-    return Q, shift * sums.amax()
+    sums = inverse.square().sum((-2, -1)).flatten()
+    return Q, shift * torch.nn.functional.pad(sums, (0, 1)).amax()  # of a batch of none there is no maximum
 
 
 def _wide_pass(y: Tensor, shift: float, rows: Rows) -> Tensor:

@@ -66,8 +66,8 @@ def project(
         right_metric: (..., s, s), ``R M Rᵀ`` likewise.
 
     Differentiable in all tensors, to any order; forward-mode derivatives and those of ``torch.func`` are computed with
-    torch's own products. Without a metric the columns are trusted to be orthonormal: 5e-6 off already leaks
-    4e-6 of the gradient. A bf16 basis used as if orthonormal leaks 3e-3; give it its metric, or a float32 basis, where
+    torch's own products. Without a metric the columns are trusted to be orthonormal: 5e-6 off already leaks 4e-6 of the
+    gradient. A bf16 basis used as if orthonormal leaks 3e-3; give it its metric, or a float32 basis, where
     that matters. On a GPU everything with a metric is library products (CUDA C++ has metrics too, not yet run on a GPU:
     ``SCULPT_BACKEND=cuda``): prefer a float32 basis where its rank is 64 or less, which the one-pass kernel takes.
 

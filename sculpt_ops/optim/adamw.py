@@ -363,9 +363,10 @@ class AdamW(torch.optim.AdamW):
 
     @outside_autocast
     @torch.no_grad()
-    def _step(self, selected: set[Tensor] | None) -> None:
-        """Step the parameters that have a gradient, of `selected` if given."""
-        self._waiting.drop_forgotten()
+    def _step(self, selected: Tensor | None) -> None:
+        """Step the parameters that have a gradient, or of them `selected` alone."""
+        if selected is None:
+            self._waiting.drop_forgotten()
         with torch.set_grad_enabled(self.defaults["differentiable"]):
             work = [(group, *self._split(group, first, selected)) for group, first in self._groups()]
             stepped = [p for _, plain, rows in work for p in (*plain, *(row.parameter for row in rows))]
@@ -390,12 +391,12 @@ class AdamW(torch.optim.AdamW):
     def _parameters(self) -> Iterator[Tensor]:
         return (parameter for group in self.param_groups for parameter in group["params"])
 
-    def _split(self, group: dict[str, Any], first: int, selected: set[Tensor] | None) -> tuple[list[Tensor], list[Row]]:
+    def _split(self, group: dict[str, Any], first: int, selected: Tensor | None) -> tuple[list[Tensor], list[Row]]:
         """Parameters of `group` with a gradient: those that torch's AdamW steps, and those that need more."""
         plain: list[Tensor] = []
         rows: list[Row] = []
         for place, parameter in enumerate(group["params"], start=first):
-            if selected is not None and parameter not in selected:
+            if selected is not None and parameter is not selected:
                 continue
             grad, compressed = parameter.grad, self._waiting.sums.get(parameter)
             if grad is None and compressed is None:

@@ -45,7 +45,7 @@ class FusedBackward:
         passes = counts.get(parameter, 0) + 1
         counts[parameter] = passes % self._every
         if passes == self._every:
-            self._optimizer._step({parameter})
+            self._optimizer._step(parameter)
             parameter.grad = None
         else:
             self._optimizer._compress([parameter])

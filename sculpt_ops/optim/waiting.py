@@ -50,7 +50,8 @@ class Waiting:
             # One number for all: a full gradient of zeros beside its coordinates would take the memory that they save.
             parameter.grad = parameter.grad.new_zeros(()).expand(parameter.shape)
             if parameter.requires_grad and parameter not in self._hooked:
-                parameter.register_hook(partial(_make_room, weakref.ref(self), weakref.ref(parameter)))
+                hook = parameter.register_hook(partial(_make_room, weakref.ref(self), weakref.ref(parameter)))
+                weakref.finalize(self, hook.remove)  # a parameter may have an optimizer a task
                 self._hooked.add(parameter)
         self.note(parameter)
 
