@@ -7,6 +7,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -54,10 +55,9 @@ def layer_importance(
     def measure() -> None:
         run_batches(model, batches, next(iter(targets.values())).device, cosines.hooks(), cosines.begin)
 
-    if groups:
-        groups[0].each("from_model", measure)
-    else:
-        measure()
+    for ranks in groups:
+        measure = partial(ranks.each, "from_model", measure)
+    measure()
     for ranks in groups:
         cosines.add_up(ranks)
     means = cosines.means()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -111,7 +112,7 @@ def train(
             if not quiet:
                 metrics = result.metrics
                 kind, figure = "average accuracy", metrics.average_accuracy.value
-                if figure != figure:  # of a bound
+                if math.isnan(figure):  # of a bound
                     kind, figure = "learning accuracy", metrics.learning_accuracy.value
                 typer.echo(f"{kind} {100 * figure:.1f} %; the model is in {chosen.output}/model", err=True)
 

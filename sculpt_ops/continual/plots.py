@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -132,7 +133,7 @@ def draw_tradeoff(results: Sequence[RunResult], names: Sequence[str], path: Path
     for index, (result, name) in enumerate(zip(results, names, strict=True)):
         values, kind = result.metrics, kinds.index(name)
         across, up = values.learning_accuracy, values.average_accuracy
-        if up.value != up.value:
+        if math.isnan(up.value):
             continue
         axes.errorbar(
             100 * across.value,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -56,7 +57,7 @@ def write_report(results: Sequence[RunResult], folder: str | Path) -> Path:
     if followed:
         draw_leak(results, names, folder / LEAK_FILE)
     # Of bounds whose average accuracy says nothing there are no points.
-    tradeoff = several and sum(values.average_accuracy.value == values.average_accuracy.value for values in metrics) > 1
+    tradeoff = several and sum(not math.isnan(values.average_accuracy.value) for values in metrics) > 1
     if tradeoff:
         draw_tradeoff(results, names, folder / TRADEOFF_FILE)
     sections = [

@@ -87,7 +87,7 @@ def derive_sharded(
             found = {name: replace(layer, owner=ranks.rank) for name, layer in found.items()}
             layers.update(found)
             sketches.update(taken)
-            return {n: layer.to("meta") for n, layer in found.items()}, {n: s.to("meta") for n, s in taken.items()}
+            return _on_meta(found, taken)
 
         for found, taken in ranks.together("from_model", derive):
             for name in found:
@@ -106,13 +106,24 @@ def _of_first_replica(
     if not replicas:
         return work()
     *others, ranks = replicas
-    layers, sketches = ranks.each("from_model", lambda: _of_first_replica(work, others, device))
-    shapes = [{name: part.to("meta") for name, part in parts.items()} for parts in (layers, sketches)]
-    if ranks.rank:
-        layers, sketches = ranks.share("from_model", None)[0]
-    else:
-        ranks.share("from_model", shapes)
+    found: tuple[Layers, Sketches] = {}, {}
+
+    def derive() -> tuple[Layers, Sketches]:
+        nonlocal found
+        found = _of_first_replica(work, others, device)
+        return _on_meta(*found)
+
+    first = ranks.together("from_model", derive)[0]
+    layers, sketches = first if ranks.rank else found
     return _broadcast(layers, sketches, dict.fromkeys(layers, 0), ranks, device)
+
+
+def _on_meta(layers: Layers, sketches: Sketches) -> tuple[Layers, Sketches]:
+    """Without the values: what is small enough for every rank to be told."""
+    return (
+        {name: layer.to("meta") for name, layer in layers.items()},
+        {name: sketch.to("meta") for name, sketch in sketches.items()},
+    )
 
 
 def derive_replicated(
@@ -134,7 +145,7 @@ def derive_replicated(
         nonlocal own
         mine = {name: targets[name] for name in names if owners[name] == ranks.rank}
         own = derive_layers(mine, wanted, sides, previous, advance, basis_dtype, remembered)
-        return tuple({name: part.to("meta") for name, part in parts.items()} for parts in own)  # type: ignore[return-value]
+        return _on_meta(*own)
 
     layers: Layers = {}
     sketches: Sketches = {}

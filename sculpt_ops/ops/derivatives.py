@@ -80,7 +80,7 @@ def register_backward(
                     "sculpt_ops.reference can be transformed"
                 )
         elif transformed or has_tangent(*tensors):
-            return expression(*inputs, **flags)
+            return expression(*inputs, **keywords | flags)
         if recorded:
             return Backward.apply(*inputs, keyset, flags)
         return op.redispatch(keyset & AFTER_AUTOGRAD, *inputs, **flags)

@@ -65,8 +65,10 @@ def explained(check: Callable[[], None], op: Callable[..., Any], *given: Any, **
     if torch.compiler.is_compiling():
         return op(*given, **flags)
     try:
-        with transformed_without_autocast(given[0]) if isinstance(given[0], torch.Tensor) else nullcontext():
-            return op(*given, **flags)
+        if torch._C._are_functorch_transforms_active() and isinstance(given[0], torch.Tensor):
+            with without_autocast(given[0]):
+                return op(*given, **flags)
+        return op(*given, **flags)
     except RuntimeError:
         clear = _refusal(check)
         if clear is None:

@@ -152,11 +152,9 @@ LIBRARY.impl("test_matrix", torch.library.fallthrough_kernel, "Autograd")
 
 
 def _sketch_expression(input: Tensor, q: int, **keywords: Any) -> Tensor:
-    check_sketch(
-        "sketch", input, q, keywords.get("transpose", False), keywords.get("row", 0), keywords.get("column", 0)
-    )
+    check_sketch("sketch", input, q, keywords["transpose"], keywords["row"], keywords["column"])
     omega = _TEST_MATRIX(input, q, **keywords)
-    return torch.matmul((input.mT if keywords.get("transpose") else input).to(omega.dtype), omega)
+    return torch.matmul((input.mT if keywords["transpose"] else input).to(omega.dtype), omega)
 
 
 def _sketch_setup(ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[str, Any], output: Tensor) -> None:

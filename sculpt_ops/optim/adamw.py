@@ -108,8 +108,6 @@ class AdamW(torch.optim.AdamW):
         self._options = options
         self._bound: dict[Tensor, LayerSubspace] = {}
         self._waiting = Waiting()
-        # Of `fuse_into_backward`: the backward passes since a parameter's last step.
-        self._passes: dict[Tensor, int] = {}
         self._in_backward = False
         self._had_subspaces = False
         self.set_subspaces(subspaces)
@@ -231,12 +229,8 @@ class AdamW(torch.optim.AdamW):
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As torch's; drops compressed gradients too, and `fuse_into_backward` counts passes anew."""
-        self._forget_gradients()
-        super().zero_grad(set_to_none)
-
-    def _forget_gradients(self) -> None:
         self._waiting.clear()
-        self._passes.clear()
+        super().zero_grad(set_to_none)
 
     @torch.no_grad()
     def compress_gradients(self) -> None:
@@ -272,8 +266,9 @@ class AdamW(torch.optim.AdamW):
             self._compress(self._away(self._bound), leave=True)
             if self._options.project != "update":
                 self._project_gradients(self._parameters())
-        held = self._gradients() + list(self._waiting.sums.values())
-        norm = self._total_norm(norm_type, error_if_nonfinite, foreach)
+        grads = [p.grad for p in self._parameters() if p.grad is not None and not self._waiting.is_taken(p)]
+        held = grads + list(self._waiting.sums.values())
+        norm = self._total_norm(grads, norm_type, error_if_nonfinite, foreach)
         factor = (max_norm / (norm + 1e-6)).clamp_(max=1.0)
         # One launch for many on a GPU, where they are on one: of small matrices the launches take longest.
         together = all(grad.is_cuda and grad.device == factor.device and not is_dtensor(grad) for grad in held)
@@ -284,9 +279,10 @@ class AdamW(torch.optim.AdamW):
         self._waiting.renew()
         return norm
 
-    def _total_norm(self, norm_type: float, error_if_nonfinite: bool, foreach: bool | None) -> Tensor:
-        """The norm of all gradients, compressed ones included, over all ranks that they are sharded over."""
-        grads = self._gradients()
+    def _total_norm(
+        self, grads: list[Tensor], norm_type: float, error_if_nonfinite: bool, foreach: bool | None
+    ) -> Tensor:
+        """The norm of `grads` and of all that wait elsewhere, over all ranks that they are sharded over."""
         away = {p: grad for p, grad in self._waiting.sums.items() if self._bound[p].owner is not None}
         here = [grad for p, grad in self._waiting.sums.items() if p not in away]
         parts = []
@@ -338,12 +334,12 @@ class AdamW(torch.optim.AdamW):
         torch casts all to the weight's: of a bfloat16 weight float32 moments would be rounded and low bits destroyed.
         With state="subspace" the subspaces must be set first.
         """
+        loaded: list[dict[str, Any]] = []
         # After all hooks that change what is loaded, and before those that change what was.
         hooks = [
             self.register_load_state_dict_pre_hook(lambda _, given: loaded.append(given)),
             self.register_load_state_dict_post_hook(lambda _: self._take_state(loaded[-1]), prepend=True),
         ]
-        loaded: list[dict[str, Any]] = []
         try:
             super().load_state_dict(state_dict)
         finally:
@@ -359,7 +355,7 @@ class AdamW(torch.optim.AdamW):
                     value = integer_bits(value) if name == "low" else value.to(dtype=dtype)
                     self.state[parameter][name] = value.to(parameter.device, copy=True)
         self._move_moments_to(self._away(self._bound))
-        self._forget_gradients()
+        self._waiting.clear()
 
     @outside_autocast
     @torch.no_grad()
@@ -445,10 +441,6 @@ class AdamW(torch.optim.AdamW):
         for parameter, _, _ in todo:
             self._waiting.note(parameter)
 
-    def _gradients(self) -> list[Tensor]:
-        """Every `.grad`, but those that are taken."""
-        return [p.grad for p in self._parameters() if p.grad is not None and not self._waiting.is_taken(p)]
-
     @outside_autocast
     def _compress(self, parameters: Iterable[Tensor], *, leave: bool = False) -> None:
         """Into `_waiting`. leave: zeros in `.grad`."""
@@ -484,7 +476,6 @@ class AdamW(torch.optim.AdamW):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._passes = {}
         # Kept where a state dict is loaded, as accelerate does before the first step; a copy does not warn again, and
         # its parameters have no hooks.
         self._unseen = getattr(self, "_unseen", False)

@@ -41,7 +41,7 @@ class FusedBackward:
 
     @torch.no_grad()
     def _take(self, parameter: Tensor) -> None:
-        counts = self._optimizer._passes
+        counts = self._optimizer._waiting.passes
         passes = counts.get(parameter, 0) + 1
         counts[parameter] = passes % self._every
         if passes == self._every:
@@ -51,7 +51,7 @@ class FusedBackward:
             self._optimizer._compress([parameter])
 
     def _count_anew(self, optimizer: Any, args: Any, kwargs: Any) -> None:
-        self._optimizer._passes.clear()
+        self._optimizer._waiting.passes.clear()
 
 
 def fuse_into_backward(model: nn.Module, optimizer: Any, *, accumulation_steps: int = 1) -> FusedBackward:

@@ -14,10 +14,12 @@ __all__ = ["Waiting"]
 
 
 class Waiting:
-    """sums: gradients that wait for the step elsewhere than in `.grad`: in free coordinates, or whole at an owner."""
+    """sums: gradients that wait for the step elsewhere than in `.grad`: in free coordinates, or whole at an owner.
+    passes: of `fuse_into_backward`, the backward passes since a parameter's last step."""
 
     def __init__(self) -> None:
         self.sums: dict[Tensor, Tensor] = {}
+        self.passes: dict[Tensor, int] = {}
         # The `.grad` that a call left, projected or zero, and its count of writes.
         self._left: dict[Tensor, tuple[weakref.ref[Tensor], int]] = {}
         self._hooked: set[Tensor] = set()
@@ -80,11 +82,12 @@ class Waiting:
     def clear(self) -> None:
         """Of all."""
         self.sums.clear()
+        self.passes.clear()
         self._left.clear()
 
     def __getstate__(self) -> dict[str, Any]:
         # Of a copy nothing is known, and its parameters have no hooks.
-        return {"sums": self.sums, "_left": {}, "_hooked": set()}
+        return {"sums": self.sums, "passes": {}, "_left": {}, "_hooked": set()}
 
 
 def _make_room(waiting: weakref.ref[Waiting], parameter: weakref.ref[Tensor], grad: Tensor) -> None:
